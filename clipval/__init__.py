@@ -1,0 +1,10 @@
+"""clipval: the acceptance suite for OpenCLIP models on inference accelerators.
+
+Data flows one way, and a module imports only from its left:
+
+errors -> towers -> results, store, environment -> backends -> ascend -> options -> spec -> datasets -> embeddings
+-> model -> preprocess -> export -> parity, retrieval, throughput -> chain -> gates -> baseline, report -> ledger
+-> train_shapes, cli -> __main__
+
+A module of a package counts as the package. `tests/unit/test_layering.py` holds the imports to this.
+"""

@@ -1,0 +1,65 @@
+"""Where a result was made: versions, machine, toolchain, git commit. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "onnx", "onnxruntime", "numpy", "pillow", "ftfy")
+RUNNERS = ("aclruntime", "pytest", "pytest-benchmark", "scipy")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+
+
+def version(package: str) -> Optional[str]:
+    """Installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def library_versions() -> Dict[str, str]:
+    """Versions that artifacts depend on, for their keys."""
+    return {name: version(name) or "absent" for name in PACKAGES}
+
+
+def describe() -> Dict[str, Any]:
+    """Everything a report says of the machine."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: found for name in (*PACKAGES, *RUNNERS) if (found := version(name))},
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "variables": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        "git": git_commit(Path(__file__).parent),
+    }
+
+
+def git_commit(folder: Path) -> Optional[str]:
+    """Commit of the checkout that a folder lies in, with `+` where it has changes; None outside one."""
+    try:
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

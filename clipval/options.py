@@ -1,0 +1,165 @@
+"""Every option once: `add_options` declares them for pytest and for the command line, `Settings` holds their values.
+
+This module is also the pytest plugin `clipval-options` of the installed package, which only declares the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from clipval.backends import NAMES
+
+DEFAULT_BACKENDS = ("pytorch", "onnx")
+CAPTION_FORMATS = ("csv", "clip_benchmark")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "cann": "CANNExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run was asked to do. Built once, passed down, never changed; None is "as the spec says"."""
+
+    spec: str = "shapes"
+    model_name: Optional[str] = None
+    pretrained: Optional[str] = None
+    data_dir: Optional[Path] = None
+    captions_format: str = "csv"
+    backends: Optional[Tuple[str, ...]] = None
+    batch_sizes: Optional[Tuple[int, ...]] = None
+    opset_version: int = 14
+    onnx_providers: Tuple[str, ...] = (PROVIDERS["cpu"],)
+    threads: Optional[int] = None
+    workdir: Path = Path(".clipval")
+    rebuild: bool = False
+    om_dir: Optional[Path] = None
+    soc_version: Optional[str] = None
+    precision_mode: str = ""
+    keep_dtype: Optional[Path] = None
+    atc_flags: Tuple[str, ...] = ()
+    device_id: int = 0
+    allow_simulated: bool = False
+    perf_min_time: float = 1.0
+    perf_max_time: float = 10.0
+    baseline: Optional[Path] = None
+    report: Optional[Path] = None
+
+    @classmethod
+    def of(cls, namespace: Any) -> Settings:
+        """Settings from an argparse namespace or pytest's `config.option`; options it lacks keep their defaults."""
+        given = {field.name: getattr(namespace, field.name) for field in fields(cls) if hasattr(namespace, field.name)}
+        return cls(**given)
+
+    @property
+    def validated(self) -> Tuple[str, ...]:
+        """Backends that this run validates; pytorch, the reference, is always among them."""
+        named = self.backends if self.backends is not None else DEFAULT_BACKENDS
+        return named if NAMES[0] in named else (NAMES[0], *named)
+
+    @property
+    def strict(self) -> bool:
+        """Backends were named, so each of their gates must be evaluated, whatever else narrows the run."""
+        return self.backends is not None
+
+
+def _names(text: str) -> Tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"unknown backend {(unknown or ['(none)'])[0]!r}; known: {', '.join(NAMES)}")
+    return names
+
+
+def _sizes(text: str) -> Tuple[int, ...]:
+    try:
+        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1 or max(sizes) > 2048:
+        raise argparse.ArgumentTypeError(f"batch sizes {text!r}; expected numbers from 1 to 2048 such as 1,8,64")
+    return sizes
+
+
+def _providers(text: str) -> Tuple[str, ...]:
+    return tuple(PROVIDERS.get(part.strip().lower(), part.strip()) for part in text.split(",") if part.strip())
+
+
+def _positive(kind: Callable[[str], Any], least: float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not least <= value < 1e6:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, at least {least:g}")
+        return value
+
+    return parse
+
+
+def _opset(text: str) -> int:
+    if not text.isdigit() or not 14 <= int(text) <= 18:
+        raise argparse.ArgumentTypeError(f"opset {text!r}; torch 2 exports from 14 on, ATC takes up to 18")
+    return int(text)
+
+
+def _flags(text: str) -> Tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"atc flags {text!r}: {error}") from None
+
+
+def table() -> Dict[str, Dict[str, Any]]:
+    """Flag -> keyword arguments of `add_argument`; the README's table is held to this."""
+    return {
+        "--spec": {"metavar": "NAME", "help": "what to validate: a shipped spec or a TOML file"},
+        "--model-name": {"metavar": "NAME", "help": "open_clip architecture or JSON config, instead of the spec's"},
+        "--pretrained": {"metavar": "W", "help": "weights: tag, checkpoint file, or random; instead of the spec's"},
+        "--data-dir": {"type": Path, "metavar": "DIR", "help": "folder of images with their *_karpathy.txt"},
+        "--captions-format": {"choices": CAPTION_FORMATS, "help": "how annotations are read"},
+        "--backends": {"type": _names, "metavar": "LIST", "help": "of pytorch,onnx,om; named backends are required"},
+        "--batch-sizes": {"type": _sizes, "metavar": "LIST", "help": "batch sizes of throughput, as 1,8,64"},
+        "--opset-version": {"type": _opset, "metavar": "N", "help": "ONNX opset, 14 to 18"},
+        "--onnx-providers": {"type": _providers, "metavar": "LIST", "help": "execution providers: cpu, cuda, full names"},
+        "--threads": {"type": _positive(int, 1), "metavar": "N", "help": "CPU threads of pytorch and onnx"},
+        "--workdir": {"type": Path, "metavar": "DIR", "help": "where artifacts and results are kept"},
+        "--rebuild": {"action": "store_true", "help": "build every artifact again"},
+        "--om-dir": {"type": Path, "metavar": "DIR", "help": "ready OM files with the recipe's names"},
+        "--soc-version": {"metavar": "SOC", "help": "as Ascend910B4; without it npu-smi is asked"},
+        "--precision-mode": {"metavar": "MODE", "help": "of atc; without it atc computes in fp16"},
+        "--keep-dtype": {"type": Path, "metavar": "FILE", "help": "of atc: operators that keep their dtype"},
+        "--atc-flags": {"type": _flags, "metavar": "FLAGS", "help": "more flags for atc, as one quoted string"},
+        "--device-id": {"type": _positive(int, 0), "metavar": "N", "help": "NPU, by logic id"},
+        "--allow-simulated": {"action": "store_true", "help": "let a simulated NPU pass gates"},
+        "--perf-min-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds of timed calls a row"},
+        "--perf-max-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds a row at most"},
+        "--baseline": {"type": Path, "metavar": "FILE", "help": "throughput must not fall below this baseline"},
+        "--report": {"type": Path, "metavar": "DIR", "help": "write report.json, report.md, report.html there"},
+    }
+
+
+def add_options(add: Callable[..., Any], only: Optional[List[str]] = None) -> None:
+    """Declare options through `argparse.add_argument` or pytest's `addoption`.
+
+    Args:
+        only: flags to declare; None declares all.
+    """
+    defaults = Settings()
+    for flag, keywords in table().items():
+        if only is None or flag in only:
+            name = flag[2:].replace("-", "_")
+            default = getattr(defaults, name)
+            shown = "" if default in (None, False, "", ()) else f" (default: {_show(default)})"
+            add(flag, **{**keywords, "dest": name, "default": default, "help": keywords["help"] + shown})
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Declare the options to pytest before it reads its command line."""
+    add_options(parser.getgroup("clipval", "clipval: what is validated, and how").addoption)
+
+
+def _show(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

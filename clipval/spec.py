@@ -1,0 +1,258 @@
+"""What is validated: model, weights, data set, reference figures, tolerances. One TOML file is one spec."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import msgspec
+
+from clipval.errors import InputError, UsageError
+from clipval.towers import Tower, towers
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent / "specs"
+IMAGE_RECALL = "image_retrieval_recall"
+TEXT_RECALL = "text_retrieval_recall"
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the TOML file: a misspelt key or a wrong type is an error that names it."""
+
+
+class ModelSpec(_Table):
+    """The model.
+
+    Attributes:
+        name: open_clip architecture, or a JSON config in open_clip's format, relative to the spec file.
+        pretrained: default weights: tag, file relative to the spec file, or `random`.
+        image_size, context_length, embed_dim: sizes of the contract (pixels, tokens, elements).
+    """
+
+    name: str
+    pretrained: str = ""
+    image_size: int = 224
+    context_length: int = 77
+    embed_dim: int = 512
+
+
+class DataSpec(_Table):
+    """The data set.
+
+    Attributes:
+        name: as published tables call it: `flickr30k`, `mscoco_captions`, `shapes`.
+        kind: `karpathy` (a folder in the recipe's layout, `--data-dir`) or `shapes` (drawn).
+        images, captions: how many there must be; 0 takes what is there.
+        captions_sha256: of the captions in order, each ended by a newline; empty is not compared.
+        get: one sentence for a person who has none: where from, and how it must lie.
+    """
+
+    name: str
+    kind: str = "karpathy"
+    images: int = 0
+    captions: int = 0
+    captions_sha256: str = ""
+    get: str = ""
+
+
+class PreprocessSpec(_Table):
+    """How images must be normalised, stated apart from the code that does it, so that a gate can compare.
+
+    Attributes:
+        mean, std: per channel, RGB, of pixel values in [0, 1].
+        source: where they are from.
+    """
+
+    mean: Tuple[float, float, float]
+    std: Tuple[float, float, float]
+    source: str
+
+
+class Reference(_Table):
+    """A published or pinned figure.
+
+    Attributes:
+        metric: `image_retrieval_recall@5` and the like, a share in [0, 1].
+        backend: whose figure it is; a backend without one is compared with pytorch's.
+        value: the figure; count: queries it is a mean over, so one query moves it by 1 / count.
+        within: allowed distance both ways: a gain that large means another metric, split or leakage.
+            None: shown, not gated.
+        source: where the figure is from; because: why `within` is what it is.
+    """
+
+    metric: str
+    backend: str
+    value: float
+    count: int
+    source: str
+    within: Optional[float] = None
+    because: str = ""
+
+
+class ParityBounds(_Table):
+    """Bounds on a backend's embeddings against PyTorch's, per sample on unit-length vectors.
+
+    Attributes:
+        backend, precision: which rows these bounds hold for; precision `fp32` or `fp16`.
+        cosine_min: smallest cosine over samples; cosine_mean: mean cosine over samples.
+        max_abs: largest absolute difference of one element.
+        norm: largest |L2 norm - 1| of an embedding as the backend gave it.
+        because: the reason for these numbers.
+    """
+
+    backend: str
+    precision: str
+    cosine_min: float
+    cosine_mean: float
+    max_abs: float
+    norm: float
+    because: str
+
+
+class PairedBounds(_Table):
+    """Allowed distance of a backend's recall@5 from PyTorch's on the same samples, as a share."""
+
+    metric: str
+    within: float
+    because: str
+
+
+class PublishedThroughput(_Table):
+    """A published throughput curve, samples per second (1000 * batch / mean execute milliseconds)."""
+
+    chip: str
+    tower: str
+    fps: Dict[int, float]
+    source: str
+
+
+class ThroughputSpec(_Table):
+    """Batch sizes to measure, published curves, and the least share of a published figure on its chip."""
+
+    batch_sizes: Tuple[int, ...] = (1, 4, 8, 16, 32, 64)
+    floor: float = 0.9
+    because: str = ""
+    published: List[PublishedThroughput] = []
+
+
+class Spec(_Table):
+    """One spec. `path` is the file it was read from."""
+
+    name: str
+    title: str
+    model: ModelSpec
+    data: DataSpec
+    preprocess: Optional[PreprocessSpec] = None
+    references: List[Reference] = []
+    parity: List[ParityBounds] = []
+    paired: List[PairedBounds] = []
+    throughput: ThroughputSpec = ThroughputSpec()
+    path: str = ""
+
+    @property
+    def towers(self) -> Dict[str, Tower]:
+        """Both towers' contracts by name."""
+        return towers(self.model.image_size, self.model.context_length, self.model.embed_dim)
+
+    def bounds(self, backend: str, precision: str) -> ParityBounds:
+        """Parity bounds of a backend in a precision.
+
+        Raises:
+            InputError: the spec has none.
+        """
+        for bounds in self.parity:
+            if (bounds.backend, bounds.precision) == (backend, precision):
+                return bounds
+        raise InputError(f"spec {self.path}: no [[parity]] for backend {backend!r}, precision {precision!r}; add one")
+
+    def reference(self, metric: str, backend: str) -> Optional[Reference]:
+        """The figure of a metric for a backend: its own, else PyTorch's, else None."""
+        for owner in (backend, "pytorch"):
+            for reference in self.references:
+                if (reference.metric, reference.backend) == (metric, owner):
+                    return reference
+        return None
+
+    def beside(self, name: str) -> str:
+        """A path of the spec made absolute: relative ones lie beside the spec file."""
+        beside = Path(self.path).parent / name
+        return str(beside) if name and beside.is_file() else name
+
+
+def names() -> List[str]:
+    """The specs that ship with clipval."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Spec:
+    """Read a shipped spec by name, or a TOML file by path.
+
+    Raises:
+        UsageError: there is no such spec or file.
+        InputError: the file is not TOML, or a key is unknown, missing or of a wrong type.
+    """
+    path = FOLDER / f"{name}.toml" if name in names() else Path(name)
+    if not path.is_file():
+        raise UsageError(f"spec {name!r}: no such spec or file; shipped specs: {', '.join(names())}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        spec = msgspec.convert({**table, "path": str(path)}, Spec, str_keys=True)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise InputError(f"spec {path}: {error}") from error
+    _check(spec)
+    return spec
+
+
+def _check(spec: Spec) -> None:
+    problems = []
+    if spec.data.kind not in ("karpathy", "shapes"):
+        problems.append(f"data.kind is {spec.data.kind!r}, expected karpathy or shapes")
+    if not spec.throughput.batch_sizes or min(spec.throughput.batch_sizes) < 1:
+        problems.append("throughput.batch_sizes must be positive numbers")
+    for reference in spec.references:
+        if not 0 <= reference.value <= 1 or reference.count < 1:
+            problems.append(f"reference {reference.metric}: value must be a share in [0, 1] and count at least 1")
+        if reference.within is not None and not 0 < reference.within < 1:
+            problems.append(f"reference {reference.metric}: within must be between 0 and 1")
+    for bounds in spec.parity:
+        if not 0 < bounds.cosine_min <= bounds.cosine_mean < 1 or not 0 < bounds.max_abs < 1:
+            problems.append(f"parity {bounds.backend}: 0 < cosine_min <= cosine_mean < 1 and 0 < max_abs < 1")
+    if problems:
+        raise InputError(f"spec {spec.path}: {problems[0]}")
+
+
+class PublishedRecall(msgspec.Struct, frozen=True):
+    """A row of the table of published recall figures; a missing figure is None."""
+
+    source: str
+    model: str
+    pretrained: str
+    dataset: str
+    recalls: Dict[str, Optional[float]]
+
+
+def published(model: str = "", pretrained: str = "", dataset: str = "") -> List[PublishedRecall]:
+    """Published recall of open_clip models on Flickr30k, Flickr8k and COCO, filtered by what is given.
+
+    The table ships as `clipval/specs/reference_recall.csv`; each row names its source.
+    """
+    with open(FOLDER / "reference_recall.csv", encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    wanted = {"model": model, "pretrained": pretrained, "dataset": dataset}
+    return [
+        PublishedRecall(
+            row["source"],
+            row["model"],
+            row["pretrained"],
+            row["dataset"],
+            {name: float(value) if value else None for name, value in row.items() if "recall@" in name},
+        )
+        for row in rows
+        if all(not value or row[name] == value for name, value in wanted.items())
+    ]

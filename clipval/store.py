@@ -1,0 +1,134 @@
+"""Artifacts in a work directory, keyed by what they were made of.
+
+An artifact is a folder `<work>/<kind>/<digest>/` with a `manifest.json`: its whole key and the size and sha256 of
+each file. It is built in `<digest>.building` under a lock and published by one rename, so a killed, crashed or
+disk-full build leaves nothing that a later run would use. It is checked against its manifest once per process.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, Mapping, Optional, Set
+
+from filelock import FileLock
+
+from clipval.errors import ClipvalError, InputError
+
+MANIFEST = "manifest.json"
+Build = Callable[[Path], None]
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def code_hash(*modules: str) -> str:
+    """sha256 over the source of modules, so that an artifact of other code is never served."""
+    digest = hashlib.sha256()
+    for name in modules:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        digest.update(Path(spec.origin).read_bytes())
+    return digest.hexdigest()
+
+
+def files(folder: Path) -> Dict[str, Dict[str, Any]]:
+    """Size and sha256 of each file of a published artifact, by relative path."""
+    found: Dict[str, Dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return found
+
+
+class Store:
+    """The work directory.
+
+    Args:
+        root: the work directory; made when needed.
+        rebuild_before: artifacts older than this `time.time()` are built again (`--rebuild` gives the start of the
+            run, so that several processes of one run build each artifact once). None: use what is there.
+    """
+
+    def __init__(self, root: Path, rebuild_before: Optional[float] = None) -> None:
+        self.root = root.absolute()
+        self._rebuild_before = rebuild_before
+        self._checked: Set[Path] = set()
+
+    def get(self, kind: str, key: Mapping[str, Any], build: Build) -> Path:
+        """The folder of an artifact, built by `build(folder)` where it is missing, stale or damaged.
+
+        Args:
+            kind: a word for people; the folder's parent.
+            key: everything the result depends on, JSON-able.
+            build: fills the empty folder that it is given; what it raises is passed on and nothing is kept.
+
+        Raises:
+            InputError: the work directory cannot be written or the disk is full.
+        """
+        whole = json.loads(json.dumps({"kind": kind, **key}))
+        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        folder = self.root / kind / digest[:32]
+        if folder in self._checked:
+            return folder
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(str(folder) + ".lock"):
+                if not self._usable(folder, whole):
+                    self._build(folder, whole, build)
+        except ClipvalError:
+            raise
+        except OSError as error:
+            raise InputError(self._explain(error)) from error
+        self._checked.add(folder)
+        return folder
+
+    def _usable(self, folder: Path, key: Dict[str, Any]) -> bool:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            old = self._rebuild_before is not None and manifest["built"] < self._rebuild_before
+            return not old and manifest["key"] == key and manifest["files"] == _list(folder)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _build(self, folder: Path, key: Dict[str, Any], build: Build) -> None:
+        scratch = folder.with_name(folder.name + ".building")
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            build(scratch)
+            manifest = {"key": key, "built": time.time(), "files": _list(scratch)}
+            (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            os.replace(str(scratch), str(folder))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _explain(self, error: OSError) -> str:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"work directory {self.root}: disk full; free some space or give another --workdir"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            return f"work directory {self.root}: cannot be written ({error.strerror}); give another --workdir"
+        where = error.filename or self.root
+        return f"{where}: {error.strerror or error}; check it, or give another --workdir"
+
+
+def _list(folder: Path) -> Dict[str, Dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+    def describe(path: Path) -> Dict[str, Any]:
+        return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
+        found = pool.map(describe, files)
+        return {path.relative_to(folder).as_posix(): entry for path, entry in zip(files, found)}

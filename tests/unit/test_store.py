@@ -1,0 +1,122 @@
+"""The store: built once, never half, never stale, under several processes too."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from clipval.errors import ClipvalError, InputError
+from clipval.store import Store, files
+
+
+def build_text(text, log=None):
+    def build(folder):
+        if log is not None:
+            log.append(text)
+        (folder / "a.txt").write_text(text, encoding="utf-8")
+
+    return build
+
+
+def test_builds_once_per_key(tmp_path):
+    log = []
+    for _ in range(2):
+        folder = Store(tmp_path).get("kind", {"n": 1}, build_text("x", log))
+    other = Store(tmp_path).get("kind", {"n": 2}, build_text("y", log))
+    assert (folder / "a.txt").read_text(encoding="utf-8") == "x"
+    assert other != folder
+    assert log == ["x", "y"]
+    assert files(folder)["a.txt"]["size"] == 1
+
+
+@pytest.mark.parametrize("damage", ["change", "delete", "add", "manifest"])
+def test_a_damaged_artifact_is_built_again(tmp_path, damage):
+    folder = Store(tmp_path).get("kind", {}, build_text("right"))
+    if damage == "change":
+        (folder / "a.txt").write_text("wrong", encoding="utf-8")
+    elif damage == "delete":
+        (folder / "a.txt").unlink()
+    elif damage == "add":
+        (folder / "b.txt").write_text("stray", encoding="utf-8")
+    else:
+        (folder / "manifest.json").write_text("{", encoding="utf-8")
+    again = Store(tmp_path).get("kind", {}, build_text("right"))
+    assert sorted(path.name for path in again.iterdir()) == ["a.txt", "manifest.json"]
+    assert (again / "a.txt").read_text(encoding="utf-8") == "right"
+
+
+def test_rebuild_builds_once_a_run(tmp_path):
+    log = []
+    Store(tmp_path).get("kind", {}, build_text("old", log))
+    started = time.time()
+    for _ in range(2):  # two processes of one run
+        Store(tmp_path, rebuild_before=started).get("kind", {}, build_text("new", log))
+    assert log == ["old", "new"]
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def fail(folder):
+        (folder / "half").write_text("half", encoding="utf-8")
+        raise ClipvalError("no")
+
+    with pytest.raises(ClipvalError, match="no"):
+        Store(tmp_path).get("kind", {}, fail)
+    assert not [path for path in (tmp_path / "kind").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    def fail(folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "x"))
+
+    with pytest.raises(InputError, match="disk full; free some space"):
+        Store(tmp_path).get("kind", {}, fail)
+
+
+def test_a_work_directory_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "w").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be written"):
+        Store(tmp_path / "w").get("kind", {}, build_text("x"))
+
+
+def slow(root, log):
+    def build(folder):
+        with open(log, "a", encoding="utf-8") as stream:
+            stream.write("built\n")
+        (folder / "half").write_text("half", encoding="utf-8")
+        time.sleep(0.3)
+        (folder / "a.txt").write_text("whole", encoding="utf-8")
+
+    Store(root).get("kind", {}, build)
+
+
+def test_processes_build_once(tmp_path):
+    log = tmp_path / "log"
+    processes = [multiprocessing.Process(target=slow, args=(tmp_path, log)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert log.read_text(encoding="utf-8") == "built\n"
+
+
+def test_a_killed_build_is_not_used(tmp_path):
+    log = tmp_path / "log"
+    process = multiprocessing.Process(target=slow, args=(tmp_path, log))
+    process.start()
+    while not log.exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    slow(tmp_path, log)
+    (folder,) = [path for path in (tmp_path / "kind").iterdir() if path.is_dir()]
+    assert (folder / "a.txt").read_text(encoding="utf-8") == "whole"
+    assert log.read_text(encoding="utf-8") == "built\nbuilt\n"
+
+
+def test_paths_of_any_script(tmp_path):
+    folder = Store(tmp_path / "工作 目录").get("种类", {"名": "值"}, build_text("x"))
+    assert (folder / "a.txt").is_file()
