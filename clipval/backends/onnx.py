@@ -1,0 +1,93 @@
+"""The ONNX Runtime backend. The only module that imports onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, List, Optional, Sequence
+
+import numpy as np
+
+from clipval.backends import Identity
+from clipval.errors import BackendUnavailable, InputError
+from clipval.towers import Tower
+
+CPU = "CPUExecutionProvider"
+
+
+class OnnxBackend:
+    """See `clipval.backends.Backend`.
+
+    Args:
+        tower: the tower's contract; the file's input and output are held to it.
+        file: the ONNX file.
+        providers: execution providers in order of preference, full names.
+        threads: intra-op threads; None leaves ONNX Runtime's own choice (the physical cores).
+
+    Raises:
+        BackendUnavailable: onnxruntime is missing, lacks the provider, or fell back to another one.
+        InputError: the file does not load or is not of this tower.
+    """
+
+    batch_size: Optional[int] = None
+
+    def __init__(
+        self, tower: Tower, file: Path, providers: Sequence[str] = (CPU,), threads: Optional[int] = None
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendUnavailable(f"onnx backend: onnxruntime does not import: {error}") from error
+        available = onnxruntime.get_available_providers()
+        missing = [name for name in providers if name not in available]
+        if missing:
+            raise BackendUnavailable(
+                f"onnx backend: onnxruntime {onnxruntime.__version__} has no {missing[0]}; it has {', '.join(available)}"
+            )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self.tower = tower
+        self._file = file
+        self._session: Any = self._load(onnxruntime, options, list(providers))
+        self._check_contract()
+        self.identity = Identity("onnx", f"onnxruntime {onnxruntime.__version__}", self._device(providers), "fp32")
+
+    def _load(self, onnxruntime: Any, options: Any, providers: List[str]) -> Any:
+        try:
+            return onnxruntime.InferenceSession(str(self._file), options, providers=providers)
+        except Exception as error:  # the runtime raises its own classes and RuntimeError
+            text = " ".join(str(error).split())[:300]
+            raise InputError(f"ONNX {self._file}: onnxruntime cannot load it ({text}). Export it again") from error
+
+    def _device(self, providers: Sequence[str]) -> str:
+        """The provider that computes; a silent fall-back is an error."""
+        used = self._session.get_providers()
+        if used[0] != providers[0]:
+            raise BackendUnavailable(
+                f"onnx backend: {providers[0]} was asked for, but the session fell back to {used[0]}; "
+                f"mend the provider's installation or ask for --onnx-providers {used[0]}"
+            )
+        return "cpu" if used[0] == CPU else str(used[0])
+
+    def _check_contract(self) -> None:
+        inputs = [(node.name, node.type, list(node.shape[1:])) for node in self._session.get_inputs()]
+        outputs = [(node.name, node.type, list(node.shape[1:])) for node in self._session.get_outputs()]
+        kind = {"float32": "tensor(float)", "int64": "tensor(int64)"}[self.tower.dtype]
+        wanted_in = [(self.tower.input_name, kind, list(self.tower.row_shape))]
+        wanted_out = [(self.tower.output_name, "tensor(float)", [self.tower.width])]
+        if inputs != wanted_in or outputs != wanted_out:
+            raise InputError(
+                f"ONNX {self._file}: has inputs {inputs} and outputs {outputs}, the {self.tower.name} tower needs "
+                f"{wanted_in} and {wanted_out}. Export it again with clipval export"
+            )
+
+    def run(self, rows: np.ndarray) -> np.ndarray:
+        (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
+        return np.asarray(embedding)
+
+    def execute_seconds(self) -> Optional[List[float]]:
+        return None
+
+    def close(self) -> None:
+        self._session = None

@@ -1,0 +1,168 @@
+"""Tower -> ONNX with one input, one output and a dynamic batch. The only module that imports onnx."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+
+from clipval.errors import InputError, UsageError
+from clipval.model import Model, encoder
+from clipval.towers import TEXT, VISION, Tower
+
+# 14 is the least that torch 2's exporter can do (scaled_dot_product_attention), and keeps LayerNormalization
+# decomposed as in the recipe's opset 11 graphs, which atc is known to compile. ATC documents ONNX opsets 11 to 18.
+OPSET = 14
+OPSETS = range(14, 19)
+BATCH = "batch"
+
+
+def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metadata: Dict[str, str]) -> None:
+    """Write one tower as ONNX.
+
+    The graph normalises its output, as the recipe's does; `clipval.normalized` in the file's metadata says so.
+
+    Args:
+        file: written; its folder must exist.
+        opset: 14 to 18.
+        metadata: more properties for the file: hash of the weights, model name, versions.
+
+    Raises:
+        UsageError: the opset is out of range.
+        InputError: the exporter failed or its graph breaks the contract.
+    """
+    import onnx
+    import torch
+
+    if opset not in OPSETS:
+        raise UsageError(
+            f"opset {opset}: torch 2 exports this model from {OPSETS[0]} on, and ATC takes up to {OPSETS[-1]}"
+        )
+    example = torch.from_numpy(example_rows(tower, 2))
+    options: Dict[str, Any] = {}
+    if "dynamo" in inspect.signature(torch.onnx.export).parameters:
+        options["dynamo"] = False  # its graphs are the ones that atc and onnxruntime 1.19 are known to take
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # The fused attention of the vision tower has no ONNX form, in any opset.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                encoder(model, tower),
+                (example,),
+                str(file),
+                input_names=[tower.input_name],
+                output_names=[tower.output_name],
+                dynamic_axes={tower.input_name: {0: BATCH}, tower.output_name: {0: BATCH}},
+                opset_version=opset,
+                **options,
+            )
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    graph = onnx.load(str(file))
+    _fix_output_shape(graph, tower)
+    for name, value in {**metadata, "clipval.normalized": "true", "clipval.tower": tower.name}.items():
+        entry = graph.metadata_props.add()
+        entry.key, entry.value = name, value
+    onnx.save(graph, str(file))
+    check(file, tower)
+
+
+def example_rows(tower: Tower, count: int) -> np.ndarray:
+    """Inputs of the right shape, dtype and range: tokens must be real ids, for random ones leave the vocabulary."""
+    if tower.dtype == "float32":
+        return np.zeros(tower.shape(count), np.float32)
+    rows = np.zeros(tower.shape(count), np.int64)
+    rows[:, :3] = (49406, 320, 49407)  # start, "a", end of text
+    return rows
+
+
+def check(file: Path, tower: Tower) -> None:
+    """Hold a file to the contract: onnx.checker, names, dtypes, shapes, opset, and ArgMax on int32.
+
+    Raises:
+        InputError: what breaks the contract, with found and expected.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file))
+        graph = onnx.load(str(file), load_external_data=False).graph
+    except Exception as error:  # protobuf's, onnx's and the file system's own classes
+        text = " ".join(str(error).split())[:300]
+        raise InputError(f"ONNX {file}: not a valid model ({text}). Export it again") from error
+    kinds = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+    found = [_describe(value) for value in (*graph.input, *graph.output)]
+    wanted = [
+        (tower.input_name, kinds[tower.dtype], [BATCH, *tower.row_shape]),
+        (tower.output_name, onnx.TensorProto.FLOAT, [BATCH, tower.width]),
+    ]
+    if found != wanted or len(graph.output) != 1:
+        raise InputError(f"ONNX {file}: inputs and outputs are {found}, the {tower.name} tower needs {wanted}")
+    _check_argmax(file, graph)
+
+
+def read_metadata(file: Path) -> Dict[str, str]:
+    """Properties of an ONNX file: `clipval.weights`, `clipval.normalized`, ...
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"ONNX {file}: cannot be read ({text}). Export it again") from error
+    opset = max(entry.version for entry in model.opset_import)
+    return {**{entry.key: entry.value for entry in model.metadata_props}, "opset": str(opset)}
+
+
+def tower_of(file: Path) -> Tower:
+    """The tower that an ONNX file holds, with the file's own sizes.
+
+    Raises:
+        InputError: the file cannot be read, or its input is neither tower's.
+    """
+    import onnx
+
+    read_metadata(file)
+    graph = onnx.load(str(file), load_external_data=False).graph
+    name, _, shape = _describe(graph.input[0])
+    width = _describe(graph.output[0])[2][-1]
+    for tower in (VISION, TEXT):
+        if tower.input_name == name:
+            return replace(tower, row_shape=tuple(shape[1:]), width=int(width))
+    raise InputError(f"ONNX {file}: input is {name!r}, expected {VISION.input_name!r} or {TEXT.input_name!r}")
+
+
+def _describe(value: Any) -> Any:
+    shape: List[Any] = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    return value.name, value.type.tensor_type.elem_type, shape
+
+
+def _fix_output_shape(model: Any, tower: Tower) -> None:
+    """The exporter leaves some widths symbolic; the contract knows them."""
+    (output,) = model.graph.output
+    axes = output.type.tensor_type.shape.dim
+    axes[0].dim_param = BATCH
+    axes[1].dim_value = tower.width
+
+
+def _check_argmax(file: Path, graph: Any) -> None:
+    import onnx
+
+    producers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type != "ArgMax":
+            continue
+        source = producers.get(node.input[0])
+        kind = next((a.i for a in source.attribute if a.name == "to"), None) if source is not None else None
+        if source is None or source.op_type != "Cast" or kind != onnx.TensorProto.INT32:
+            raise InputError(f"ONNX {file}: ArgMax {node.name} must take tokens cast to int32")

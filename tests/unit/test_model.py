@@ -1,0 +1,139 @@
+"""Loading weights: what loads, and what must be refused without running it."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from clipval import model
+from clipval.errors import InputError, UsageError
+from clipval.towers import TEXT, VISION, towers
+
+from .conftest import CONFIG
+
+
+def load(file):
+    return model.load(CONFIG, model.find_weights(CONFIG, str(file)), towers())
+
+
+def text_embedding(loaded):
+    import torch
+
+    with torch.no_grad():
+        return model.encoder(loaded, TEXT)(loaded.tokenize(["a red circle"])).numpy()
+
+
+def test_a_state_dict_loads(seeded, tmp_path):
+    import torch
+
+    file = tmp_path / "plain.pt"
+    torch.save(seeded.module.state_dict(), file)
+    assert np.array_equal(text_embedding(load(file)), text_embedding(seeded))
+
+
+def test_a_training_checkpoint_loads(seeded, tmp_path):
+    import torch
+
+    file = tmp_path / "epoch.pt"
+    state = {f"module.{name}": value for name, value in seeded.module.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, file)
+    assert np.array_equal(text_embedding(load(file)), text_embedding(seeded))
+
+
+def test_safetensors_load(seeded, tmp_path):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "plain.safetensors"
+    save_file({name: value.contiguous() for name, value in seeded.module.state_dict().items()}, str(file))
+    assert np.array_equal(text_embedding(load(file)), text_embedding(seeded))
+
+
+def test_random_weights_are_the_same_every_time(seeded):
+    again = model.load(CONFIG, model.find_weights(CONFIG, model.RANDOM), towers())
+    assert np.array_equal(text_embedding(again), text_embedding(seeded))
+
+
+class Harm:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_a_malicious_pickle_does_not_run(tmp_path):
+    file, harmed = tmp_path / "evil.pt", tmp_path / "harmed"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("evil/data.pkl", pickle.dumps({"state_dict": Harm(harmed)}, protocol=2))
+        archive.writestr("evil/version", "3\n")
+        archive.writestr("evil/byteorder", "little")
+    with pytest.raises(InputError, match="evil.pt"):
+        load(file)
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(Harm(harmed), protocol=2))
+    with pytest.raises(InputError, match="old.pt"):
+        load(tmp_path / "old.pt")
+    assert not harmed.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_cut_off_checkpoint_is_one_line(tmp_path, share):
+    whole = open(CONFIG.replace(".json", ".pt"), "rb").read()
+    file = tmp_path / "cut.pt"
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(InputError, match="cut.pt: .*damaged or cut off") as caught:
+        load(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_architecture_is_named(seeded, tmp_path):
+    import torch
+
+    state = dict(seeded.module.state_dict())
+    state["text_projection"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="not of architecture shapes-vit"):
+        load(tmp_path / "other.pt")
+
+
+def test_missing_weights_say_what_to_get():
+    with pytest.raises(InputError, match="known tags: .*laion2b_s34b_b79k"):
+        model.find_weights("ViT-B-32", "no_such_tag")
+    with pytest.raises(InputError, match="knows no such architecture"):
+        model.find_weights("ViT-B-33", "random")
+    with pytest.raises(InputError, match="no such file"):
+        model.architecture("missing.json")
+
+
+def test_other_sizes_than_the_contract_are_refused():
+    weights = model.find_weights(CONFIG, model.RANDOM)
+    with pytest.raises(InputError, match="set image_size"):
+        model.load(CONFIG, weights, towers(image_size=336))
+    with pytest.raises(InputError, match="set embed_dim"):
+        model.load(CONFIG, weights, towers(width=768))
+
+
+def test_tokens_of_another_shape_are_refused():
+    with pytest.raises(UsageError, match="tokenizer gave"):
+        model.check_tokens(np.zeros((2, 64), np.int64), TEXT)
+
+
+def test_encoders_give_unit_rows(seeded):
+    import torch
+
+    rows = torch.rand(2, *VISION.row_shape)
+    with torch.no_grad():
+        found = model.encoder(seeded, VISION)(rows).numpy()
+    assert found.shape == (2, VISION.width)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+def test_padding_behind_the_end_does_not_matter(seeded):
+    import torch
+
+    tokens = seeded.tokenize(["a red circle"])
+    other = tokens.clone()
+    other[0, 10:] = 7  # behind the end of text, which the causal mask hides
+    with torch.no_grad():
+        one, two = (model.encoder(seeded, TEXT)(rows).numpy() for rows in (tokens, other))
+    assert np.allclose(one, two, atol=1e-6)
