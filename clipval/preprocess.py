@@ -5,7 +5,6 @@ Pixels are exactly what the model's own open_clip transform gives for the image 
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from clipval.datasets import RetrievalDataset
 from clipval.datasets.images import open_rgb
-from clipval.embeddings import read_array
+from clipval.embeddings import natural, read_array
 from clipval.model import Model, check_tokens
 from clipval.spec import PreprocessSpec
 from clipval.towers import Tower
@@ -94,11 +93,6 @@ def listed(folder: Path, tower: Tower) -> PreparedRows:
     """Every array of a folder as rows of one tower, in natural order of their names."""
     names = [path.stem for path in folder.glob("*.npy")]
     return PreparedRows(folder, tuple(sorted(names, key=natural)), tower)
-
-
-def natural(name: str) -> List[Any]:
-    """Sort key that orders numbers inside names by value: 9_2 before 10_1."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def pixels(path: Path, model: Model) -> np.ndarray:

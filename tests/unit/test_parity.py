@@ -22,7 +22,7 @@ def rows():
 
 
 def failed(reference, candidate):
-    found = gates.agreement(Embeddings(IDS, reference, {}), Embeddings(IDS, candidate, {}), WHERE, VISION, BOUNDS)
+    found = gates.agreement(Embeddings(IDS, reference), Embeddings(IDS, candidate), WHERE, VISION, BOUNDS)
     return [figure for figure in found if figure.verdict == "fail"]
 
 

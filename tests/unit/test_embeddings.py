@@ -1,0 +1,183 @@
+"""The border of every backend, and the recipe's folders of embeddings."""
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clipval import embeddings
+from clipval.backends import Identity
+from clipval.embeddings import Embeddings
+from clipval.errors import InputError
+from clipval.towers import TEXT
+
+ROWS = np.arange(10 * 77, dtype=np.int64).reshape(10, 77)
+IDS = tuple(f"{n}_0" for n in range(10))
+
+
+class Fake:
+    """Embeds a row as its first token, repeated; keeps what it was given."""
+
+    identity = Identity("fake", "1", "cpu", "fp32")
+    tower = TEXT
+
+    def __init__(self, batch_size=None, change=lambda values: values):
+        self.batch_size, self.change, self.seen = batch_size, change, []
+        self.buffer = np.empty((64, 512), np.float32)
+
+    def run(self, rows):
+        assert rows.flags.c_contiguous
+        self.seen.append(rows.copy())
+        out = self.buffer[: len(rows)]  # handed out again and again, as some runtimes do
+        out[:] = rows[:, :1]
+        return self.change(out)
+
+
+def test_a_fixed_batch_is_padded_and_cut():
+    backend = Fake(batch_size=4)
+    found = embeddings.embed(backend, IDS, ROWS, 4)
+    assert found.ids == IDS
+    assert np.array_equal(found.values[:, 0], ROWS[:, 0])
+    assert [len(rows) for rows in backend.seen] == [4, 4, 4]
+    assert np.array_equal(backend.seen[-1][1:], np.repeat(ROWS[9:], 3, axis=0))
+
+
+def test_a_free_batch_is_not_padded():
+    backend = Fake()
+    found = embeddings.embed(backend, IDS, ROWS[:, ::-1][:, ::-1], 4)
+    assert np.array_equal(found.values[:, 511], ROWS[:, 0])
+    assert [len(rows) for rows in backend.seen] == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda values: values[:-1], r"output 'text_embed' is float32 \(3, 512\), expected float32 \(4, 512\)"),
+        (lambda values: values[:, :100], r"float32 \(4, 100\)"),
+        (lambda values: values.astype(np.float16), "float16"),
+        (lambda values: None, "NoneType"),
+    ],
+)
+def test_a_wrong_output_is_named(change, words):
+    with pytest.raises(InputError, match="fake 1 on cpu, fp32, text tower, batch from sample 0_0: .*" + words):
+        embeddings.embed(Fake(4, change), IDS, ROWS, 4)
+
+
+@pytest.mark.parametrize("rows", [ROWS.astype(np.int32), ROWS.astype(np.float64), ROWS[:, :76]])
+def test_wrong_rows_are_refused_although_the_bytes_may_fit(rows):
+    backend = Fake()
+    with pytest.raises(InputError, match="input 'text' is .* expected int64"):
+        embeddings.embed(backend, IDS, rows, 4)
+    assert not backend.seen
+
+
+def test_what_cannot_be_embedded():
+    with pytest.raises(InputError, match="takes batches of 4, asked for 8"):
+        embeddings.embed(Fake(4), IDS, ROWS, 8)
+    with pytest.raises(InputError, match="9 ids for 10 rows"):
+        embeddings.embed(Fake(), IDS[:9], ROWS, 4)
+    with pytest.raises(InputError, match="0 ids for 0 rows"):
+        embeddings.embed(Fake(), (), ROWS[:0], 4)
+
+
+def some(count=12):
+    values = np.random.default_rng(0).normal(size=(count, 512)).astype(np.float32)
+    return Embeddings(tuple(f"{n}_{k}" for n in range(count // 2) for k in range(2)), values)
+
+
+def test_folders_come_back(tmp_path):
+    embeddings.write(tmp_path / "out", some(24))
+    found = embeddings.read(tmp_path / "out")
+    assert found.ids == some(24).ids  # 9_1 before 10_0, whatever the directory's order
+    assert np.array_equal(found.values, some(24).values)
+    assert np.load(tmp_path / "out" / "10_1_0.npy").shape == (1, 512)
+
+
+def test_the_recipes_second_output_is_left_out(tmp_path):
+    embeddings.write(tmp_path, some())
+    np.save(tmp_path / "0_0_1.npy", np.float32([14.28]))
+    (tmp_path / "x_summary.json").write_text("{}", encoding="utf-8")
+    assert len(embeddings.read(tmp_path).ids) == 12
+
+
+def test_half_precision_is_read(tmp_path):
+    np.save(tmp_path / "a_0.npy", np.ones((1, 8), np.float16))
+    assert embeddings.read(tmp_path).values.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "words"),
+    [
+        ("5_0_0.npy", np.ones((1, 512), np.float64), "<f8"),
+        ("5_0_0.npy", np.ones((1, 512), ">f4"), ">f4"),
+        ("5_0_0.npy", np.ones((1, 511), np.float32), r"\(1, 511\), expected .* \(1, 512\)"),
+        ("5_0_0.npy", np.ones((2, 512), np.float32), r"\(2, 512\)"),
+        ("5_0_0.npy", np.array([{"a": 1}], object), "allow_pickle|Object arrays"),
+        ("5_0_1.npy", np.ones((1, 512), np.float32), "not an embedding"),
+        ("stray.npy", np.ones((1, 512), np.float32), "stray.npy: not an embedding"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, name, array, words):
+    embeddings.write(tmp_path, some())
+    np.save(tmp_path / name, array, allow_pickle=True)
+    with pytest.raises(InputError, match=words) as caught:
+        embeddings.read(tmp_path, 512)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Harm:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_a_pickle_is_not_loaded(tmp_path):
+    (tmp_path / "a_0.npy").write_bytes(pickle.dumps(Harm(tmp_path / "harmed")))
+    with pytest.raises(InputError, match="a_0.npy"):
+        embeddings.read(tmp_path)
+    assert not (tmp_path / "harmed").exists()
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=200), st.binary(max_size=120).map(lambda tail: b"\x93NUMPY\x01\x00" + tail)))
+def test_any_bytes_are_one_line(tmp_path, content):
+    (tmp_path / "a_0.npy").write_bytes(content)
+    with pytest.raises(InputError, match="a_0.npy"):
+        embeddings.read(tmp_path, 512)
+
+
+def test_stale_files_are_not_mixed_in(tmp_path):
+    embeddings.write(tmp_path, some())
+    embeddings.write(tmp_path, some())
+    with pytest.raises(InputError, match="holds 2 arrays of other samples"):
+        embeddings.write(tmp_path, some(10))
+
+
+def test_empty_and_missing_folders(tmp_path):
+    with pytest.raises(InputError, match="no <id>_0.npy"):
+        embeddings.read(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        embeddings.read(tmp_path / "none")
+
+
+def test_align_is_by_id():
+    found = some()
+    turned = embeddings.align(found, found.ids[::-1])
+    assert np.array_equal(turned.values, found.values[::-1])
+    with pytest.raises(InputError, match=r"1 missing \['zz'\], 1 surplus \['5_1'\]"):
+        embeddings.align(found, (*found.ids[:-1], "zz"))
+    with pytest.raises(InputError, match="do not match"):
+        embeddings.align(Embeddings(("a", "a"), found.values[:2]), ("a", "a"))
+
+
+def test_read_array_is_strict(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((1, 77), np.int32))
+    with pytest.raises(InputError, match=r"x.npy: <i4 \(1, 77\), expected <i8 \(1, 77\)"):
+        embeddings.read_array(tmp_path / "x.npy", "int64", (1, 77))
+    with pytest.raises(InputError, match="no such file"):
+        embeddings.read_array(tmp_path / "y.npy", "int64", (1, 77))

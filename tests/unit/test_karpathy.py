@@ -1,0 +1,152 @@
+"""The reader: awkward captions come through whole, and bad folders are named down to the line."""
+
+import csv
+import io
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipval.datasets import karpathy, shapes
+from clipval.errors import InputError
+
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("1.jpg", "20.jpg", "3.jpg"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    return tmp_path
+
+
+def annotate(folder, content):
+    data = content if isinstance(content, bytes) else content.encode("utf-8")
+    (folder / "set_karpathy.txt").write_bytes(data)
+    return folder
+
+
+def test_awkward_captions(folder):
+    text = 'image,caption\r\n20.jpg,"A man, ""Bob"", waves."\r\n1.jpg,  plain \r\n20.jpg,"two\nlines"\r\n\r\n3.jpg,图片\r\n'
+    found = karpathy.read(annotate(folder, b"\xef\xbb\xbf" + text.encode()))
+    assert found.image_ids == ("20", "1", "3")
+    assert found.captions == ('A man, "Bob", waves.', "two\nlines", "plain", "图片")
+    assert found.caption_ids == ("20_0", "20_1", "1_0", "3_0")
+    assert found.image_of_caption.tolist() == [0, 0, 1, 2]
+    assert [path.name for path in found.image_paths] == ["20.jpg", "1.jpg", "3.jpg"]
+
+
+def test_no_header(folder):
+    assert karpathy.read(annotate(folder, "1.jpg,a\n3.jpg,b\n")).captions == ("a", "b")
+
+
+def test_clip_benchmarks_own_reading(folder):
+    text = 'image,caption\n1.jpg,"A man, ""Bob"", waves."\n3.jpg,b\n'
+    found = karpathy.read(annotate(folder, text), captions_format="clip_benchmark")
+    assert found.captions == ('"A man, ""Bob"", waves."', "b")
+
+
+def test_clip_benchmark_cannot_read_another_ending(folder):
+    with pytest.raises(InputError, match="line 2: 0 times '.jpg,'.*--captions-format csv"):
+        karpathy.read(annotate(folder, "image,caption\n1.png,b\n"), captions_format="clip_benchmark")
+
+
+@FUZZ
+@given(st.lists(st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), min_size=1), min_size=1))
+def test_any_caption_comes_back(folder, captions):
+    kept = [caption for caption in captions if caption.strip()]
+    rows = io.StringIO(newline="")
+    csv.writer(rows).writerows([("image", "caption"), *(("1.jpg", caption) for caption in kept)])
+    if kept:
+        assert karpathy.read(annotate(folder, rows.getvalue())).captions == tuple(one.strip() for one in kept)
+
+
+@FUZZ
+@given(st.one_of(st.binary(), st.text('1.jpg,"\n\r图a', max_size=60).map(str.encode)), st.sampled_from(["csv", "clip_benchmark"]))
+def test_any_bytes_give_a_data_set_or_one_line(folder, content, captions_format):
+    try:
+        found = karpathy.read(annotate(folder, content), captions_format=captions_format)
+    except InputError as error:
+        assert "set_karpathy.txt" in str(error)
+    else:
+        assert len(found.captions) == len(found.image_of_caption) == len(set(found.caption_ids)) > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("image,caption\n", "no captions in it"),
+        ("", "no captions in it"),
+        ("image,caption\n1.jpg,a, b\n", "line 2: 3 columns, expected 2.*double quotes"),
+        ("image,caption\n1.jpg\n", "line 2: 1 columns"),
+        ("image,caption\n1.jpg,\n", "line 2: the caption is empty"),
+        ("image,caption\n9.jpg,a\n", "line 2: image '9.jpg' is not in"),
+        ("image,caption\n../1.jpg,a\n", "line 2: image '../1.jpg' is not below the data folder"),
+        ("image,caption\n/etc/1.jpg,a\n", "is not below the data folder"),
+        ('image,caption\n1.jpg,"a\n3.jpg,b\n', "line 2: not CSV"),
+        (b"image,caption\n1.jpg,a\n3.jpg,\xff\n", "line 3: not UTF-8"),
+        (b"image,caption\n1.jpg,\0\n", "NUL bytes"),
+    ],
+)
+def test_mistakes_are_named(folder, content, words):
+    with pytest.raises(InputError, match=words) as caught:
+        karpathy.read(annotate(folder, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_images_in_sub_folders(folder):
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a" / "7.jpg")
+    found = karpathy.read(annotate(folder, "7.jpg,by name\n1.jpg,x\na/7.jpg,by path\n"))
+    assert found.image_paths[0] == folder / "a" / "7.jpg"
+    assert found.caption_ids == ("7_0", "7_1", "1_0")
+    Image.new("RGB", (8, 8)).save(folder / "b" / "7.jpg")
+    with pytest.raises(InputError, match="several folders"):
+        karpathy.read(folder)
+    with pytest.raises(InputError, match="have one id, '7'"):
+        karpathy.read(annotate(folder, "a/7.jpg,x\nb/7.jpg,y\n"))
+
+
+def test_the_annotation_file_must_be_clear(folder):
+    with pytest.raises(InputError, match="no annotation file"):
+        karpathy.read(folder)
+    annotate(folder, "1.jpg,a\n")
+    (folder / "other_karpathy.txt").write_text("1.jpg,a\n", encoding="utf-8")
+    with pytest.raises(InputError, match="other_karpathy.txt, set_karpathy.txt"):
+        karpathy.read(folder)
+    with pytest.raises(InputError, match="no such folder"):
+        karpathy.read(folder / "none")
+
+
+def test_counts_are_held(folder):
+    found = karpathy.read(annotate(folder, "1.jpg,a\n3.jpg,b\n"))
+    karpathy.expect(found, images=2, captions=0)
+    with pytest.raises(InputError, match="2 images, the spec says 1000"):
+        karpathy.expect(found, images=1000, captions=0)
+
+
+def test_the_fingerprint_follows_captions_and_pixels(folder):
+    first = karpathy.read(annotate(folder, "1.jpg,a\n3.jpg,b\n")).fingerprint()
+    assert karpathy.read(folder).fingerprint() == first
+    assert karpathy.read(annotate(folder, "1.jpg,b\n3.jpg,a\n")).fingerprint() != first
+    annotate(folder, "1.jpg,a\n3.jpg,b\n")
+    Image.new("RGB", (8, 8), "blue").save(folder / "3.jpg")
+    assert karpathy.read(folder).fingerprint() != first
+
+
+def test_100k_lines(folder):
+    rows = "".join(f"{(1, 3, 20)[n % 3]}.jpg,caption {n}\n" for n in range(100_000))
+    found = karpathy.read(annotate(folder, "image,caption\n" + rows))
+    assert len(found.captions) == 100_000
+
+
+def test_the_drawn_set_reads_back(tmp_path):
+    shapes.write(tmp_path, count=6)
+    found = karpathy.read(tmp_path)
+    wanted = [caption for _, captions in shapes.scenes(shapes.SEED_TEST, 6) for caption in captions]
+    assert list(found.captions) == wanted
+    assert any("," in caption for caption in wanted)
+    assert any('"' in caption for caption in wanted)
+    assert [int(name) for name in found.image_ids] != sorted(int(name) for name in found.image_ids)
