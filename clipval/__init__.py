@@ -2,7 +2,7 @@
 
 Data flows one way, and a module imports only from its left:
 
-errors -> towers -> results, store, environment -> backends -> ascend -> options -> spec -> datasets -> embeddings
+errors -> towers -> results, store, environment -> ascend -> backends -> options -> spec -> datasets -> embeddings
 -> model -> preprocess -> export -> parity, retrieval, throughput -> chain -> gates -> baseline, report -> ledger
 -> train_shapes, cli -> __main__
 

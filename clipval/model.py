@@ -7,6 +7,7 @@ for parity and throughput, not for recall).
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 import sys
 from pathlib import Path
@@ -155,7 +156,12 @@ def load(name: str, weights: Weights, contract: Dict[str, Tower]) -> Model:
     by_tag = weights.file is not None and weights.asked in open_clip.list_pretrained_tags_by_model(arch)
     torch.manual_seed(RANDOM_SEED)
     # With a tag, open_clip also applies the tag's own mean, std, interpolation and activation.
-    module, _, transform = open_clip.create_model_and_transforms(arch, pretrained=weights.asked if by_tag else None)
+    logging.disable(logging.WARNING)  # it warns of random weights, which are filled in below or were asked for
+    try:
+        created = open_clip.create_model_and_transforms(arch, pretrained=weights.asked if by_tag else None)
+    finally:
+        logging.disable(logging.NOTSET)
+    module, _, transform = created
     if weights.file is not None and not by_tag:
         _fill(module, weights.file, arch)
     module.eval()

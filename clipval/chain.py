@@ -1,0 +1,332 @@
+"""The chain itself: settings -> any artifact or embeddings, each built once. The only module that composes stages."""
+
+from __future__ import annotations
+
+import glob
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import msgspec
+import numpy as np
+
+from clipval import environment, export, preprocess, store
+from clipval import model as models
+from clipval import spec as specs
+from clipval.backends import REFERENCE, Backend, Identity
+from clipval.datasets import RetrievalDataset, karpathy, shapes
+from clipval.embeddings import Embeddings, embed
+from clipval.errors import BackendUnavailable, InputError, UsageError
+from clipval.options import Settings
+from clipval.retrieval import Retrieval, evaluate
+from clipval.towers import Tower
+
+PREFERRED_BATCH = 8  # the batch that accuracy is measured with: a tower's OM exists for it in every default run
+
+
+class Opened(NamedTuple):
+    """What one backend made of one tower: its identity and the embeddings."""
+
+    identity: Identity
+    embeddings: Embeddings
+
+
+class Chain:
+    """One run's artifacts. Nothing is built before it is asked for.
+
+    Args:
+        settings: what was asked for.
+        rebuild_before: see `clipval.store.Store`; by default now, where the settings ask to rebuild.
+    """
+
+    def __init__(self, settings: Settings, rebuild_before: Optional[float] = None) -> None:
+        self.settings = settings
+        if rebuild_before is None and settings.rebuild:
+            rebuild_before = time.time()
+        self.store = store.Store(settings.workdir, rebuild_before)
+        self._backends: Dict[Tuple[str, str, Optional[int]], Backend] = {}
+        self._embeddings: Dict[Tuple[str, str], Opened] = {}
+        self._retrievals: Dict[str, Retrieval] = {}
+
+    @cached_property
+    def spec(self) -> specs.Spec:
+        """The spec, with the command line's model in place of its own where one was given."""
+        spec = specs.load(self.settings.spec)
+        name = self.settings.model_name or spec.beside(spec.model.name)
+        pretrained = self.settings.pretrained or spec.beside(spec.model.pretrained)
+        return msgspec.structs.replace(
+            spec, model=msgspec.structs.replace(spec.model, name=name, pretrained=pretrained)
+        )
+
+    @cached_property
+    def towers(self) -> Dict[str, Tower]:
+        """Both towers' contracts: the spec's sizes, or those of the architecture that replaces the spec's."""
+        if self.settings.model_name is None:
+            return self.spec.towers
+        return models.sizes(self.settings.model_name)
+
+    @property
+    def batch_sizes(self) -> Tuple[int, ...]:
+        return self.settings.batch_sizes or self.spec.throughput.batch_sizes
+
+    @property
+    def accuracy_batch(self) -> int:
+        """Batch size of the accuracy path."""
+        return PREFERRED_BATCH if PREFERRED_BATCH in self.batch_sizes else max(self.batch_sizes)
+
+    @property
+    def trained(self) -> bool:
+        """Recall means something: the weights are not seeded ones."""
+        return self.spec.model.pretrained != models.RANDOM
+
+    def check_inputs(self) -> None:
+        """Find data and weights before anything is built.
+
+        Raises:
+            InputError, UsageError: what is missing, from where to get it and how it must lie.
+        """
+        data = self.spec.data
+        folder = self.settings.data_dir
+        if data.kind == "karpathy" and folder is None:
+            raise UsageError(f"spec {self.spec.name} needs --data-dir. {data.get}".strip())
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"--data-dir {folder}: no such folder. {data.get}".strip())
+        if not self.spec.model.pretrained:
+            raise UsageError(f"spec {self.spec.name} names no weights; give --pretrained a tag, a file or 'random'")
+        if folder is not None:
+            self.dataset  # noqa: B018  reads the annotations and finds every image
+        self.weights  # noqa: B018  resolves the tag or file
+
+    @cached_property
+    def dataset(self) -> RetrievalDataset:
+        """The data set of `--data-dir`, or the drawn one."""
+        data, folder = self.spec.data, self.settings.data_dir
+        if folder is None:
+            code = store.code_hash("clipval.datasets.shapes")
+            key = {"code": code, "seed": shapes.SEED_TEST, "images": data.images, "pillow": environment.version("pillow")}
+            folder = self.store.get("dataset", key, lambda path: shapes.write(path, count=data.images))
+        dataset = karpathy.read(folder, captions_format=self.settings.captions_format)
+        karpathy.expect(dataset, images=data.images, captions=data.captions)
+        return dataset
+
+    @cached_property
+    def weights(self) -> models.Weights:
+        return models.find_weights(self.spec.model.name, self.spec.model.pretrained)
+
+    @cached_property
+    def model(self) -> models.Model:
+        return models.load(self.spec.model.name, self.weights, self.towers)
+
+    @cached_property
+    def model_key(self) -> Dict[str, Any]:
+        """What embeddings depend on besides data: weights, architecture, code and library versions."""
+        return {
+            "weights": self.weights.sha256,
+            "config": models.config(self.spec.model.name),
+            "versions": environment.library_versions(),
+            "code": store.code_hash("clipval.model", "clipval.towers"),
+        }
+
+    @cached_property
+    def prepared(self) -> preprocess.PreparedData:
+        """The data set as arrays in the recipe's layout."""
+        key = {
+            **self.model_key,
+            "data": self.dataset.fingerprint(),
+            "code": store.code_hash("clipval.preprocess", "clipval.model", "clipval.datasets.images"),
+            "weights": None,  # pixels and tokens depend on the architecture's transform only
+            "transform": str(self.model.transform),
+        }
+
+        def build(folder: Path) -> None:
+            preprocess.prepare(self.dataset, self.model, self.towers, folder)
+
+        folder = self.store.get("prepared", key, build)
+        return preprocess.opened(self.dataset, self.towers, folder)
+
+    def input_digests(self, tower: Tower) -> np.ndarray:
+        """sha256 of each prepared row, in order: equal for equal inputs."""
+        rows = self.prepared.rows[tower.name]
+        files = store.files(self.prepared.folder)
+        return np.array([files[f"{tower.prepared}/{name}.npy"]["sha256"] for name in rows.ids])
+
+    def onnx(self, tower: Tower) -> Path:
+        """The ONNX file of a tower."""
+        opset = self.settings.opset_version
+        code = store.code_hash("clipval.export", "clipval.model", "clipval.towers")
+        key = {**self.model_key, "tower": tower.name, "opset": opset, "code": code}
+        metadata = {
+            "clipval.weights": self.weights.sha256,
+            "clipval.model": self.spec.model.name,
+            "clipval.versions": str(environment.library_versions()),
+        }
+
+        def build(folder: Path) -> None:
+            export.export(self.model, tower, folder / f"{tower.name}.onnx", opset=opset, metadata=metadata)
+            export.check(folder / f"{tower.name}.onnx", tower)
+
+        return self.store.get("onnx", key, build) / f"{tower.name}.onnx"
+
+    def om(self, tower: Tower, batch_size: int) -> Path:
+        """The OM file of a tower for one batch size: a ready one of `--om-dir`, else compiled by atc."""
+        if self.settings.om_dir is not None:
+            return self._ready_om(self.settings.om_dir, tower, batch_size)
+        from clipval.ascend import atc
+
+        onnx_file = self.onnx(tower)
+        options = self.atc_options
+        name = f"{tower.name}_bs{batch_size}"
+        key = {"onnx": store.sha256(onnx_file), **atc.key(tower, batch_size, options)}
+        logs = self.store.root / "logs"
+
+        def build(folder: Path) -> None:
+            atc.compile_om(onnx_file, folder, name, tower, batch_size, options, logs_folder=logs)
+
+        return self.store.get("om", key, build) / f"{name}.om"
+
+    @cached_property
+    def atc_options(self) -> Any:
+        """What atc is asked for; the chip comes from `--soc-version`, else from npu-smi."""
+        from clipval.ascend import atc, npu_smi
+
+        chosen = self.settings
+        return atc.AtcOptions(
+            soc_version=chosen.soc_version or npu_smi.npu(chosen.device_id).soc_version,
+            precision_mode=chosen.precision_mode,
+            keep_dtype=str(chosen.keep_dtype) if chosen.keep_dtype else "",
+            extra=chosen.atc_flags,
+        )
+
+    def _ready_om(self, folder: Path, tower: Tower, batch_size: int) -> Path:
+        pattern = f"*{tower.name}_bs{batch_size}.om"
+        found = sorted(Path(path) for path in glob.glob(str(Path(glob.escape(str(folder))) / pattern)))
+        if len(found) != 1:
+            listed = ", ".join(path.name for path in found) or "none"
+            raise InputError(f"--om-dir {folder}: expected one file {pattern}, found {listed}")
+        return found[0]
+
+    def backend(self, name: str, tower: Tower, batch_size: int) -> Backend:
+        """An open backend; for OM, one that takes just this batch size."""
+        key = (name, tower.name, batch_size if name == "om" else None)
+        if key not in self._backends:
+            if name == "om":
+                self.close("om")  # one session alive per device
+            backend = self._open(name, tower, batch_size)
+            self._require_real(backend)
+            self._backends[key] = backend
+        return self._backends[key]
+
+    def _open(self, name: str, tower: Tower, batch_size: int) -> Backend:
+        file = {"onnx": lambda: self.onnx(tower), "om": lambda: self.om(tower, batch_size)}.get(name, lambda: None)()
+        return self.open_file(name, tower, file, batch_size)
+
+    def open_file(self, name: str, tower: Tower, file: Optional[Path], batch_size: int) -> Backend:
+        """A backend on a given ONNX or OM file; pytorch needs none.
+
+        Raises:
+            UsageError: the backend needs a file.
+        """
+        threads = self.settings.threads
+        if name == "pytorch":
+            from clipval.backends.pytorch import PytorchBackend
+
+            return PytorchBackend(tower, models.encoder(self.model, tower), threads)
+        if file is None:
+            raise UsageError(f"backend {name} needs --model with an .{name} file")
+        if name == "onnx":
+            from clipval.backends.onnx import OnnxBackend
+
+            return OnnxBackend(tower, file, self.settings.onnx_providers, threads)
+        from clipval.backends import om
+
+        precision = self.settings.precision_mode or "force_fp16"
+        return om.open_tower(tower, file, batch_size=batch_size, device_id=self.settings.device_id, precision=precision)
+
+    def _require_real(self, backend: Backend) -> None:
+        if backend.identity.simulated and not self.settings.allow_simulated:
+            backend.close()
+            raise BackendUnavailable(
+                f"{backend.identity}: a simulated device passes no gate; use a real one, or give --allow-simulated"
+            )
+
+    def embeddings(self, name: str, tower: Tower) -> Opened:
+        """A backend's embeddings of the whole data set, in the order of its ids.
+
+        The reference's are kept in the store. A backend under test runs anew in every session: embeddings of last
+        week say nothing of the device today.
+        """
+        key = (name, tower.name)
+        if key not in self._embeddings:
+            if name == REFERENCE:
+                self._embeddings[key] = self._reference(tower)
+            else:
+                backend = self.backend(name, tower, self.accuracy_batch)
+                self._embeddings[key] = Opened(backend.identity, self._embed(backend, tower))
+        return self._embeddings[key]
+
+    def _embed(self, backend: Backend, tower: Tower) -> Embeddings:
+        rows = self.prepared.rows[tower.name]
+        return embed(backend, rows.ids, rows, self.accuracy_batch)
+
+    def _reference(self, tower: Tower) -> Opened:
+        rows = self.prepared.rows[tower.name]
+        key = {
+            **self.model_key,
+            "tower": tower.name,
+            "prepared": rows.folder.parent.name,
+            "batch": self.accuracy_batch,
+            "code": store.code_hash("clipval.embeddings", "clipval.backends.pytorch", "clipval.model"),
+        }
+
+        def build(folder: Path) -> None:
+            backend = self.backend(REFERENCE, tower, self.accuracy_batch)
+            np.save(folder / "values.npy", self._embed(backend, tower).values)
+            (folder / "identity.json").write_bytes(msgspec.json.encode(backend.identity))
+
+        folder = self.store.get("reference", key, build)
+        identity = Identity(*msgspec.json.decode((folder / "identity.json").read_bytes()))
+        return Opened(identity, Embeddings(rows.ids, np.load(folder / "values.npy")))
+
+    def bounds(self, where: Identity) -> specs.ParityBounds:
+        """The spec's tolerances for a backend in the precision it computes in."""
+        if where.name != "om":
+            return self.spec.bounds(where.name, "fp32")
+        from clipval.ascend import atc
+
+        return self.spec.bounds("om", atc.precision_class(where.precision))
+
+    def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:
+        """A backend's embeddings of some samples, in the order picked, computed now."""
+        rows = self.prepared.rows[tower.name]
+        ids = tuple(rows.ids[n] for n in picked)
+        return embed(self.backend(name, tower, batch_size), ids, rows[picked], batch_size)
+
+    def retrieval(self, name: str) -> Retrieval:
+        """A backend's ranks on the whole data set."""
+        if name not in self._retrievals:
+            images, captions = (self.embeddings(name, tower).embeddings for tower in self.towers.values())
+            self._retrievals[name] = evaluate(
+                images.ids, images.values, captions.ids, captions.values, self.dataset.image_of_caption
+            )
+        return self._retrievals[name]
+
+    def image_path(self, image_id: str) -> Optional[Path]:
+        """File of an image, for a report's thumbnails; None for an id that is no image's."""
+        return dict(zip(self.dataset.image_ids, self.dataset.image_paths)).get(image_id)
+
+    def caption(self, caption_id: str) -> Optional[str]:
+        """Text of a caption; None for an id that is no caption's."""
+        return dict(zip(self.dataset.caption_ids, self.dataset.captions)).get(caption_id)
+
+    def close(self, only: Optional[str] = None) -> None:
+        """Close the backends, or those of one name."""
+        for key in [key for key in self._backends if only in (None, key[0])]:
+            self._backends.pop(key).close()
+
+    def not_validated(self) -> List[str]:
+        """What this run does not say anything about, one line each."""
+        left = [f"{name}: not listed in --backends" for name in ("onnx", "om") if name not in self.settings.validated]
+        if not self.trained:
+            left.append("recall: the weights are random, so figures of recall mean nothing")
+        return left

@@ -1,0 +1,419 @@
+"""The gates: evidence in, judged figures out. Each can fail, and says where, what was found and what was expected.
+
+A gate id is `<check>/<backend>/<tower or metric>[/<batch size>]`; `expected` lists the ids that a run promises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+
+from clipval import parity, retrieval
+from clipval.backends import REFERENCE, Identity
+from clipval.datasets import RetrievalDataset
+from clipval.embeddings import Embeddings
+from clipval.export import check, read_metadata
+from clipval.model import Model
+from clipval.preprocess import PreparedRows, each_in_threads, expected_pixels, pixels, tokens
+from clipval.results import FAIL, INFO, PASS, Figure
+from clipval.spec import PairedBounds, ParityBounds, Reference, Spec
+from clipval.towers import TOWER_NAMES, Tower
+
+ACCURACY, PERF = "accuracy", "perf"
+TOWER_CHECKS = ("values", "distinct", "invariance")
+INVARIANCE_SAMPLES = 32
+SAME = 1e-7  # cosine distance below which two fp32 embeddings are one; two captions of one word more differ by 1e-4
+
+
+def expected(
+    spec: Spec, backends: Sequence[str], batch_sizes: Sequence[int], kinds: Sequence[str], trained: bool
+) -> List[str]:
+    """Gate ids that a run must evaluate: backend x tower x batch size x check.
+
+    Args:
+        kinds: of `accuracy` and `perf`.
+        trained: the weights are not random, so recall applies.
+    """
+    ids: List[str] = []
+    if ACCURACY in kinds:
+        ids += [f"prepared/data/{tower}" for tower in TOWER_NAMES]
+        for name in backends:
+            checks = list(TOWER_CHECKS)
+            checks += ["parity"] if name != REFERENCE else []
+            checks += ["artifact"] if name == "onnx" else []
+            ids += [f"{check}/{name}/{tower}" for check in checks for tower in TOWER_NAMES]
+            if trained:
+                ids += [f"recall/{name}/{metric}" for metric in gated_metrics(spec)]
+                ids += [f"paired/{name}/{bounds.metric}" for bounds in spec.paired if name != REFERENCE]
+    if PERF in kinds:
+        ids += [f"throughput/{name}/{tower}/{n}" for name in backends for tower in TOWER_NAMES for n in batch_sizes]
+    return ids
+
+
+def gated_metrics(spec: Spec) -> List[str]:
+    """Metrics that the spec has a figure for, in its order."""
+    return list(dict.fromkeys(reference.metric for reference in spec.references))
+
+
+def context(identity: Identity, **more: Any) -> Dict[str, Any]:
+    """What made a figure, for its record."""
+    return {
+        "backend": identity.name,
+        "version": identity.version,
+        "device": identity.device,
+        "precision": identity.precision,
+        "simulated": identity.simulated,
+        **more,
+    }
+
+
+def judge(
+    gate: str,
+    metric: str,
+    measured: float,
+    bound: str,
+    limit: float,
+    *,
+    unit: str,
+    count: int,
+    where: Identity,
+    because: str = "",
+    worst: str = "",
+    reference: Optional[float] = None,
+    source: str = "",
+    detail: Optional[Dict[str, Any]] = None,
+    failure: str = "model",
+) -> Figure:
+    """One figure against its limit; a NaN fails.
+
+    Args:
+        bound: `>=`, `<=`, or `within` (limit around `reference`).
+        worst: names the sample that decided; because: why the limit is what it is.
+    """
+    if bound == "within":
+        assert reference is not None
+        ok = abs(measured - reference) <= limit + 1e-9
+        wanted = f"{reference:.4f} +- {limit:g}"
+    else:
+        ok = measured >= limit if bound == ">=" else measured <= limit
+        wanted = f"{bound} {limit:g}"
+    message = f"{gate}: {metric} is {measured:.7g} over {count}, expected {wanted}"
+    message += f" ({worst})" if worst else ""
+    message += f"; {because}" if because else ""
+    message += f"; reference: {source}" if source else ""
+    return Figure(
+        gate=gate,
+        metric=metric,
+        unit=unit,
+        measured=float(measured) if np.isfinite(measured) else None,
+        count=count,
+        reference=reference,
+        source=source,
+        bound=bound,
+        limit=limit,
+        verdict=PASS if ok else FAIL,
+        failure="" if ok else failure,
+        message="" if ok else f"{message}. Made by {where}",
+        context=context(where),
+        detail=detail or {},
+    )
+
+
+def prepared_images(data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec) -> List[Figure]:
+    """Prepared pixels are bit for bit the model's own transform of the images, and what the spec says they must be.
+
+    The second comparison does not use the transform, so a wrong mean, crop, channel order or resize cannot hide in it.
+    Of more than 1000 images, 1000 spread over the set are compared.
+    """
+    picked = np.unique(np.linspace(0, len(data) - 1, min(len(data), 1000)).round().astype(int))
+    side = data.tower.row_shape[-1]
+
+    def compare(n: int) -> Any:
+        found, path = data[[n]][0], dataset.image_paths[n]
+        own = float(np.abs(found - pixels(path, model)).max())
+        stated = np.abs(found - expected_pixels(path, side, spec.preprocess)).max() if spec.preprocess else 0.0
+        return own, float(stated)
+
+    off = np.array(each_in_threads(compare, picked.tolist(), "check images", len(picked)))
+    ids = [data.ids[n] for n in picked]
+    return [
+        _prepared(data, "max |pixel - the model's transform|", off[:, 0], 0.0, ids),
+        _prepared(data, "max |pixel - the spec's preprocessing|", off[:, 1], 1e-5, ids),
+    ]
+
+
+def prepared_texts(data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec) -> List[Figure]:
+    """Prepared tokens are the model's own tokenizer's for every caption, and the captions are the spec's."""
+    found = data[:]
+    off = (found != tokens(dataset.captions, model, data.tower)).sum(axis=1)
+    figures = [_prepared(data, "tokens unlike the tokenizer's", off, 0.0, data.ids)]
+    if spec.data.captions_sha256:
+        digest = hashlib.sha256("".join(f"{caption}\n" for caption in dataset.captions).encode()).hexdigest()
+        same = np.array([digest != spec.data.captions_sha256])
+        figures.append(_prepared(data, "captions unlike the spec's captions_sha256", same, 0.0, ["annotation file"]))
+    return figures
+
+
+def _prepared(data: PreparedRows, metric: str, off: np.ndarray, limit: float, ids: Sequence[str]) -> Figure:
+    worst = int(np.argmax(np.nan_to_num(off, nan=np.inf)))
+    where = Identity("data", "prepared arrays", "disk", data.tower.dtype)
+    return judge(
+        f"prepared/data/{data.tower.name}",
+        metric,
+        float(off.max()),
+        "<=",
+        limit,
+        unit="absolute",
+        count=len(off),
+        where=where,
+        worst=f"sample {ids[worst]}",
+        failure="input",
+    )
+
+
+def artifact(file: Path, tower: Tower, weights: str, where: Identity) -> List[Figure]:
+    """The ONNX file keeps the contract and was made of the weights under test."""
+    check(file, tower)
+    metadata = read_metadata(file)
+    same = metadata.get("clipval.weights") == weights and metadata.get("clipval.normalized") == "true"
+    found = metadata.get("clipval.weights", "none")[:12]
+    return [
+        judge(
+            f"artifact/{where.name}/{tower.name}",
+            "made of the weights under test",
+            float(same),
+            ">=",
+            1,
+            unit="share",
+            count=1,
+            where=where,
+            worst=f"{file.name} is of weights {found}, under test are {weights[:12]}",
+        )
+    ]
+
+
+def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds, ids: Sequence[str]) -> List[Figure]:
+    """Every sample has one finite embedding of the contract's width and of length one, none saturated."""
+    gate = f"values/{where.name}/{tower.name}"
+    wide = found.values.astype(np.float64)
+    shape_ok = found.ids == tuple(ids) and wide.shape == (len(ids), tower.width)
+    bad = ~np.isfinite(wide).all(axis=1) | (np.abs(wide) >= 65504).any(axis=1)
+    norm = np.abs(np.linalg.norm(np.where(np.isfinite(wide), wide, 0), axis=1) - 1)
+    common = {"where": where, "count": len(wide)}
+    worst = int(np.argmax(norm))
+    first = f"first bad sample {found.ids[int(np.argmax(bad))]}" if bad.any() else ""
+    return [
+        judge(gate, "embeddings of the right count, ids and width", float(shape_ok), ">=", 1, unit="share", **common),
+        judge(gate, "NaN, Inf or +-65504", float(bad.sum()), "<=", 0, unit="samples", worst=first, **common),
+        judge(
+            gate,
+            "|L2 norm - 1|",
+            norm[worst],
+            "<=",
+            bounds.norm,
+            unit="absolute",
+            worst=f"sample {found.ids[worst]}",
+            because=bounds.because,
+            **common,
+        ),
+    ]
+
+
+def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray) -> List[Figure]:
+    """Different inputs give different embeddings.
+
+    A text tower whose ArgMax runs in fp16 pools at the start token and gives every caption the same embedding.
+
+    Args:
+        rows: one digest per input, equal for equal inputs: [n].
+    """
+    gate = f"distinct/{where.name}/{tower.name}"
+    unit = _unit(found.values)
+    _, first = np.unique(rows, return_index=True)
+    unit = unit[np.sort(first)]
+    names = [found.ids[n] for n in np.sort(first)]
+    twins, example = _nearest(unit)
+    worst = f"samples {names[example[0]]} and {names[example[1]]}" if twins else ""
+    limit = 0.0
+    spread = float(1 - np.square(unit.mean(axis=0)).sum())
+    common = {"where": where, "count": len(unit)}
+    return [
+        judge(gate, "different inputs with one embedding", twins, "<=", limit, unit="samples", worst=worst, **common),
+        judge(gate, "spread (1 - |mean unit embedding|^2)", spread, ">=", 1e-3, unit="absolute", **common),
+    ]
+
+
+def _unit(values_: np.ndarray) -> np.ndarray:
+    wide = values_.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nan_to_num(wide / np.linalg.norm(wide, axis=1, keepdims=True))
+
+
+def _nearest(unit: np.ndarray) -> Any:
+    """How many rows have another row within `SAME`, and one such pair."""
+    twins, example = 0, (0, 0)
+    for start in range(0, len(unit), 1024):
+        block = unit[start : start + 1024] @ unit.T
+        block[np.arange(len(block)), start + np.arange(len(block))] = -1
+        near = block.max(axis=1)
+        close = near > 1 - SAME
+        twins += int(close.sum())
+        if close.any():
+            row = int(np.argmax(close))
+            example = (start + row, int(block[row].argmax()))
+    return twins, example
+
+
+def invariance_samples(count: int) -> np.ndarray:
+    """Indices spread over the set, the last sample among them: it is the one that padding stands behind."""
+    return np.unique(np.linspace(0, count - 1, min(count, INVARIANCE_SAMPLES)).round().astype(int))
+
+
+def invariance(
+    whole: Embeddings, single: Embeddings, shuffled: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds
+) -> List[Figure]:
+    """A sample's embedding depends neither on its batch size nor on its neighbours.
+
+    Args:
+        whole: the accuracy run, in batches; single: some of its samples one at a time; shuffled: the same samples in
+            another order and so with other neighbours.
+    """
+    figures = []
+    row = {name: n for n, name in enumerate(whole.ids)}
+    for metric, other in (("in batches of 1", single), ("beside other neighbours", shuffled)):
+        compared = parity.compare(other.ids, whole.values[[row[name] for name in other.ids]], other.values)
+        worst = int(np.argmax(np.nan_to_num(compared.max_abs, nan=np.inf)))
+        figures.append(
+            judge(
+                f"invariance/{where.name}/{tower.name}",
+                f"max |difference| {metric}",
+                compared.max_abs[worst],
+                "<=",
+                bounds.max_abs,
+                unit="absolute",
+                count=len(other.ids),
+                where=where,
+                worst=f"sample {other.ids[worst]}",
+                because=bounds.because,
+            )
+        )
+    return figures
+
+
+def agreement(reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds) -> List[Figure]:
+    """Per-sample parity with the reference: minimum and mean cosine, largest difference of one element."""
+    gate = f"parity/{where.name}/{tower.name}"
+    compared = parity.compare(found.ids, reference.values, found.values)
+    worst = compared.worst()
+    named = "worst samples " + ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in worst)
+    largest = int(np.argmax(np.nan_to_num(compared.max_abs, nan=np.inf)))
+    common = {"where": where, "count": len(found.ids), "because": bounds.because}
+    return [
+        judge(
+            gate,
+            "minimum cosine",
+            compared.cosine.min(),
+            ">=",
+            bounds.cosine_min,
+            unit="cosine",
+            worst=named,
+            detail=compared.detail(),
+            **common,
+        ),
+        judge(gate, "mean cosine", compared.cosine.mean(), ">=", bounds.cosine_mean, unit="cosine", **common),
+        judge(
+            gate,
+            "max |difference|",
+            compared.max_abs[largest],
+            "<=",
+            bounds.max_abs,
+            unit="absolute",
+            worst=f"sample {found.ids[largest]}",
+            **common,
+        ),
+    ]
+
+
+def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str) -> List[Figure]:
+    """One recall figure against its published or pinned one; too good is as suspect as too bad."""
+    direction, k = _direction(found, metric)
+    measured = direction.recall(k)
+    reference = spec.reference(metric, where.name)
+    gate = f"recall/{where.name}/{metric}"
+    assert reference is not None
+    if reference.within is None:
+        return [_shown(gate, metric, measured, direction, reference, where)]
+    off = round((measured - reference.value) * len(direction.ranks))
+    return [
+        judge(
+            gate,
+            metric,
+            measured,
+            "within",
+            reference.within,
+            unit="share",
+            count=len(direction.ranks),
+            where=where,
+            reference=reference.value,
+            source=reference.source,
+            worst=f"{off:+d} of {len(direction.ranks)} queries",
+            because=reference.because,
+            detail=direction.detail(),
+        )
+    ]
+
+
+def _shown(
+    gate: str, metric: str, measured: float, direction: retrieval.Direction, reference: Reference, where: Identity
+) -> Figure:
+    return Figure(
+        gate=gate,
+        metric=metric,
+        unit="share",
+        measured=measured,
+        count=len(direction.ranks),
+        reference=reference.value,
+        source=reference.source,
+        verdict=INFO,
+        context=context(where),
+        detail=direction.detail(),
+    )
+
+
+def paired(
+    reference: retrieval.Retrieval, found: retrieval.Retrieval, where: Identity, bounds: PairedBounds
+) -> List[Figure]:
+    """Recall against PyTorch's on the same samples, with the queries that flipped."""
+    direction, k = _direction(found, bounds.metric)
+    base, _ = _direction(reference, bounds.metric)
+    result = retrieval.pair(base, direction, k)
+    flips = ", ".join(f"{one['id']} (margin {one['margin']:+.1e})" for one in result.flips[:5])
+    figure = judge(
+        f"paired/{where.name}/{bounds.metric}",
+        f"{bounds.metric} less pytorch's",
+        result.difference,
+        "within",
+        bounds.within,
+        unit="share",
+        count=len(direction.ranks),
+        where=where,
+        reference=0.0,
+        worst=f"{result.gains} gained, {result.losses} lost, McNemar p {result.p_value:.3g}; flipped: {flips or 'none'}",
+        because=bounds.because,
+        detail={
+            "gains": result.gains,
+            "losses": result.losses,
+            "p_value": result.p_value,
+            "flips": list(result.flips[:20]),
+        },
+    )
+    return [figure]
+
+
+def _direction(found: retrieval.Retrieval, metric: str) -> Any:
+    """`image_retrieval_recall@5` -> (that direction, 5)."""
+    name, _, k = metric.partition("_recall@")
+    return {one.name: one for one in found.directions}[name], int(k)
