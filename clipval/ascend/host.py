@@ -1,0 +1,161 @@
+"""What an NPU host has and lacks, line by line. Each line stands alone: a missing piece hides no other one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Callable, List, NamedTuple, Tuple
+
+from clipval.ascend import acl, atc, npu_smi
+from clipval.errors import ClipvalError
+
+# Packages that CANN's operator compiler imports; without them atc ends with E40000 or E40021.
+TBE_PACKAGES = ("decorator", "attr", "psutil", "numpy", "scipy", "sympy", "cffi")
+
+
+class Finding(NamedTuple):
+    """One line of the check.
+
+    Attributes:
+        name: of the piece.
+        ok: it is there and usable.
+        required: without it no OM can be made or run here.
+        detail: what was found.
+        advice: what to do; empty when ok.
+    """
+
+    name: str
+    ok: bool
+    required: bool
+    detail: str
+    advice: str
+
+
+class _Missing(Exception):
+    """A piece that is not as it must be: what was found, and what to do."""
+
+
+_Check = Callable[[int, Path], str]
+
+
+def check_host(device_id: int = 0, root: Path = Path("/")) -> List[Finding]:
+    """Look at every piece of an NPU host. Raises nothing.
+
+    Args:
+        device_id: ACL's device id of the NPU to look at.
+        root: the host's file system; programs and modules are always those of this process.
+    """
+    return [_look(name, required, check, device_id, root) for name, required, check in _CHECKS]
+
+
+def _look(name: str, required: bool, check: _Check, device_id: int, root: Path) -> Finding:
+    try:
+        return Finding(name, True, required, check(device_id, root), "")
+    except _Missing as missing:
+        return Finding(name, False, required, *missing.args)
+    except ClipvalError as error:
+        detail, _, advice = str(error).partition("; ")
+        return Finding(name, False, required, detail, advice or "see the line above")
+    except Exception as error:  # a broken piece must not hide the other lines
+        return Finding(name, False, required, f"{type(error).__name__}: {error}", "mend or reinstall it")
+
+
+def _driver(device_id: int, root: Path) -> str:
+    file = root / "usr/local/Ascend/driver/version.info"
+    version = acl.driver_version(root)
+    if not version:
+        raise _Missing(
+            f"no version in {file}" if file.exists() else f"no {file}",
+            "install the NPU driver and firmware; in a container mount /usr/local/Ascend/driver",
+        )
+    return version
+
+
+def _device_files(device_id: int, root: Path) -> str:
+    found = sorted(path.name for path in (root / "dev").glob("davinci[0-9]*"))
+    advice = "load the driver; in a container pass it in with --device"
+    if not found:
+        raise _Missing(f"no {root / 'dev'}/davinci<N>", advice)
+    if not (root / "dev" / "davinci_manager").exists():
+        raise _Missing(f"{', '.join(found)}, but no {root / 'dev'}/davinci_manager", advice)
+    locked = [name for name in found if not os.access(str(root / "dev" / name), os.R_OK | os.W_OK)]
+    if len(locked) == len(found):
+        raise _Missing(f"no right to use {', '.join(locked)}", "add this user to the group HwHiAiUser")
+    return ", ".join(found)
+
+
+def _cann(device_id: int, root: Path) -> str:
+    version = atc.version(root)
+    if version == "unknown":
+        folders = ", ".join(str(path) for path in atc.toolkit_folders(root))
+        raise _Missing(f"no version file of CANN in {folders}", "install the CANN toolkit, 7.0.RC1 or newer")
+    return version
+
+
+def _set_env(device_id: int, root: Path) -> str:
+    found = atc.set_env_files(root)
+    where = str(found[0]) if found else "no set_env.sh in the usual places"
+    homes = [os.environ.get(name, "") for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")]
+    home = next((value for value in homes if value), "")
+    if not home:
+        source = f"source {found[0]}" if found else "install CANN, then source its set_env.sh"
+        raise _Missing(f"{where}, not sourced", f"{source} in the shell that starts clipval")
+    if not atc.under(root, Path(home)).is_dir():
+        raise _Missing(f"sourced, but its folder {home} is gone", "source the set_env.sh of an installed CANN")
+    if not os.environ.get("ASCEND_OPP_PATH"):
+        raise _Missing(f"{where}, sourced in part: ASCEND_OPP_PATH is not set", "source set_env.sh again")
+    return f"{where}, sourced ({home})"
+
+
+def _atc(device_id: int, root: Path) -> str:
+    program = shutil.which("atc")
+    if program is None:
+        raise _Missing("not found on PATH", atc.how_to_source(root))
+    return program
+
+
+def _tbe_packages(device_id: int, root: Path) -> str:
+    missing = [name for name in TBE_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise _Missing(f"this Python lacks {', '.join(missing)}", "pip install -r requirements-npu.txt")
+    return "all there"
+
+
+def _aclruntime(device_id: int, root: Path) -> str:
+    return acl.runtime_version(acl.load_runtime())
+
+
+def _npu_smi(device_id: int, root: Path) -> str:
+    return f"{npu_smi.version()} ({shutil.which('npu-smi')})"
+
+
+def _chip(device_id: int, root: Path) -> str:
+    npu = npu_smi.npu(device_id)
+    detail = f"{npu.soc_version}, NPU {npu.npu_id} chip {npu.chip_id} is device {device_id}, health {npu.health}"
+    if npu.health.lower() not in ("ok", "warning", "alarm"):  # boards of 310B show Alarm and work
+        raise _Missing(detail, "see `npu-smi info -t health`, then reset or replace the NPU")
+    return detail
+
+
+def _idle(device_id: int, root: Path) -> str:
+    npu = npu_smi.npu(device_id)
+    why = npu.why_busy(ignore_pids=[os.getpid()])
+    if why:
+        raise _Missing(why, "stop what uses it before throughput is measured, or take another --device-id")
+    return f"{npu.memory_used_mb} of {npu.memory_total_mb} MB in use, no process"
+
+
+_CHECKS: Tuple[Tuple[str, bool, _Check], ...] = (
+    ("driver", True, _driver),
+    ("device files", True, _device_files),
+    ("CANN", True, _cann),
+    ("set_env.sh", True, _set_env),
+    ("atc", True, _atc),
+    ("atc's Python packages", False, _tbe_packages),
+    ("aclruntime", True, _aclruntime),
+    ("npu-smi", True, _npu_smi),
+    ("chip", True, _chip),
+    ("idle", False, _idle),
+)

@@ -1,0 +1,247 @@
+"""What npu-smi says of the NPUs: chip, soc_version, device ids, idle or busy. The only module that runs npu-smi.
+
+Source: npu_info_print.c of the Ascend driver (npu-smi), and outputs that users posted; see `npu_tables`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from typing import FrozenSet, Iterable, List, Optional, Tuple
+
+from clipval.ascend.npu_tables import (
+    Card,
+    Chip,
+    Process,
+    parse_board,
+    parse_info,
+    parse_list,
+    parse_mapping,
+    with_prefix,
+)
+from clipval.errors import BackendUnavailable, ToolFailed
+
+TIMEOUT_SECONDS = 60
+VISIBLE_DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
+# An idle NPU holds about 2900 of 32768 MB (910B4) or 3400 of 65536 MB (910B). The limit is 750 to 900 MB above both;
+# a smaller model beside ours is seen by its process row only.
+IDLE_BASE_MB = 3000
+IDLE_SHARE = 0.02
+# Families whose table shows one name for several chips; `-t board` tells them apart.
+_SHARED_NAME = re.compile(r"Ascend\s*910$|(?:Ascend\s*)?950\w*$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Npu:
+    """One chip.
+
+    Attributes:
+        npu_id: of the card; not contiguous (0, 32, 32768 are all seen).
+        chip_id: on its card.
+        logic_id: what ACL calls the device id, before `ASCEND_RT_VISIBLE_DEVICES`.
+        name: as the table shows it: `310P3`, `910B4`, `Ascend910`.
+        board: `<Chip Name>_<NPU Name>` of `-t board`; asked only where `name` does not tell the chip, else empty.
+        health: `OK`, `Warning`, `Alarm`, ...
+        memory_used_mb, memory_total_mb: HBM where the chip has it, else DDR; None where the table shows no number.
+        processes: that hold the chip.
+    """
+
+    npu_id: int
+    chip_id: int
+    logic_id: int
+    name: str
+    health: str
+    memory_used_mb: Optional[int]
+    memory_total_mb: Optional[int]
+    processes: Tuple[Process, ...] = ()
+    board: str = ""
+
+    @property
+    def soc_version(self) -> str:
+        """What atc's `--soc_version` wants: `Ascend` + name, or `<Chip Name>_<NPU Name>` on A3 and 950.
+
+        Raises:
+            ToolFailed: the table's name is shared by several chips and `-t board` did not tell which.
+        """
+        if not _SHARED_NAME.match(self.name):
+            return with_prefix(self.name)
+        if not self.board:
+            raise ToolFailed(
+                f"npu-smi info -t board -i {self.npu_id} -c {self.chip_id}: no Chip Name and NPU Name, and "
+                f"{self.name!r} alone does not tell the chip; give --soc-version"
+            )
+        return self.board
+
+    @property
+    def idle(self) -> bool:
+        """Nothing else uses the chip; see `why_busy`."""
+        return not self.why_busy()
+
+    def why_busy(self, ignore_pids: Iterable[int] = ()) -> str:
+        """Why the chip is not idle, in words; empty when it is.
+
+        Judged by process rows and memory in use, never by AICore(%), which is 0 between two kernels.
+
+        Args:
+            ignore_pids: processes that do not count, with their memory: our own. In a container npu-smi shows the
+                host's pids; see `appeared`.
+        """
+        ignored = set(ignore_pids)
+        own_mb = sum(process.memory_mb for process in self.processes if process.pid in ignored)
+        others = [process for process in self.processes if process.pid not in ignored]
+        where = f"NPU {self.npu_id} chip {self.chip_id} (device {self.logic_id})"
+        if others:
+            rows = ", ".join(f"{one.pid} ({one.name or 'no name'}, {one.memory_mb} MB)" for one in others[:3])
+            return f"{where}: {len(others)} process(es) on it: {rows}"
+        if self.memory_used_mb is None or self.memory_total_mb is None:
+            return f"{where}: npu-smi shows no memory in use, so nobody can say that it is idle"
+        limit = int(IDLE_BASE_MB + IDLE_SHARE * self.memory_total_mb)
+        used = self.memory_used_mb - own_mb
+        if used > limit:
+            return f"{where}: {used} of {self.memory_total_mb} MB in use, an idle one has at most {limit} MB"
+        return ""
+
+
+def appeared(before: Npu, after: Npu) -> FrozenSet[int]:
+    """Pids on the chip that were not there before.
+
+    Between just before and just after opening our first session these are our own, also in a container, where
+    `os.getpid()` is not the pid that npu-smi shows.
+    """
+    return frozenset(one.pid for one in after.processes) - frozenset(one.pid for one in before.processes)
+
+
+def list_npus() -> List[Npu]:
+    """Every chip of this host, by logic id.
+
+    Raises:
+        BackendUnavailable: npu-smi is not there, or there is no NPU.
+        ToolFailed: npu-smi hangs, fails, or its output cannot be read.
+    """
+    text = _run("info")
+    chips = parse_info(text)
+    if not chips:
+        _refuse(text)
+    try:
+        logic_ids = parse_mapping(_run("info", "-m"))
+    except ToolFailed:
+        logic_ids = {}
+    found = []
+    for order, chip in enumerate(chips):
+        device = chip.device if chip.device is not None else order
+        logic_id = logic_ids.get((chip.npu_id, chip.chip_id), device)
+        found.append(_npu(chip, logic_id))
+    return sorted(found, key=lambda npu: npu.logic_id)
+
+
+def npu(device_id: int) -> Npu:
+    """The chip that ACL calls device `device_id` in this process.
+
+    Raises:
+        BackendUnavailable: no such device, or see `list_npus`.
+        ToolFailed: see `list_npus`.
+    """
+    npus = list_npus()
+    visible = visible_devices()
+    if visible is not None and device_id >= len(visible):
+        raise BackendUnavailable(
+            f"device {device_id}: {VISIBLE_DEVICES}={','.join(map(str, visible))} leaves devices 0 to "
+            f"{len(visible) - 1}; give another --device-id or change the variable"
+        )
+    logic_id = device_id if visible is None else visible[device_id]
+    for found in npus:
+        if found.logic_id == logic_id:
+            return found
+    listed = ", ".join(str(found.logic_id) for found in npus)
+    raise BackendUnavailable(f"device {device_id}: no NPU has logic id {logic_id}, npu-smi shows {listed}")
+
+
+def visible_devices() -> Optional[List[int]]:
+    """Logic ids that `ASCEND_RT_VISIBLE_DEVICES` leaves, in their new order; None where it is not set.
+
+    Raises:
+        BackendUnavailable: the variable is not a list of numbers.
+    """
+    text = os.environ.get(VISIBLE_DEVICES, "").strip()
+    if not text:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise BackendUnavailable(
+            f"{VISIBLE_DEVICES}={text!r}: expected logic ids such as 2,3; set it right or unset it"
+        )
+    return [int(part) for part in parts]
+
+
+def cards() -> List[Card]:
+    """The cards of this host, from `npu-smi info -l`. Raises as `list_npus` does."""
+    return parse_list(_run("info", "-l"))
+
+
+def version() -> str:
+    """Version of npu-smi, which is the driver's. Raises as `list_npus` does."""
+    match = re.search(r"version:\s*(\S+)", _run("-v"), re.IGNORECASE)
+    if match is None:
+        match = re.search(r"\bVersion:\s*(\S+)", _run("info"))
+    return match.group(1) if match else "unknown"
+
+
+def _npu(chip: Chip, logic_id: int) -> Npu:
+    board = ""
+    if _SHARED_NAME.match(chip.name):
+        try:
+            board = parse_board(_run("info", "-t", "board", "-i", str(chip.npu_id), "-c", str(chip.chip_id)))
+        except ToolFailed:
+            board = ""  # told when somebody asks for the soc_version
+    return Npu(
+        npu_id=chip.npu_id,
+        chip_id=chip.chip_id,
+        logic_id=logic_id,
+        name=chip.name,
+        health=chip.health,
+        memory_used_mb=chip.used_mb,
+        memory_total_mb=chip.total_mb,
+        processes=chip.processes,
+        board=board,
+    )
+
+
+def _refuse(text: str) -> None:
+    words = " ".join(text.split())[:200]
+    if re.search(r"no NPU card|no davinci|dcmi", text, re.IGNORECASE):
+        raise BackendUnavailable(
+            f"npu-smi info: {words}. Install the card's driver and firmware; in a container pass /dev/davinci* in"
+        )
+    raise ToolFailed(f"npu-smi info: no NPU in its output ({words or 'empty'}); run it by hand and mend the driver")
+
+
+def _run(*arguments: str) -> str:
+    """Output of npu-smi, stdout and stderr together. A table is used even if the exit code is not 0."""
+    command = " ".join(("npu-smi", *arguments))
+    program = shutil.which("npu-smi")
+    if program is None:
+        raise BackendUnavailable(
+            "npu-smi: not found on PATH. Install the NPU driver, or add the folder of npu-smi to PATH (cron and "
+            "containers have a short one), or give --soc-version to compile only"
+        )
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_SECONDS,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ToolFailed(f"{command}: no answer in {TIMEOUT_SECONDS} s; the driver hangs, reset the NPU") from error
+    except OSError as error:
+        raise BackendUnavailable(f"{command}: {program} does not start ({error.strerror}); mend the driver") from error
+    text = done.stdout.decode("utf-8", "replace")
+    if done.returncode != 0 and "|" not in text and not re.search("no NPU card|dcmi", text, re.IGNORECASE):
+        words = " ".join(text.split())[:200]
+        raise ToolFailed(f"{command}: exit code {done.returncode} ({words or 'no output'}); run it by hand")
+    return text

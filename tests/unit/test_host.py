@@ -1,0 +1,157 @@
+"""The check of a host, with one piece taken away at a time."""
+
+import os
+import re
+import shutil
+import sys
+
+import pytest
+
+from clipval.ascend import host as hosts
+from clipval.errors import BackendUnavailable
+from tests.simulator import BIN, LIB, environment
+
+TOOLKIT = "usr/local/Ascend/ascend-toolkit"
+REQUIRED = ["driver", "device files", "CANN", "set_env.sh", "atc", "aclruntime", "npu-smi", "chip"]
+
+
+class Host:
+    """A root directory and a process environment with every piece of an NPU host."""
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.monkeypatch = root, monkeypatch
+        self.write("usr/local/Ascend/driver/version.info", "Version=23.0.3\nascendhal_version=7.35\n")
+        self.write(f"{TOOLKIT}/set_env.sh", "")
+        self.write(f"{TOOLKIT}/latest/aarch64-linux/ascend_toolkit_install.info", "version=8.0.RC3\n")
+        for name in ("davinci0", "davinci1", "davinci_manager"):
+            self.write(f"dev/{name}", "")
+        self.bin = root / "bin"
+        self.bin.mkdir()
+        for name in ("atc", "npu-smi"):
+            (self.bin / name).symlink_to(BIN / name)
+        (self.bin / "python3").symlink_to(sys.executable)
+        self.switch()
+        monkeypatch.syspath_prepend(str(LIB))
+
+    def write(self, path, text):
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_text(text)
+
+    def switch(self, **switches):
+        variables = {**environment(**switches), "PATH": f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+        variables.update(ASCEND_TOOLKIT_HOME=f"/{TOOLKIT}/latest", ASCEND_HOME_PATH=f"/{TOOLKIT}/latest")
+        for name, value in variables.items():
+            self.monkeypatch.setenv(name, value)
+
+    def check(self, device_id=0):
+        return {finding.name: finding for finding in hosts.check_host(device_id, self.root)}
+
+    def lacking(self):
+        return [name for name, finding in self.check().items() if not finding.ok and finding.required]
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    before = sys.modules.pop("aclruntime", None)
+    yield Host(tmp_path, monkeypatch)
+    sys.modules.pop("aclruntime", None)
+    if before is not None:
+        sys.modules["aclruntime"] = before
+
+
+def test_a_whole_host(host):
+    found = host.check()
+    assert [name for name, finding in found.items() if finding.required] == REQUIRED
+    assert host.lacking() == []
+    assert found["driver"].detail == "23.0.3"
+    assert found["CANN"].detail == "8.0.RC3"
+    assert found["device files"].detail == "davinci0, davinci1"
+    assert found["chip"].detail == "Ascend910B4, NPU 0 chip 0 is device 0, health OK"
+    assert found["idle"].detail == "2900 of 32768 MB in use, no process"
+    assert not any(finding.advice for finding in found.values() if finding.ok)
+
+
+def remove(path):
+    def take(host):
+        target = host.root / path
+        shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
+
+    return take
+
+
+def unset(*names):
+    def take(host):
+        for name in names:
+            host.monkeypatch.delenv(name)
+
+    return take
+
+
+def fault(name):
+    return lambda host: host.switch(fault=name)
+
+
+def no_module(host):
+    host.monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(LIB)])
+
+
+@pytest.mark.parametrize(
+    ("take", "lacking", "words"),
+    [
+        (remove("usr/local/Ascend/driver"), ["driver"], "install the NPU driver"),
+        (remove("dev"), ["device files"], "load the driver"),
+        (remove("dev/davinci_manager"), ["device files"], "no .*davinci_manager"),
+        (remove(f"{TOOLKIT}/latest/aarch64-linux"), ["CANN"], "install the CANN toolkit"),
+        (remove("usr/local/Ascend/ascend-toolkit"), ["CANN", "set_env.sh"], "install the CANN toolkit"),
+        (unset("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"), ["set_env.sh"], "source .*set_env.sh in the shell"),
+        (unset("ASCEND_OPP_PATH"), ["set_env.sh"], "ASCEND_OPP_PATH is not set"),
+        (remove("bin/atc"), ["atc"], "set_env.sh"),
+        (no_module, ["aclruntime"], "install its wheel"),
+        (fault("no_ascendcl"), ["aclruntime"], "libascendcl.so"),
+        (remove("bin/npu-smi"), ["npu-smi", "chip"], "not found on PATH"),
+        (fault("no_npu"), ["chip"], "no NPU card"),
+    ],
+)
+def test_one_piece_less(host, take, lacking, words):
+    take(host)
+    assert host.lacking() == lacking
+    finding = host.check()[lacking[0]]
+    assert finding.advice
+    assert re.search(words, f"{finding.detail} {finding.advice}"), finding
+
+
+def test_busy_is_told_but_not_required(host):
+    host.switch(fault="busy")
+    assert host.lacking() == []
+    idle = host.check()["idle"]
+    assert not idle.ok
+    assert "31415" in idle.detail
+
+
+def test_a_device_that_is_not_there(host):
+    assert "no NPU has logic id 9" in host.check(9)["chip"].detail
+
+
+def test_nothing_at_all(tmp_path, monkeypatch):
+    for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH", "ASCEND_OPP_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "aclruntime", None)
+    found = hosts.check_host(0, tmp_path)
+    assert [finding.name for finding in found if finding.required and not finding.ok] == REQUIRED
+    assert all(finding.advice for finding in found if not finding.ok)
+
+
+def test_an_unexpected_error_hides_no_other_line(host, monkeypatch):
+    def broken():
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(hosts.npu_smi, "version", broken)
+    assert host.lacking() == ["npu-smi"]
+    assert "OSError: input/output error" in host.check()["npu-smi"].detail
+
+    def unavailable(device_id):
+        raise BackendUnavailable("npu-smi: gone; mend it")
+
+    monkeypatch.setattr(hosts.npu_smi, "npu", unavailable)
+    assert host.check()["chip"][3:] == ("npu-smi: gone", "mend it")

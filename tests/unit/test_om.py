@@ -1,0 +1,424 @@
+"""The OM backend on the simulated runtime, of every generation, and what it must refuse."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipval.ascend import acl, atc
+from clipval.backends import om
+from clipval.errors import BackendUnavailable, InputError
+from clipval.towers import TEXT, TOWER_NAMES, VISION, towers
+from tests.simulator import LIB, environment, tiny
+
+ROOT = Path(__file__).parents[2]
+TOWERS = towers()
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Switches of the simulated host; a fresh aclruntime is imported afterwards."""
+    before = {name: sys.modules.pop(name, None) for name in ("aclruntime",)}
+    monkeypatch.syspath_prepend(str(LIB))
+
+    def host(**switches):
+        for name, value in environment(**switches).items():
+            monkeypatch.setenv(name, value)
+        sys.modules.pop("aclruntime", None)
+        om._chip.cache_clear()
+
+    host()
+    yield host
+    for backend in list(om._alive.values()):
+        backend.close()
+    om._chip.cache_clear()
+    sys.modules.pop("aclruntime", None)
+    sys.modules.update({name: module for name, module in before.items() if module is not None})
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """OM files by what they were compiled from and under which switches."""
+    return tmp_path_factory.mktemp("compiled"), {}
+
+
+@pytest.fixture
+def build(tmp_path, compiled):
+    """Compile a tower under the switches of now, once; a copy lies in `tmp_path`, its ONNX file beside it."""
+    folder, made = compiled
+
+    def build(tower, batch_size=4, mode="", extra=()):
+        key = (tower.name, batch_size, mode, extra, os.environ.get("CLIPVAL_SIM_FAULT"))
+        onnx = folder / f"{tower.name}.onnx"
+        if not onnx.exists():
+            tiny.write(onnx, tower)
+        if key not in made:
+            options = atc.AtcOptions("Ascend910B4", mode, extra=extra)
+            made[key] = atc.compile_om(onnx, folder, f"om{len(made)}", tower, batch_size, options)
+        shutil.copy(onnx, tmp_path)
+        return Path(shutil.copy(made[key], tmp_path / f"{tower.name}_bs{batch_size}{mode}.om"))
+
+    return build
+
+
+def expected(onnx, tower, rows):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
+    return session.run([tower.output_name], {tower.input_name: rows})[0]
+
+
+@pytest.mark.parametrize("generation", ["A", "B", "C"])
+@pytest.mark.parametrize("name", TOWER_NAMES)
+def test_embeds_as_the_onnx_file_does(host, build, tmp_path, generation, name):
+    host(generation=generation)
+    tower = TOWERS[name]
+    backend = om.open_tower(tower, build(tower), batch_size=4)
+    rows = tiny.rows(tower, 4)
+    asked = rows.copy()
+    first = backend.run(rows)
+    kept = first.copy()
+    backend.run(np.ascontiguousarray(rows[::-1]))
+    wanted = expected(tmp_path / f"{name}.onnx", tower, rows)
+    cosine = (first * wanted).sum(axis=1) / np.linalg.norm(first, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert cosine.min() > 0.9999
+    assert 1e-6 < np.abs(first - wanted).max() < 1e-2, "fp16 arithmetic leaves a trace"
+    assert (first.dtype, first.shape, first.flags["C_CONTIGUOUS"]) == (np.float32, (4, 512), True)
+    assert np.array_equal(rows, asked)
+    assert np.array_equal(first, kept), "run() reused an array that it had handed out"
+    seconds = backend.execute_seconds()
+    assert len(seconds) == 2
+    assert all(0 < one < 5 for one in seconds)
+    assert backend.identity.simulated
+    assert backend.identity.device == "Ascend910B4:0"
+    assert backend.identity.version.startswith("aclruntime 0.0.")
+    assert "CANN 8.0.RC3.simulated" in backend.identity.version
+    backend.close()
+    backend.close()
+    assert backend.execute_seconds() == seconds
+
+
+def test_precision_modes_differ(host, build, tmp_path):
+    rows = tiny.rows(VISION, 4)
+    found = {}
+    for mode in ("force_fp32", "force_fp16", "mixed_bfloat16"):
+        backend = om.open_tower(VISION, build(VISION, mode=mode), batch_size=4, precision=mode)
+        assert backend.identity.precision == mode
+        found[mode] = np.abs(backend.run(rows) - expected(tmp_path / "vision.onnx", VISION, rows)).max()
+    assert found["force_fp32"] < 1e-6 < found["force_fp16"] < found["mixed_bfloat16"]
+
+
+def test_rows_that_the_runtime_would_scramble(host, build, tmp_path):
+    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    rows = tiny.rows(TEXT, 4)
+    wanted = backend.run(rows)
+    wide = np.zeros((4, 154), np.int64)
+    wide[:, ::2] = rows
+    assert np.array_equal(backend.run(wide[:, ::2]), wanted), "strides"
+    assert np.array_equal(backend.run(np.asfortranarray(rows)), wanted), "Fortran order"
+    assert np.array_equal(backend.run(rows.astype(np.longlong)), wanted), "long long"
+    rows.flags.writeable = False
+    assert np.array_equal(backend.run(rows), wanted), "read-only"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((3, 77), np.int64),
+        np.zeros((8, 77), np.int32),  # the very number of bytes
+        np.zeros((4, 77), np.float64),
+        np.zeros((4, 77), ">i8"),
+        np.zeros((77, 4), np.int64),
+    ],
+)
+def test_rows_of_another_shape_or_dtype_are_refused(host, build, bad):
+    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    with pytest.raises(InputError, match=r"this OM takes 'text' int64\[4, 77\]"):
+        backend.run(bad)
+    assert backend.execute_seconds() == []
+
+
+def test_float16_output_is_widened(host, build):
+    backend = om.open_tower(VISION, build(VISION, extra=("--output_type=FP16",)), batch_size=4)
+    found = backend.run(tiny.rows(VISION, 4))
+    assert found.dtype == np.float32
+    assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 5e-3
+
+
+def test_wrong_batch_size_names_both(host, build):
+    host(fault="wrong_batch")
+    with pytest.raises(InputError, match="compiled for batch size 5, asked for 4"):
+        om.open_tower(TEXT, build(TEXT), batch_size=4)
+
+
+@pytest.mark.parametrize("fault", ["extra_output", "swapped_outputs"])
+def test_a_second_output_is_refused_with_the_reason(host, build, fault):
+    host(fault=fault)
+    with pytest.raises(InputError, match=r"has 2 outputs, .*'Constant:0:1775'.*scalar exp\(logit_scale\)"):
+        om.open_tower(TEXT, build(TEXT), batch_size=4)
+
+
+def test_another_tower_or_width_is_refused(host, build):
+    file = build(TEXT)
+    with pytest.raises(InputError, match=r"its inputs are 'text' int64\[4, 77\], the tower needs 'image' float32"):
+        om.open_tower(VISION, file, batch_size=4)
+    with pytest.raises(InputError, match=r"its output is 'normalise:0:text_embed' float32\[4, 512\]"):
+        om.open_tower(replace(TEXT, width=768), file, batch_size=4)
+    with pytest.raises(InputError, match=r"the tower needs 'other_embed'"):
+        om.open_tower(replace(TEXT, output_name="other_embed"), file, batch_size=4)
+    with pytest.raises(InputError, match="the tower needs 'text' int32"):
+        om.open_tower(replace(TEXT, dtype="int32"), file, batch_size=4)
+    assert om._alive == {}
+
+
+def test_load_errors_come_from_file_descriptor_1(host, build, capfd):
+    host(fault="truncated_om")
+    file = build(TEXT)
+    with pytest.raises(InputError) as caught:
+        om.open_tower(TEXT, file, batch_size=4)
+    assert f"load model from file failed, model file is {file}" in str(caught.value)
+    assert "[1][ACL: invalid parameter]" in str(caught.value)
+    assert "compile it again" in str(caught.value)
+    assert "load model" not in capfd.readouterr().out
+
+
+def test_an_om_of_another_chip(host, build):
+    file = build(TEXT)
+    host(chip="310P3")
+    with pytest.raises(InputError, match="another chip"):
+        om.open_tower(TEXT, file, batch_size=4)
+
+
+def test_output_of_a_good_load_is_passed_on(capfd):
+    with acl.captured_stdout() as captured:
+        os.write(1, b"[WARN] something\n")
+    assert captured.text == "[WARN] something\n"
+    assert capfd.readouterr().out == "[WARN] something\n"
+
+
+def test_device_errors_are_the_machines(host, build, monkeypatch):
+    file = build(TEXT)
+    with pytest.raises(BackendUnavailable, match=r"device 7: there is no such device id.*107001"):
+        om.open_tower(TEXT, file, batch_size=4, device_id=7)
+    monkeypatch.setenv("CLIPVAL_SIM_FAULT", "silent")
+    with pytest.raises(BackendUnavailable, match=r"device 7: .*no NPU has logic id 7, npu-smi shows 0, 1"):
+        om.open_tower(TEXT, file, batch_size=4, device_id=7)
+    host(fault="driver_mismatch")
+    with pytest.raises(BackendUnavailable, match="driver and firmware do not match"):
+        om.open_tower(TEXT, file, batch_size=4)
+
+
+def test_a_device_lost_half_way(host, build):
+    host(fault="device_lost", lose_after=2)
+    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    rows = tiny.rows(TEXT, 4)
+    backend.run(rows)
+    backend.run(rows)
+    with pytest.raises(
+        BackendUnavailable, match=r"device 0 failed in run 3 .*507011.*; the model failed while running"
+    ):
+        backend.run(rows)
+    backend.close()
+    assert len(backend.execute_seconds()) == 2
+
+
+def test_missing_and_empty_files(host, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        om.open_tower(TEXT, tmp_path / "none.om", batch_size=4)
+    (tmp_path / "empty.om").touch()
+    with pytest.raises(InputError, match="empty"):
+        om.open_tower(TEXT, tmp_path / "empty.om", batch_size=4)
+
+
+def test_import_errors_keep_the_loaders_words(host, build, monkeypatch):
+    file = build(TEXT)
+    host(fault="no_ascendcl")
+    with pytest.raises(BackendUnavailable, match=r"libascendcl.so: cannot open shared object file.*set_env.sh"):
+        om.open_tower(TEXT, file, batch_size=4)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(LIB)])
+    with pytest.raises(BackendUnavailable, match=r"No module named 'aclruntime'; install its wheel"):
+        om.open_tower(TEXT, file, batch_size=4)
+
+
+def test_no_second_user_of_acl_in_the_process(host, build, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
+    with pytest.raises(BackendUnavailable, match="torch_npu is loaded"):
+        om.open_tower(TEXT, build(TEXT), batch_size=4)
+
+
+def test_one_session_a_device(host, build):
+    file = build(TEXT)
+    first = om.open_tower(TEXT, file, batch_size=4)
+    other = om.open_tower(TEXT, file, batch_size=4, device_id=1)
+    second = om.open_tower(TEXT, file, batch_size=4)
+    rows = tiny.rows(TEXT, 4)
+    with pytest.raises(BackendUnavailable, match="another OM was opened on device 0"):
+        first.run(rows)
+    assert np.array_equal(other.run(rows), second.run(rows))
+    first.close()
+    second.run(rows)
+    assert other.identity.device == "Ascend910B4:1"
+
+
+def test_without_npu_smi_it_still_runs(host, build, monkeypatch, tmp_path):
+    file = build(TEXT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    backend = om.open_tower(TEXT, file, batch_size=4)
+    assert backend.identity.device == "Ascend:0"
+
+
+@pytest.mark.parametrize("generation", ["B", "C"])
+def test_a_session_with_a_coarse_clock_is_opened_anew(host, build, generation):
+    """4000 s after a session was opened float32 steps by 0.25 ms, more than 1 % of any call of this model."""
+    host(generation=generation, age_seconds=4000)
+    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    rows = tiny.rows(TEXT, 4)
+    backend.run(rows)
+    session = backend._session
+    backend._opened_at -= 4000
+    assert 0.0002 < backend.timing_resolution_seconds() < 0.0003
+    backend.run(rows)
+    assert backend._session is not session
+    assert backend.timing_resolution_seconds() < 1e-5
+    assert len(backend.execute_seconds()) == 2
+
+
+def test_durations_do_not_age(host, build):
+    host(generation="A")
+    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    rows = tiny.rows(TEXT, 4)
+    backend.run(rows)
+    session = backend._session
+    backend._opened_at -= 4000
+    assert backend.timing_resolution_seconds() < 1e-6
+    backend.run(rows)
+    assert backend._session is session
+
+
+def test_refresh_keeps_the_times(host, build):
+    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    rows = tiny.rows(TEXT, 4)
+    backend.run(rows)
+    backend.refresh()
+    backend.run(rows)
+    assert len(backend.execute_seconds()) == 2
+    backend.close()
+    with pytest.raises(BackendUnavailable, match=r"close\(\) was called"):
+        backend.refresh()
+
+
+def test_an_unknown_way_of_recording_times_is_no_figure(host, build, monkeypatch):
+    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend.run(tiny.rows(TEXT, 4))
+    backend._session._times.clear()
+    with pytest.raises(BackendUnavailable, match="recorded 0 times for 1 runs"):
+        backend.execute_seconds()
+    monkeypatch.delattr(type(backend._session), "sumary")
+    with pytest.raises(BackendUnavailable, match="does not tell execute times"):
+        backend.execute_seconds()
+
+
+def test_threads_take_turns(host, build):
+    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    rows = tiny.rows(TEXT, 4)
+    wanted, found = backend.run(rows), []
+    threads = [threading.Thread(target=lambda: found.append(backend.run(rows))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(np.array_equal(one, wanted) for one in found)
+
+
+LIFE = """
+import os, sys
+from pathlib import Path
+from clipval.backends import om
+from clipval.towers import TEXT
+from tests.simulator import tiny
+rows = tiny.rows(TEXT, 4)
+backend = om.open_tower(TEXT, Path(sys.argv[1]), batch_size=4)
+backend.run(rows)
+{more}
+"""
+FORK = """
+child = os.fork()
+if child == 0:
+    for use in (lambda: backend.run(rows), lambda: om.open_tower(TEXT, Path(sys.argv[1]), batch_size=4)):
+        try:
+            use()
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+    backend.close()
+    sys.exit(0)
+os.waitpid(child, 0)
+backend.run(rows)
+"""
+
+
+def life(file, more, tmp_path, generation):
+    finalized = tmp_path / "finalized"
+    variables = {**os.environ, **environment(generation=generation, finalized=finalized)}
+    code = LIFE.format(more=more)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        cwd=str(ROOT),
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    lines = finalized.read_text().split() if finalized.exists() else []
+    return done.stdout, lines
+
+
+@pytest.mark.parametrize("generation", ["A", "B", "C"])
+def test_finalized_once_at_exit(host, build, tmp_path, generation):
+    _, lines = life(build(TEXT), "om.open_tower(TEXT, Path(sys.argv[1]), batch_size=4)", tmp_path, generation)
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize(("generation", "times"), [("A", 0), ("B", 1), ("C", 1)])
+def test_finalized_after_every_session_was_closed(host, build, tmp_path, generation, times):
+    _, lines = life(build(TEXT), "backend.close()", tmp_path, generation)
+    assert len(lines) == times, "generation A needs a session to finalise with"
+
+
+def test_a_forked_child_is_refused_and_finalises_nothing(host, build, tmp_path):
+    output, lines = life(build(TEXT), FORK, tmp_path, "B")
+    assert output.count("BackendUnavailable om backend: process") == 2
+    assert "start workers with spawn" in output
+    assert len(lines) == 1
+
+
+def test_dtypes_as_enum_or_number():
+    assert acl.dtype_name(9) == "int64"
+    assert acl.dtype_name("dtype.double") == "float64"
+    assert acl.dtype_name(99) == "unknown type 99"
+
+
+def test_words_of_c_code_are_captured_too(capfd):
+    import ctypes
+
+    def load(captured):
+        with captured as text:
+            found.append(text)
+            ctypes.CDLL(None).puts(b"[ERROR] EE1001: the argument is invalid")
+            raise RuntimeError
+
+    found = []
+    with pytest.raises(RuntimeError):
+        load(acl.captured_stdout())
+    (captured,) = found
+    assert captured.errors() == "[ERROR] EE1001: the argument is invalid"
+    assert "EE1001" not in capfd.readouterr().out
