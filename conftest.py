@@ -47,7 +47,8 @@ def pytest_configure(config):
     config.stash[CHAIN] = Chain(settings, config.stash[STARTED] if settings.rebuild else None)
     json_file = getattr(config.option, "benchmark_json", None)
     if json_file:  # pytest-benchmark would lose every figure at the end for want of its folder
-        Path(getattr(json_file, "name", json_file)).absolute().parent.mkdir(parents=True, exist_ok=True)
+        file = json_file if isinstance(json_file, Path) else Path(json_file.name)  # pytest-benchmark 4 opens it itself
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
         promised = _promise(config)
     except ClipvalError as error:
@@ -63,7 +64,7 @@ def pytest_configure_node(node):
 
 
 def _promise(config):
-    """Gates that this run must evaluate; a developer's selection of tests promises nothing unless backends are named."""
+    """Gates that this run must evaluate; a selection of tests promises nothing unless backends are named."""
     chain, settings = config.stash[CHAIN], config.stash[CHAIN].settings
     spec = chain.spec  # read here, so that a mistake in it is a usage error of any run
     narrowed = config.option.keyword or config.getoption("lf", False) or _selected_paths(config)
@@ -78,7 +79,9 @@ def _promise(config):
 
 
 def _selected_paths(config):
-    given = [Path(str(name).split("::")[0]).absolute() for name in config.invocation_params.args if str(name)[:1] != "-"]
+    given = [
+        Path(str(name).split("::")[0]).absolute() for name in config.invocation_params.args if str(name)[:1] != "-"
+    ]
     given = [path for path in given if path.exists() and ROOT in path.parents]
     return [path for path in given if path not in (ROOT / "tests", ACCEPTANCE)]
 
@@ -162,7 +165,7 @@ def pytest_runtest_makereport(item, call):
     if ACCEPTANCE not in item.path.parents:
         return
     if call.excinfo is not None and isinstance(call.excinfo.value, ClipvalError):
-        made.longrepr = f"{item.name}: {call.excinfo.value}"
+        made.longrepr = str(call.excinfo.value)
     if made.skipped and not hasattr(report, "wasxfail"):
         made.outcome = "failed"
         made.longrepr = f"{item.name}: skipped, and a gate must not be skipped: {made.longrepr}"
@@ -220,7 +223,9 @@ class Keeper:
         if account.figures:
             terminalreporter.write_line(f"figures: {account.file}")
         if run.missing:
-            terminalreporter.write_line(f"FAIL: {len(run.missing)} of {len(run.expected)} promised gates not evaluated", red=True)
+            terminalreporter.write_line(
+                f"FAIL: {len(run.missing)} of {len(run.expected)} promised gates not evaluated", red=True
+            )
         for path in self._write(run):
             terminalreporter.write_line(f"report: {path}")
 

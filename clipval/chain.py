@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
+import os
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import msgspec
 import numpy as np
@@ -19,9 +20,12 @@ from clipval.datasets import RetrievalDataset, karpathy, shapes
 from clipval.embeddings import Embeddings, embed
 from clipval.errors import BackendUnavailable, InputError, UsageError
 from clipval.options import Settings
+from clipval.parity import compare
 from clipval.retrieval import Retrieval, evaluate
+from clipval.throughput import Feed
 from clipval.towers import Tower
 
+CHECKED_ROWS = 8  # of a timed batch that are compared with PyTorch
 PREFERRED_BATCH = 8  # the batch that accuracy is measured with: a tower's OM exists for it in every default run
 
 
@@ -48,6 +52,8 @@ class Chain:
         self._backends: Dict[Tuple[str, str, Optional[int]], Backend] = {}
         self._embeddings: Dict[Tuple[str, str], Opened] = {}
         self._retrievals: Dict[str, Retrieval] = {}
+        self._npu_before: Any = None
+        self._own_pids: Set[int] = set()
 
     @cached_property
     def spec(self) -> specs.Spec:
@@ -80,6 +86,11 @@ class Chain:
         """Recall means something: the weights are not seeded ones."""
         return self.spec.model.pretrained != models.RANDOM
 
+    @property
+    def drawn(self) -> bool:
+        """The drawn scenes are the data: the spec says so, or random weights are fed and no data was given."""
+        return self.settings.data_dir is None and (self.spec.data.kind == "shapes" or not self.trained)
+
     def check_inputs(self) -> None:
         """Find data and weights before anything is built.
 
@@ -88,7 +99,7 @@ class Chain:
         """
         data = self.spec.data
         folder = self.settings.data_dir
-        if data.kind == "karpathy" and folder is None:
+        if folder is None and not self.drawn:
             raise UsageError(f"spec {self.spec.name} needs --data-dir. {data.get}".strip())
         if folder is not None and not folder.is_dir():
             raise InputError(f"--data-dir {folder}: no such folder. {data.get}".strip())
@@ -102,9 +113,16 @@ class Chain:
     def dataset(self) -> RetrievalDataset:
         """The data set of `--data-dir`, or the drawn one."""
         data, folder = self.spec.data, self.settings.data_dir
+        if folder is None and not self.drawn:
+            self.check_inputs()
         if folder is None:
             code = store.code_hash("clipval.datasets.shapes")
-            key = {"code": code, "seed": shapes.SEED_TEST, "images": data.images, "pillow": environment.version("pillow")}
+            key = {
+                "code": code,
+                "seed": shapes.SEED_TEST,
+                "images": data.images,
+                "pillow": environment.version("pillow"),
+            }
             folder = self.store.get("dataset", key, lambda path: shapes.write(path, count=data.images))
         dataset = karpathy.read(folder, captions_format=self.settings.captions_format)
         karpathy.expect(dataset, images=data.images, captions=data.captions)
@@ -177,8 +195,8 @@ class Chain:
         onnx_file = self.onnx(tower)
         options = self.atc_options
         name = f"{tower.name}_bs{batch_size}"
-        key = {"onnx": store.sha256(onnx_file), **atc.key(tower, batch_size, options)}
         logs = self.store.root / "logs"
+        key = {"onnx": store.sha256(onnx_file), **atc.key(tower, batch_size, options)}
 
         def build(folder: Path) -> None:
             atc.compile_om(onnx_file, folder, name, tower, batch_size, options, logs_folder=logs)
@@ -238,10 +256,7 @@ class Chain:
             from clipval.backends.onnx import OnnxBackend
 
             return OnnxBackend(tower, file, self.settings.onnx_providers, threads)
-        from clipval.backends import om
-
-        precision = self.settings.precision_mode or "force_fp16"
-        return om.open_tower(tower, file, batch_size=batch_size, device_id=self.settings.device_id, precision=precision)
+        return self._open_om(tower, file, batch_size)
 
     def _require_real(self, backend: Backend) -> None:
         if backend.identity.simulated and not self.settings.allow_simulated:
@@ -302,6 +317,67 @@ class Chain:
         ids = tuple(rows.ids[n] for n in picked)
         return embed(self.backend(name, tower, batch_size), ids, rows[picked], batch_size)
 
+    def check_outputs(self, backend: Backend, feed: Feed) -> str:
+        """Compare what a backend gives for two different batches with PyTorch; what is wrong, or an empty string.
+
+        A backend that does not compute, or hands out an earlier result, is fast and worth nothing.
+        """
+        reference = self.backend(REFERENCE, backend.tower, 1)
+        bounds = self.bounds(backend.identity)
+        for index, batch in zip(feed.indices[:2], feed.batches[:2]):
+            count = min(len(batch), CHECKED_ROWS)
+            found, wanted = backend.run(batch)[:count], reference.run(batch[:count])
+            ids = tuple(self.prepared.rows[backend.tower.name].ids[n] for n in index[:count])
+            if found.shape != wanted.shape:
+                return f"gave {found.shape} for {count} samples from {ids[0]}, expected {wanted.shape}"
+            compared = compare(ids, wanted, found)
+            if not (compared.cosine.min() >= bounds.cosine_min and compared.max_abs.max() <= bounds.max_abs):
+                worst = compared.worst(1)[0]
+                return (
+                    f"cosine {worst['cosine']:.6f} with pytorch for sample {worst['id']}, expected {bounds.cosine_min}"
+                )
+        return ""
+
+    def end_to_end(self, backend: Backend, batch_size: int) -> Dict[str, float]:
+        """One batch from JPEGs or captions to embeddings, by the host's clock; decoding in threads."""
+        name, data = backend.tower.name, self.dataset
+        size = min(batch_size, len(data.image_ids))
+        start = time.perf_counter()
+        if name == "vision":
+            made = preprocess.each_in_threads(lambda path: preprocess.pixels(path, self.model), data.image_paths[:size])
+            rows = np.stack(made)
+        else:
+            rows = preprocess.tokens(data.captions[:size], self.model, backend.tower)
+        backend.run(np.resize(rows, backend.tower.shape(batch_size)))
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "samples_per_second": batch_size / seconds}
+
+    def busy(self, name: str) -> str:
+        """What else runs on the NPU, an empty string for nothing or for a CPU backend.
+
+        Before the first OM is opened nothing may run there; what appears with it is ours, by whatever pid: in a
+        container npu-smi shows the host's.
+        """
+        if name != "om" or self._npu_before is None:
+            return ""
+        from clipval.ascend import npu_smi
+
+        before = self._npu_before.why_busy()
+        return before or npu_smi.npu(self.settings.device_id).why_busy(ignore_pids=self._own_pids)
+
+    def _open_om(self, tower: Tower, file: Path, batch_size: int) -> Backend:
+        from clipval.ascend import npu_smi
+        from clipval.backends import om
+
+        device = self.settings.device_id
+        before = npu_smi.npu(device)
+        if self._npu_before is None:
+            self._npu_before = before
+        precision = self.settings.precision_mode or "force_fp16"
+        backend = om.open_tower(tower, file, batch_size=batch_size, device_id=device, precision=precision)
+        self._own_pids |= npu_smi.appeared(before, npu_smi.npu(device)) | {os.getpid()}
+        return backend
+
     def retrieval(self, name: str) -> Retrieval:
         """A backend's ranks on the whole data set."""
         if name not in self._retrievals:
@@ -329,4 +405,6 @@ class Chain:
         left = [f"{name}: not listed in --backends" for name in ("onnx", "om") if name not in self.settings.validated]
         if not self.trained:
             left.append("recall: the weights are random, so figures of recall mean nothing")
+            if self.drawn and self.spec.data.kind != "shapes":
+                left.append(f"data: drawn scenes stand in for {self.spec.data.name}, as no --data-dir was given")
         return left

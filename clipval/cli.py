@@ -69,8 +69,13 @@ def _preprocess(args: argparse.Namespace) -> int:
 def _declare_export(parser: Parser) -> None:
     _model_options(parser)
     add_options(parser.add_argument, ["--opset-version"])
-    prefix = {"type": Path, "default": Path("models/vit_b_32"), "metavar": "PREFIX"}
-    parser.add_argument("--onnx-prefix", help="files are PREFIX_vision.onnx, PREFIX_text.onnx", **prefix)
+    parser.add_argument(
+        "--onnx-prefix",
+        type=Path,
+        default=Path("models/vit_b_32"),
+        metavar="PREFIX",
+        help="files are PREFIX_vision.onnx, PREFIX_text.onnx (default: %(default)s)",
+    )
     parser.add_argument("--image", help="accepted as the recipe's; the graph does not depend on the example")
     parser.add_argument("--text", help="accepted as the recipe's; the graph does not depend on the example")
 

@@ -20,6 +20,7 @@ from clipval.model import Model
 from clipval.preprocess import PreparedRows, each_in_threads, expected_pixels, pixels, tokens
 from clipval.results import FAIL, INFO, PASS, Figure
 from clipval.spec import PairedBounds, ParityBounds, Reference, Spec
+from clipval.throughput import BAD_OUTPUT, PROTOCOL, VALID, as_dict, flops_per_sample
 from clipval.towers import TOWER_NAMES, Tower
 
 ACCURACY, PERF = "accuracy", "perf"
@@ -202,7 +203,7 @@ def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBound
     shape_ok = found.ids == tuple(ids) and wide.shape == (len(ids), tower.width)
     bad = ~np.isfinite(wide).all(axis=1) | (np.abs(wide) >= 65504).any(axis=1)
     norm = np.abs(np.linalg.norm(np.where(np.isfinite(wide), wide, 0), axis=1) - 1)
-    common = {"where": where, "count": len(wide)}
+    common: Dict[str, Any] = {"where": where, "count": len(wide)}
     worst = int(np.argmax(norm))
     first = f"first bad sample {found.ids[int(np.argmax(bad))]}" if bad.any() else ""
     return [
@@ -239,7 +240,7 @@ def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray)
     worst = f"samples {names[example[0]]} and {names[example[1]]}" if twins else ""
     limit = 0.0
     spread = float(1 - np.square(unit.mean(axis=0)).sum())
-    common = {"where": where, "count": len(unit)}
+    common: Dict[str, Any] = {"where": where, "count": len(unit)}
     return [
         judge(gate, "different inputs with one embedding", twins, "<=", limit, unit="samples", worst=worst, **common),
         judge(gate, "spread (1 - |mean unit embedding|^2)", spread, ">=", 1e-3, unit="absolute", **common),
@@ -249,7 +250,8 @@ def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray)
 def _unit(values_: np.ndarray) -> np.ndarray:
     wide = values_.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nan_to_num(wide / np.linalg.norm(wide, axis=1, keepdims=True))
+        unit: np.ndarray = np.nan_to_num(wide / np.linalg.norm(wide, axis=1, keepdims=True))
+    return unit
 
 
 def _nearest(unit: np.ndarray) -> Any:
@@ -303,14 +305,16 @@ def invariance(
     return figures
 
 
-def agreement(reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds) -> List[Figure]:
+def agreement(
+    reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds
+) -> List[Figure]:
     """Per-sample parity with the reference: minimum and mean cosine, largest difference of one element."""
     gate = f"parity/{where.name}/{tower.name}"
     compared = parity.compare(found.ids, reference.values, found.values)
     worst = compared.worst()
     named = "worst samples " + ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in worst)
     largest = int(np.argmax(np.nan_to_num(compared.max_abs, nan=np.inf)))
-    common = {"where": where, "count": len(found.ids), "because": bounds.because}
+    common: Dict[str, Any] = {"where": where, "count": len(found.ids), "because": bounds.because}
     return [
         judge(
             gate,
@@ -401,7 +405,7 @@ def paired(
         count=len(direction.ranks),
         where=where,
         reference=0.0,
-        worst=f"{result.gains} gained, {result.losses} lost, McNemar p {result.p_value:.3g}; flipped: {flips or 'none'}",
+        worst=f"{result.gains} gained, {result.losses} lost, McNemar p {result.p_value:.3g}, flipped {flips or 'none'}",
         because=bounds.because,
         detail={
             "gains": result.gains,
@@ -417,3 +421,91 @@ def _direction(found: retrieval.Retrieval, metric: str) -> Any:
     """`image_retrieval_recall@5` -> (that direction, 5)."""
     name, _, k = metric.partition("_recall@")
     return {one.name: one for one in found.directions}[name], int(k)
+
+
+def throughput(
+    judged: Dict[str, Any],
+    where: Identity,
+    tower: Tower,
+    batch_size: int,
+    *,
+    spec: Spec,
+    required: bool,
+    config: Dict[str, Any],
+    peak: float,
+    more: Dict[str, Any],
+) -> List[Figure]:
+    """One row of throughput: it computed what it claims, is worth believing, and is no slower than it must be.
+
+    Args:
+        judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
+        required: the backend was named, so that anything but VALID fails.
+        config: open_clip's config of the model, for the operations of a sample; peak: FLOP/s of the machine.
+        more: kept with the row: warm-up, load, end to end, threads.
+    """
+    gate = f"throughput/{where.name}/{tower.name}/{batch_size}"
+    scope = "execute" if "execute" in judged else "inference"
+    row, verdict, reason = judged[scope]
+    flops = flops_per_sample(config, tower.name)
+    implied = flops * row.samples_per_second if flops else None
+    detail = {**as_dict(row), "verdict": verdict, "reason": reason, "protocol": PROTOCOL, **more}
+    detail.update(flops_per_second=implied, peak_share=implied / peak if implied and where.name != "om" else None)
+    if scope == "execute":
+        other, other_verdict, other_reason = judged["inference"]
+        detail["inference"] = {**as_dict(other), "verdict": other_verdict, "reason": other_reason}
+    published = _published(spec, where, tower, batch_size)
+    if published:
+        detail["published"] = published
+    failed = verdict == BAD_OUTPUT or (required and verdict != VALID)
+    common: Dict[str, Any] = {
+        "gate": gate,
+        "unit": "samples/s",
+        "measured": row.samples_per_second,
+        "count": row.rounds,
+        "context": context(where, batch_size=batch_size, scope=scope),
+    }
+    first = Figure(
+        metric=f"samples/s ({scope})",
+        verdict=FAIL if failed else INFO,
+        failure=("model" if verdict == BAD_OUTPUT else "perf") if failed else "",
+        message=f"{gate}: the row is {verdict}, expected VALID: {reason}. Made by {where}" if failed else "",
+        detail=detail,
+        **common,
+    )
+    floor = _floor(row, published, spec, where, scope, gate)
+    return [first, *floor]
+
+
+def _published(spec: Spec, where: Identity, tower: Tower, batch_size: int) -> Dict[str, Any]:
+    for curve in spec.throughput.published:
+        if curve.tower == tower.name and batch_size in curve.fps:
+            return {
+                "chip": curve.chip,
+                "fps": curve.fps[batch_size],
+                "source": curve.source,
+                "same_chip": where.device.split(":")[0] == curve.chip,
+            }
+    return {}
+
+
+def _floor(row: Any, published: Dict[str, Any], spec: Spec, where: Identity, scope: str, gate: str) -> List[Figure]:
+    """On the chip that a figure was published for, a share of it is a floor; being faster never fails."""
+    if not published or not published["same_chip"] or scope != "execute":
+        return []
+    share = row.samples_per_second_mean / published["fps"]
+    floor = judge(
+        gate,
+        "share of the published samples/s",
+        share,
+        ">=",
+        spec.throughput.floor,
+        unit="ratio",
+        count=row.rounds,
+        where=where,
+        reference=1.0,
+        source=published["source"],
+        worst=f"{row.samples_per_second_mean:.0f} of {published['fps']:g} samples/s",
+        because=spec.throughput.because,
+        failure="perf",
+    )
+    return [floor]

@@ -1,4 +1,6 @@
-"""Data set -> arrays in the recipe's layout: `images/<id>.npy` float32 [1, 3, s, s], `texts/<id>_<k>.npy` int64 [1, 77].
+"""Data set -> arrays in the recipe's layout.
+
+`images/<id>.npy` is float32 [1, 3, side, side], `texts/<id>_<k>.npy` int64 [1, 77].
 
 Pixels are exactly what the model's own open_clip transform gives for the image as RGB.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 from PIL import Image
@@ -76,7 +78,9 @@ def prepare(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], f
         name, row = item
         np.save(folder / text.prepared / f"{name}.npy", row[None])
 
-    each_in_threads(write_image, zip(dataset.image_ids, dataset.image_paths), "preprocess images", len(dataset.image_ids))
+    each_in_threads(
+        write_image, zip(dataset.image_ids, dataset.image_paths), "preprocess images", len(dataset.image_ids)
+    )
     rows = tokens(dataset.captions, model, text)
     each_in_threads(write_text, zip(dataset.caption_ids, rows), "preprocess texts", len(rows))
     return opened(dataset, towers, folder)
@@ -109,7 +113,7 @@ def expected_pixels(path: Path, side: int, spec: PreprocessSpec) -> np.ndarray:
     image = open_rgb(path)
     width, height = image.size
     short = min(width, height)
-    image = image.resize((int(side * width / short), int(side * height / short)), Image.BICUBIC)
+    image = image.resize((int(side * width / short), int(side * height / short)), Image.Resampling.BICUBIC)
     left, top = (round((edge - side) / 2) for edge in image.size)
     image = image.crop((left, top, left + side, top + side))
     scaled = np.asarray(image, np.float32) / 255
@@ -123,9 +127,10 @@ def tokens(captions: Sequence[str], model: Model, tower: Tower) -> np.ndarray:
 
 
 def each_in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], describe: str, total: Optional[int] = None
+    function: Callable[[Item], Result], items: Iterable[Item], describe: str = "", total: Optional[int] = None
 ) -> List[Result]:
     """Map in threads (decoding, resizing and array I/O release the interpreter's lock), with a progress bar."""
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(tqdm(pool.map(function, items), desc=describe, total=total, disable=None, leave=False))
-
+        return list(
+            tqdm(pool.map(function, items), desc=describe, total=total, disable=None if describe else True, leave=False)
+        )

@@ -26,7 +26,7 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """A table of the TOML file: a misspelt key or a wrong type is an error that names it."""
 
 
-class ModelSpec(_Table):
+class ModelSpec(_Table, frozen=True):
     """The model.
 
     Attributes:
@@ -42,7 +42,7 @@ class ModelSpec(_Table):
     embed_dim: int = 512
 
 
-class DataSpec(_Table):
+class DataSpec(_Table, frozen=True):
     """The data set.
 
     Attributes:
@@ -61,7 +61,7 @@ class DataSpec(_Table):
     get: str = ""
 
 
-class PreprocessSpec(_Table):
+class PreprocessSpec(_Table, frozen=True):
     """How images must be normalised, stated apart from the code that does it, so that a gate can compare.
 
     Attributes:
@@ -74,7 +74,7 @@ class PreprocessSpec(_Table):
     source: str
 
 
-class Reference(_Table):
+class Reference(_Table, frozen=True):
     """A published or pinned figure.
 
     Attributes:
@@ -95,7 +95,7 @@ class Reference(_Table):
     because: str = ""
 
 
-class ParityBounds(_Table):
+class ParityBounds(_Table, frozen=True):
     """Bounds on a backend's embeddings against PyTorch's, per sample on unit-length vectors.
 
     Attributes:
@@ -115,7 +115,7 @@ class ParityBounds(_Table):
     because: str
 
 
-class PairedBounds(_Table):
+class PairedBounds(_Table, frozen=True):
     """Allowed distance of a backend's recall@5 from PyTorch's on the same samples, as a share."""
 
     metric: str
@@ -123,7 +123,7 @@ class PairedBounds(_Table):
     because: str
 
 
-class PublishedThroughput(_Table):
+class PublishedThroughput(_Table, frozen=True):
     """A published throughput curve, samples per second (1000 * batch / mean execute milliseconds)."""
 
     chip: str
@@ -132,7 +132,7 @@ class PublishedThroughput(_Table):
     source: str
 
 
-class ThroughputSpec(_Table):
+class ThroughputSpec(_Table, frozen=True):
     """Batch sizes to measure, published curves, and the least share of a published figure on its chip."""
 
     batch_sizes: Tuple[int, ...] = (1, 4, 8, 16, 32, 64)
@@ -141,7 +141,7 @@ class ThroughputSpec(_Table):
     published: List[PublishedThroughput] = []
 
 
-class Spec(_Table):
+class Spec(_Table, frozen=True):
     """One spec. `path` is the file it was read from."""
 
     name: str

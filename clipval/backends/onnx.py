@@ -41,7 +41,8 @@ class OnnxBackend:
         missing = [name for name in providers if name not in available]
         if missing:
             raise BackendUnavailable(
-                f"onnx backend: onnxruntime {onnxruntime.__version__} has no {missing[0]}; it has {', '.join(available)}"
+                f"onnx backend: onnxruntime {onnxruntime.__version__} has no {missing[0]}; "
+                f"it has {', '.join(available)}"
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3

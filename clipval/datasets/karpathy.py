@@ -75,7 +75,8 @@ def expect(dataset: RetrievalDataset, *, images: int, captions: int) -> None:
     for what, found, wanted in (("images", dataset.image_ids, images), ("captions", dataset.captions, captions)):
         if wanted and len(found) != wanted:
             raise InputError(
-                f"data {dataset.folder}: {len(found)} {what}, the spec says {wanted}; another split or an incomplete copy"
+                f"data {dataset.folder}: {len(found)} {what}, the spec says {wanted}; "
+                f"it is another split or an incomplete copy"
             )
 
 

@@ -91,7 +91,9 @@ def ranked(image_hits, text_hits):
         ranks = np.where(np.arange(count) < hits, 1, 99)
         return retrieval.Direction(name, tuple(str(n) for n in range(count)), ranks, np.zeros(count))
 
-    return retrieval.Retrieval(direction("image_retrieval", image_hits, 5000), direction("text_retrieval", text_hits, 1000))
+    return retrieval.Retrieval(
+        direction("image_retrieval", image_hits, 5000), direction("text_retrieval", text_hits, 1000)
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_cut_off_checkpoint_is_one_line(tmp_path, share):
-    whole = open(CONFIG.replace(".json", ".pt"), "rb").read()
+    whole = Path(CONFIG.replace(".json", ".pt")).read_bytes()
     file = tmp_path / "cut.pt"
     file.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(InputError, match="cut.pt: .*damaged or cut off") as caught:

@@ -15,7 +15,11 @@ BOTH = pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["en", "zh"])
 
 def default_of(flag):
     value = getattr(options.Settings(), flag[2:].replace("-", "_"))
-    return "" if value in (None, False, "", ()) else f"`{','.join(map(str, value)) if isinstance(value, tuple) else value}`"
+    return (
+        ""
+        if value in (None, False, "", ())
+        else f"`{','.join(map(str, value)) if isinstance(value, tuple) else value}`"
+    )
 
 
 def rows(text):
@@ -24,7 +28,9 @@ def rows(text):
 
 @BOTH
 def test_the_option_table_is_the_options(text):
-    assert [(flag, default) for flag, default, _ in rows(text)] == [(flag, default_of(flag)) for flag in options.table()]
+    assert [(flag, default) for flag, default, _ in rows(text)] == [
+        (flag, default_of(flag)) for flag in options.table()
+    ]
 
 
 def test_the_english_meanings_are_the_help_texts():
