@@ -102,12 +102,13 @@ def pytest_generate_tests(metafunc):
         "onnx_backend": [name for name in validated if name == "onnx"],
         "batch_size": list(chain.batch_sizes),
         "metric": gates.gated_metrics(chain.spec),
+        "baseline_file": [chain.settings.baseline] if chain.settings.baseline else [],
         "paired_metric": [bounds.metric for bounds in chain.spec.paired],
     }
     for name, found in axes.items():
         if name in metafunc.fixturenames:
             found = found or [ABSENT]
-            metafunc.parametrize(name, found, ids=[f"bs{one}" if name == "batch_size" else one for one in found])
+            metafunc.parametrize(name, found, ids=[f"bs{one}" if name == "batch_size" else str(one) for one in found])
 
 
 def pytest_collection_modifyitems(config, items):

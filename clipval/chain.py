@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from clipval import environment, export, preprocess, store
+from clipval import baseline as baselines
 from clipval import model as models
 from clipval import spec as specs
 from clipval.backends import REFERENCE, Backend, Identity
@@ -316,6 +317,30 @@ class Chain:
         rows = self.prepared.rows[tower.name]
         ids = tuple(rows.ids[n] for n in picked)
         return embed(self.backend(name, tower, batch_size), ids, rows[picked], batch_size)
+
+    def against_baseline(
+        self, where: Identity, tower: Tower, batch_size: int, judged: Dict[str, Any]
+    ) -> Optional[baselines.Judgement]:
+        """A row's standing against `--baseline`; None where none was given.
+
+        Args:
+            judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
+        """
+        if self.settings.baseline is None:
+            return None
+        scope = "execute" if "execute" in judged else "inference"
+        name = baselines.row_name(where.name, tower.name, batch_size, scope)
+        key = self.baseline_key({where.name: str(where)})
+        return baselines.judge(self._baseline, key, name, judged[scope][0].samples_per_second)
+
+    @cached_property
+    def _baseline(self) -> baselines.Baseline:
+        assert self.settings.baseline is not None
+        return baselines.load(self.settings.baseline)
+
+    def baseline_key(self, backends: Dict[str, str]) -> Dict[str, str]:
+        """What must be equal for this run's throughput to be compared; `backends` is name -> identity."""
+        return baselines.key_of(environment.describe(), self.weights.sha256, self.settings.threads, backends)
 
     def check_outputs(self, backend: Backend, feed: Feed) -> str:
         """Compare what a backend gives for two different batches with PyTorch; what is wrong, or an empty string.

@@ -46,13 +46,15 @@ def _declare_preprocess(parser: Parser) -> None:
 def _preprocess(args: argparse.Namespace) -> int:
     """Images and captions to arrays: prep_data/images/<id>.npy, prep_data/texts/<id>_<k>.npy."""
     from clipval import preprocess
+    from clipval.datasets import karpathy
 
     if args.pretrained is None:
         args.pretrained = "random"  # the transform and the tokenizer need no weights
     chain = _chain(args)
-    if args.spec == "shapes" and args.model_name is not None and args.data_dir is None:
+    if args.data_dir is None and args.model_name is not None:
         raise UsageError("preprocess --model-name: say which images with --data-dir")
-    dataset = chain.dataset
+    given = args.data_dir is not None
+    dataset = karpathy.read(args.data_dir, captions_format=args.captions_format) if given else chain.dataset
     wanted = {"images": set(dataset.image_ids), "texts": set(dataset.caption_ids)}
     for folder, ids in wanted.items():
         foreign = sorted(path.name for path in (args.save_dir / folder).glob("*.npy") if path.stem not in ids)
@@ -266,12 +268,152 @@ def _reference(args: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_bench(parser: Parser) -> None:
+    _model_options(parser)
+    names = ["--data-dir", "--backends", "--batch-sizes", "--onnx-providers", "--device-id", "--precision-mode"]
+    names += ["--soc-version", "--om-dir", "--allow-simulated", "--perf-min-time", "--perf-max-time"]
+    add_options(parser.add_argument, names)
+    parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as ais_bench takes it")
+    parser.add_argument("--batchsize", "--batch-size", type=int, metavar="N", help="of --model; default: the OM file's")
+    parser.add_argument("--loop", type=int, metavar="N", help="timed calls, instead of a time")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the rows as a baseline of one session")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """Throughput of one model file, or of every backend, tower and batch size of the spec."""
+    from clipval import baseline
+
+    if args.loop is not None and args.loop < 1:
+        raise UsageError(f"bench --loop {args.loop}: at least 1")
+    chain = _chain(args)
+    rows: Dict[str, List[float]] = {}
+    made_by: Dict[str, str] = {}
+    print("row                            samples/s  95 % interval          1000*bs/mean ms  rounds  verdict")
+    for backend, size in _benched(chain, args):
+        for scope, (row, verdict, reason) in _bench_row(chain, backend, size, args).items():
+            name = baseline.row_name(backend.identity.name, backend.tower.name, size, scope)
+            rows[name], made_by[backend.identity.name] = [row.samples_per_second], str(backend.identity)
+            low, high = row.interval
+            print(
+                f"{name:30} {row.samples_per_second:9.1f}  {low:9.1f} .. {high:9.1f}  "
+                f"{row.samples_per_second_mean:15.1f}  {row.rounds:6}  {verdict} {reason}".rstrip()
+            )
+    chain.close()
+    for identity in made_by.values():
+        print(f"by {identity}")
+    if args.save:
+        baseline.save(baseline.Baseline(chain.baseline_key(made_by), rows), args.save)
+    return 0
+
+
+def _benched(chain: Any, args: argparse.Namespace) -> Any:
+    """Open backends one after the other, with the batch size to measure."""
+    if args.model is None:
+        for name in chain.settings.validated:
+            for tower in chain.towers.values():
+                for size in chain.batch_sizes:
+                    yield chain.backend(name, tower, size), size
+        return
+    kind = {".onnx": "onnx", ".om": "om"}.get(args.model.suffix)
+    size = args.batchsize or _batch_of_name(args.model) or 1
+    if kind is None or not args.model.is_file():
+        raise UsageError(f"bench --model {args.model}: no such .onnx or .om file")
+    name = "text" if "text" in args.model.stem else "vision"
+    tower = _tower_of_onnx(args.model) if kind == "onnx" else chain.towers[name]
+    backend = chain.open_file(kind, tower, args.model, size)
+    yield backend, size
+    backend.close()
+
+
+def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace) -> Dict[str, Any]:
+    from clipval import throughput
+    from clipval.export import example_rows
+
+    tower = backend.tower
+    rows = chain.prepared.rows[tower.name] if args.model is None else example_rows(tower, 2 * size)
+    limits = {"seconds": args.perf_min_time, "cap": args.perf_max_time, "rounds": args.loop}
+    return throughput.measure(backend, throughput.Feed(rows, size), size, **limits)
+
+
+def _declare_baseline(parser: Parser) -> None:
+    _declare_bench(parser)
+    parser.add_argument("--sessions", type=int, default=5, metavar="N", help="fresh processes (default: %(default)s)")
+
+
+def _make_baseline(args: argparse.Namespace) -> int:
+    """Throughput of several fresh processes into one file, for pytest --baseline FILE."""
+    import subprocess
+    import tempfile
+
+    from clipval import baseline
+
+    if args.save is None or args.sessions < baseline.MIN_SESSIONS:
+        raise UsageError(f"baseline: give --save FILE and at least --sessions {baseline.MIN_SESSIONS}")
+    asked = sys.argv[2:]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{n}.json" for n in range(args.sessions)]
+        for number, file in enumerate(files, 1):
+            print(f"session {number} of {args.sessions}", file=sys.stderr)
+            # the later --save wins
+            command = [sys.executable, "-m", "clipval", "bench", *_without(asked, "--sessions"), "--save", str(file)]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                raise InputError(f"baseline: session {number} ended with exit code {done.returncode}, see above")
+        made = baseline.merge([baseline.load(file) for file in files])
+    baseline.save(made, args.save)
+    print(f"{args.save}: {len(made.rows)} rows, {args.sessions} sessions, noise {baseline.noise(made):.2%}")
+    return 0
+
+
+def _without(arguments: Sequence[str], flag: str) -> List[str]:
+    """Arguments less one flag and its value."""
+    kept = [one for one in arguments if not one.startswith(f"{flag}=")]
+    if flag in kept:
+        place = kept.index(flag)
+        del kept[place : place + 2]
+    return kept
+
+
+def _declare_report(parser: Parser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="report.json", help="one to show, two to compare")
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Show a run's table, or compare two runs: last night's and tonight's."""
+    from clipval import report
+
+    runs = [report.load(file) for file in args.runs]
+    if len(runs) > 2:
+        raise UsageError(f"report: {len(runs)} files, expected one or two")
+    print(report.summary_table(runs[0]) if len(runs) == 1 else report.compare(runs[0], runs[1]))
+    return 0
+
+
+def _declare_doctor(parser: Parser) -> None:
+    add_options(parser.add_argument, ["--device-id", "--backends"])
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Say line by line what this machine lacks; exit 1 when something required is missing."""
+    from clipval import doctor
+
+    findings = doctor.check(args.backends, args.device_id)
+    for finding in findings:
+        mark = "ok " if finding.ok else "MISSING" if finding.required else "warning"
+        print(f"{mark:8} {finding.name:14} {finding.detail}" + (f"; {finding.advice}" if not finding.ok else ""))
+    return int(any(finding.required and not finding.ok for finding in findings))
+
+
 COMMANDS: Dict[str, Command] = {
     "preprocess": Command(_declare_preprocess, _preprocess, "images and captions to arrays"),
     "export": Command(_declare_export, _export, "both towers to ONNX"),
     "compile": Command(_declare_compile, _compile, "ONNX to OM with atc"),
     "embed": Command(_declare_embed, _embed, "arrays to embeddings, by any backend"),
     "evaluate": Command(_declare_evaluate, _evaluate, "embeddings to recall"),
+    "bench": Command(_declare_bench, _bench, "throughput"),
+    "baseline": Command(_declare_baseline, _make_baseline, "throughput of several processes, to compare with"),
+    "report": Command(_declare_report, _report, "show a run, or compare two"),
+    "doctor": Command(_declare_doctor, _doctor, "what this machine lacks"),
     "reference": Command(_declare_reference, _reference, "published recall figures"),
 }
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from clipval import parity, retrieval
 from clipval.backends import REFERENCE, Identity
+from clipval.baseline import IMPROVED, OK, Judgement
 from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings
 from clipval.export import check, read_metadata
@@ -434,6 +435,7 @@ def throughput(
     config: Dict[str, Any],
     peak: float,
     more: Dict[str, Any],
+    earlier: Optional[Judgement] = None,
 ) -> List[Figure]:
     """One row of throughput: it computed what it claims, is worth believing, and is no slower than it must be.
 
@@ -442,6 +444,7 @@ def throughput(
         required: the backend was named, so that anything but VALID fails.
         config: open_clip's config of the model, for the operations of a sample; peak: FLOP/s of the machine.
         more: kept with the row: warm-up, load, end to end, threads.
+        earlier: how the row stands against the baseline, where one was given.
     """
     gate = f"throughput/{where.name}/{tower.name}/{batch_size}"
     scope = "execute" if "execute" in judged else "inference"
@@ -472,8 +475,44 @@ def throughput(
         detail=detail,
         **common,
     )
-    floor = _floor(row, published, spec, where, scope, gate)
-    return [first, *floor]
+    figures = [first, *_floor(row, published, spec, where, scope, gate)]
+    if earlier is not None:
+        detail["baseline"] = {"status": earlier.status, "expected": earlier.expected, "reason": earlier.reason}
+        lost = earlier.status not in (OK, IMPROVED)
+        figures.append(
+            Figure(
+                metric="samples/s against the baseline",
+                reference=earlier.expected,
+                limit=earlier.bound,
+                bound=">=",
+                verdict=FAIL if lost else PASS,
+                failure="perf" if lost else "",
+                message=f"{gate}: {earlier.status}: {earlier.reason}. Made by {where}" if lost else "",
+                **common,
+            )
+        )
+    return figures
+
+
+def baseline_rows(wanted: Sequence[str], measured: Sequence[str], file: Path) -> List[Figure]:
+    """Every row of the baseline is measured by this run: a row that vanished or was renamed is not a pass."""
+    lost = sorted(set(wanted) - set(measured))
+    where = Identity("baseline", str(file), "file", "samples/s")
+    return [
+        judge(
+            "baseline/rows",
+            "rows of the baseline that are not measured",
+            len(lost),
+            "<=",
+            0,
+            unit="rows",
+            count=len(wanted),
+            where=where,
+            worst=", ".join(lost[:5]),
+            because="measure them (--backends, --batch-sizes), or make a new baseline",
+            failure="perf",
+        )
+    ]
 
 
 def _published(spec: Spec, where: Identity, tower: Tower, batch_size: int) -> Dict[str, Any]:

@@ -123,7 +123,11 @@ def table() -> Dict[str, Dict[str, Any]]:
         "--backends": {"type": _names, "metavar": "LIST", "help": "of pytorch,onnx,om; named backends are required"},
         "--batch-sizes": {"type": _sizes, "metavar": "LIST", "help": "batch sizes of throughput, as 1,8,64"},
         "--opset-version": {"type": _opset, "metavar": "N", "help": "ONNX opset, 14 to 18"},
-        "--onnx-providers": {"type": _providers, "metavar": "LIST", "help": "execution providers: cpu, cuda, full names"},
+        "--onnx-providers": {
+            "type": _providers,
+            "metavar": "LIST",
+            "help": "execution providers: cpu, cuda, full names",
+        },
         "--threads": {"type": _positive(int, 1), "metavar": "N", "help": "CPU threads of pytorch and onnx"},
         "--workdir": {"type": Path, "metavar": "DIR", "help": "where artifacts and results are kept"},
         "--rebuild": {"action": "store_true", "help": "build every artifact again"},

@@ -106,7 +106,7 @@ def check_embeddings(ids: Tuple[str, ...], values: np.ndarray, what: str) -> np.
         if wrong.any():
             first = ids[int(np.argmax(wrong))]
             raise InputError(f"{what}: {word} of sample {first} ({int(wrong.sum())} of {len(ids)} samples)")
-    unit = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    unit: np.ndarray = wide / np.linalg.norm(wide, axis=1, keepdims=True)
     if len(unit) > 1 and np.ptp(unit, axis=0).max() < 1e-6:
         raise InputError(f"{what}: all {len(ids)} embeddings are equal (first sample {ids[0]}); the model collapsed")
     return unit

@@ -53,7 +53,7 @@ def train(images: Any, tokens: Any, module: Any, *, epochs: int, batch_size: int
             logits = module.logit_scale.exp() * vision @ text.T
             target = torch.arange(batch_size)
             cross = torch.nn.functional.cross_entropy
-            loss = (cross(logits, target) + cross(logits.T, target)) / 2
+            loss: Any = (cross(logits, target) + cross(logits.T, target)) / 2
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)

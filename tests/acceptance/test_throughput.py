@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from clipval import gates, throughput
+from clipval import baseline, gates, throughput
+from clipval.baseline import REGRESSED
 from clipval.throughput import VALID, Feed, HostLoad
 
 pytestmark = pytest.mark.perf
@@ -51,10 +52,13 @@ def test_throughput(request, chain, record, peak, tower_name, backend_name, batc
     rows = {scope: throughput.summarise(times, batch_size, scope) for scope, times in timed.items()}
     bad = chain.check_outputs(backend, feed)
     judged = {scope: (row, *throughput.verdict(row, busy=busy, bad_output=bad)) for scope, row in rows.items()}
-    if settings.strict and not bad and any(verdict != VALID for _, verdict, _ in judged.values()):
+    earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
+    doubtful = settings.strict and any(verdict != VALID for _, verdict, _ in judged.values())
+    if not bad and (doubtful or (earlier is not None and earlier.status == REGRESSED)):
         judged = throughput.measure(
             backend, feed, batch_size, seconds=settings.perf_min_time, cap=settings.perf_max_time
         )
+        earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
     more = {
         "warm_up": throughput.as_dict(warm),
         "load_seconds": load_seconds,
@@ -71,7 +75,15 @@ def test_throughput(request, chain, record, peak, tower_name, backend_name, batc
         config=chain.model_key["config"],
         peak=peak,
         more=more,
+        earlier=earlier,
     )
     benchmark.extra_info.update(figures[0].detail)
     benchmark.extra_info.update(figures[0].context)
     record(figures)
+
+
+def test_every_row_of_the_baseline_is_measured(chain, record, baseline_file):
+    backends, sizes = chain.settings.validated, chain.batch_sizes
+    rows = [f"{name}/{tower}/{size}" for name in backends for tower in chain.towers for size in sizes]
+    wanted = [name.rpartition("/")[0] for name in baseline.load(baseline_file).rows]
+    record(gates.baseline_rows(wanted, rows, baseline_file))

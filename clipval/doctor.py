@@ -1,0 +1,39 @@
+"""What a machine has and lacks, line by line: the CPU backends' packages, and an NPU host where it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from typing import List, Optional, Sequence
+
+from clipval import environment, model
+from clipval.ascend import host
+from clipval.ascend.host import Finding
+from clipval.errors import ClipvalError
+
+INSTALL = "pip install -r requirements.txt"
+
+
+def check(backends: Optional[Sequence[str]], device_id: int) -> List[Finding]:
+    """Findings in the order in which a person mends them.
+
+    Args:
+        backends: named backends; `om` among them makes the NPU host required. None looks at everything.
+    """
+    supported = (3, 8) <= sys.version_info[:2] <= (3, 13)
+    python = ".".join(map(str, sys.version_info[:3]))
+    found = [Finding("python", supported, True, python, "use Python 3.8 to 3.13")]
+    for package in (*environment.PACKAGES, "scipy"):
+        version = environment.version(package)
+        found.append(Finding(package, version is not None, True, version or "not installed", INSTALL))
+    found.append(_open_clip())
+    if backends is None or "om" in backends:
+        found += host.check_host(device_id)
+    return found
+
+
+def _open_clip() -> Finding:
+    try:
+        loaded = model.import_open_clip()
+    except ClipvalError as error:
+        return Finding("open_clip", False, True, str(error), INSTALL)
+    return Finding("open_clip", True, True, f"{loaded.__version__} imports", "")
