@@ -12,8 +12,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 import msgspec
 import numpy as np
 
-from clipval import environment, export, preprocess, store
 from clipval import baseline as baselines
+from clipval import environment, export, preprocess, store
 from clipval import model as models
 from clipval import spec as specs
 from clipval.backends import REFERENCE, Backend, Identity

@@ -271,7 +271,7 @@ def _reference(args: argparse.Namespace) -> int:
 def _declare_bench(parser: Parser) -> None:
     _model_options(parser)
     names = ["--data-dir", "--backends", "--batch-sizes", "--onnx-providers", "--device-id", "--precision-mode"]
-    names += ["--soc-version", "--om-dir", "--allow-simulated", "--perf-min-time", "--perf-max-time"]
+    names += ["--soc-version", "--om-dir", "--allow-simulated", "--perf-min-time", "--perf-max-time", "--perf-noise"]
     add_options(parser.add_argument, names)
     parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as ais_bench takes it")
     parser.add_argument("--batchsize", "--batch-size", type=int, metavar="N", help="of --model; default: the OM file's")
@@ -331,7 +331,8 @@ def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace) ->
 
     tower = backend.tower
     rows = chain.prepared.rows[tower.name] if args.model is None else example_rows(tower, 2 * size)
-    limits = {"seconds": args.perf_min_time, "cap": args.perf_max_time, "rounds": args.loop}
+    limits = {"seconds": args.perf_min_time, "cap": args.perf_max_time}
+    limits.update(rounds=args.loop, noise=args.perf_noise)
     return throughput.measure(backend, throughput.Feed(rows, size), size, **limits)
 
 

@@ -142,8 +142,8 @@ def prepared_images(data: PreparedRows, dataset: RetrievalDataset, model: Model,
     off = np.array(each_in_threads(compare, picked.tolist(), "check images", len(picked)))
     ids = [data.ids[n] for n in picked]
     return [
-        _prepared(data, "max |pixel - the model's transform|", off[:, 0], 0.0, ids),
-        _prepared(data, "max |pixel - the spec's preprocessing|", off[:, 1], 1e-5, ids),
+        _prepared(data, "|pixel - transform's|", off[:, 0], 0.0, ids),
+        _prepared(data, "|pixel - the spec's|", off[:, 1], 1e-5, ids),
     ]
 
 
@@ -151,11 +151,11 @@ def prepared_texts(data: PreparedRows, dataset: RetrievalDataset, model: Model, 
     """Prepared tokens are the model's own tokenizer's for every caption, and the captions are the spec's."""
     found = data[:]
     off = (found != tokens(dataset.captions, model, data.tower)).sum(axis=1)
-    figures = [_prepared(data, "tokens unlike the tokenizer's", off, 0.0, data.ids)]
+    figures = [_prepared(data, "tokens that differ", off, 0.0, data.ids)]
     if spec.data.captions_sha256:
         digest = hashlib.sha256("".join(f"{caption}\n" for caption in dataset.captions).encode()).hexdigest()
         same = np.array([digest != spec.data.captions_sha256])
-        figures.append(_prepared(data, "captions unlike the spec's captions_sha256", same, 0.0, ["annotation file"]))
+        figures.append(_prepared(data, "captions that differ from the spec's", same, 0.0, ["annotation file"]))
     return figures
 
 
@@ -185,7 +185,7 @@ def artifact(file: Path, tower: Tower, weights: str, where: Identity) -> List[Fi
     return [
         judge(
             f"artifact/{where.name}/{tower.name}",
-            "made of the weights under test",
+            "of the weights under test",
             float(same),
             ">=",
             1,
@@ -208,7 +208,7 @@ def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBound
     worst = int(np.argmax(norm))
     first = f"first bad sample {found.ids[int(np.argmax(bad))]}" if bad.any() else ""
     return [
-        judge(gate, "embeddings of the right count, ids and width", float(shape_ok), ">=", 1, unit="share", **common),
+        judge(gate, "ids, count and width", float(shape_ok), ">=", 1, unit="share", **common),
         judge(gate, "NaN, Inf or +-65504", float(bad.sum()), "<=", 0, unit="samples", worst=first, **common),
         judge(
             gate,
@@ -243,8 +243,8 @@ def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray)
     spread = float(1 - np.square(unit.mean(axis=0)).sum())
     common: Dict[str, Any] = {"where": where, "count": len(unit)}
     return [
-        judge(gate, "different inputs with one embedding", twins, "<=", limit, unit="samples", worst=worst, **common),
-        judge(gate, "spread (1 - |mean unit embedding|^2)", spread, ">=", 1e-3, unit="absolute", **common),
+        judge(gate, "inputs with one embedding", twins, "<=", limit, unit="samples", worst=worst, **common),
+        judge(gate, "spread (1 - |mean|^2)", spread, ">=", 1e-3, unit="absolute", **common),
     ]
 
 
@@ -286,13 +286,13 @@ def invariance(
     """
     figures = []
     row = {name: n for n, name in enumerate(whole.ids)}
-    for metric, other in (("in batches of 1", single), ("beside other neighbours", shuffled)):
+    for metric, other in (("in batches of 1", single), ("reordered", shuffled)):
         compared = parity.compare(other.ids, whole.values[[row[name] for name in other.ids]], other.values)
         worst = int(np.argmax(np.nan_to_num(compared.max_abs, nan=np.inf)))
         figures.append(
             judge(
                 f"invariance/{where.name}/{tower.name}",
-                f"max |difference| {metric}",
+                f"|difference| {metric}",
                 compared.max_abs[worst],
                 "<=",
                 bounds.max_abs,
@@ -398,7 +398,7 @@ def paired(
     flips = ", ".join(f"{one['id']} (margin {one['margin']:+.1e})" for one in result.flips[:5])
     figure = judge(
         f"paired/{where.name}/{bounds.metric}",
-        f"{bounds.metric} less pytorch's",
+        "recall less pytorch's",
         result.difference,
         "within",
         bounds.within,

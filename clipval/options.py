@@ -43,6 +43,7 @@ class Settings:
     allow_simulated: bool = False
     perf_min_time: float = 1.0
     perf_max_time: float = 10.0
+    perf_noise: Optional[float] = None
     baseline: Optional[Path] = None
     report: Optional[Path] = None
 
@@ -140,6 +141,11 @@ def table() -> Dict[str, Dict[str, Any]]:
         "--allow-simulated": {"action": "store_true", "help": "let a simulated NPU pass gates"},
         "--perf-min-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds of timed calls a row"},
         "--perf-max-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds a row at most"},
+        "--perf-noise": {
+            "type": _positive(float, 0.001),
+            "metavar": "SHARE",
+            "help": "allowed +- of a row's median; without it 0.05, on a device's own clock 0.025",
+        },
         "--baseline": {"type": Path, "metavar": "FILE", "help": "throughput must not fall below this baseline"},
         "--report": {"type": Path, "metavar": "DIR", "help": "write report.json, report.md, report.html there"},
     }

@@ -195,22 +195,26 @@ def _drift(seconds: np.ndarray) -> float:
     return float(slope * len(thinned) / np.median(thinned)) if low > 0 else 0.0
 
 
-def verdict(found: Throughput, *, busy: str = "", bad_output: str = "") -> Tuple[str, str]:
+def verdict(
+    found: Throughput, *, busy: str = "", bad_output: str = "", noise: Optional[float] = None
+) -> Tuple[str, str]:
     """What a row is worth, and why.
 
     Args:
+        noise: allowed half-width of the median's interval, as a share, and no less of drift; None is `NOISE`.
         busy: what else ran on the device or the host, empty for nothing; bad_output: what was wrong with the results.
     """
     half_width = (found.interval[1] - found.interval[0]) / 2 / found.samples_per_second
-    limit = NOISE[found.scope]
+    limit = NOISE[found.scope] if noise is None else noise
+    drift = max(DRIFT, limit)
     if bad_output:
         return BAD_OUTPUT, bad_output
     if found.rounds < MIN_ROUNDS:
         return INSUFFICIENT, f"{found.rounds} rounds, at least {MIN_ROUNDS} are needed; raise --perf-max-time"
     if busy:
         return BUSY, busy
-    if found.drift > DRIFT:
-        return THROTTLED, f"calls became {found.drift:.1%} slower over the run, allowed {DRIFT:.0%}"
+    if found.drift > drift:
+        return THROTTLED, f"calls became {found.drift:.1%} slower over the run, allowed {drift:.1%}"
     if half_width > limit:
         return NOISY, f"median is known to +-{half_width:.1%} only, allowed {limit:.1%}; quieten the machine"
     return VALID, ""
@@ -268,12 +272,20 @@ def time_calls(call: Callable[[], Any], rounds: int, *, clock: Clock = time.perf
 
 
 def measure(
-    backend: Backend, feed: Feed, batch_size: int, *, seconds: float, cap: float, rounds: Optional[int] = None
+    backend: Backend,
+    feed: Feed,
+    batch_size: int,
+    *,
+    seconds: float,
+    cap: float,
+    noise: Optional[float] = None,
+    rounds: Optional[int] = None,
 ) -> Dict[str, Tuple[Throughput, str, str]]:
     """Measure one row without a test runner: scope -> (figures, verdict, reason).
 
     Args:
         seconds: of timed calls; cap: seconds of the row at most; rounds: a number of calls instead.
+        noise: see `verdict`.
     """
     load = HostLoad()
     warm = warm_up(lambda: backend.run(feed.next()), seconds=seconds / 4, cap=cap / 3)
@@ -285,7 +297,7 @@ def measure(
     executed = backend.execute_seconds()
     if executed is not None:
         rows["execute"] = summarise(executed[before:], batch_size, "execute")
-    return {scope: (row, *verdict(row, busy=busy)) for scope, row in rows.items()}
+    return {scope: (row, *verdict(row, busy=busy, noise=noise)) for scope, row in rows.items()}
 
 
 def as_dict(row: Any) -> Dict[str, Any]:

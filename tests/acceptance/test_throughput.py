@@ -51,12 +51,20 @@ def test_throughput(request, chain, record, peak, tower_name, backend_name, batc
     busy = busy or host.busy() or chain.busy(backend_name)
     rows = {scope: throughput.summarise(times, batch_size, scope) for scope, times in timed.items()}
     bad = chain.check_outputs(backend, feed)
-    judged = {scope: (row, *throughput.verdict(row, busy=busy, bad_output=bad)) for scope, row in rows.items()}
+    judged = {
+        scope: (row, *throughput.verdict(row, busy=busy, bad_output=bad, noise=settings.perf_noise))
+        for scope, row in rows.items()
+    }
     earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
     doubtful = settings.strict and any(verdict != VALID for _, verdict, _ in judged.values())
     if not bad and (doubtful or (earlier is not None and earlier.status == REGRESSED)):
         judged = throughput.measure(
-            backend, feed, batch_size, seconds=settings.perf_min_time, cap=settings.perf_max_time
+            backend,
+            feed,
+            batch_size,
+            seconds=settings.perf_min_time,
+            cap=settings.perf_max_time,
+            noise=settings.perf_noise,
         )
         earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
     more = {

@@ -1,5 +1,6 @@
 """The border of every backend, and the recipe's folders of embeddings."""
 
+import os
 import pickle
 
 import numpy as np
@@ -80,6 +81,34 @@ def test_what_cannot_be_embedded():
         embeddings.embed(Fake(), IDS[:9], ROWS, 4)
     with pytest.raises(InputError, match="0 ids for 0 rows"):
         embeddings.embed(Fake(), (), ROWS[:0], 4)
+    for size in (0, -3):
+        with pytest.raises(InputError, match=f"batches of {size}; .* at least 1"):
+            embeddings.embed(Fake(), IDS, ROWS, size)
+
+
+class Lazy:
+    """Rows that are read when sliced, and `lost` of each slice never come."""
+
+    def __init__(self, lost=0):
+        self.lost = lost
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, index):
+        return ROWS[index][self.lost :]
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_rows_that_do_not_come_leave_no_gap(batch_size):
+    assert np.array_equal(embeddings.embed(Fake(batch_size), IDS, Lazy(), 4).values[:, 0], ROWS[:, 0])
+    with pytest.raises(InputError, match=r"from sample 0_0: input 'text' is int64\[3, 77\], expected int64\[4, 77\]"):
+        embeddings.embed(Fake(batch_size), IDS, Lazy(lost=1), 4)
+
+
+def test_a_bar_only_on_a_terminal(capsys):
+    embeddings.embed(Fake(), IDS, ROWS, 4)
+    assert capsys.readouterr() == ("", "")
 
 
 def some(count=12):
@@ -114,6 +143,8 @@ def test_half_precision_is_read(tmp_path):
         ("5_0_0.npy", np.ones((1, 512), ">f4"), ">f4"),
         ("5_0_0.npy", np.ones((1, 511), np.float32), r"\(1, 511\), expected .* \(1, 512\)"),
         ("5_0_0.npy", np.ones((2, 512), np.float32), r"\(2, 512\)"),
+        ("5_0_0.npy", np.float32(1), r"<f4 \(\)"),
+        ("0_0_0.npy", np.ones((1, 0), np.float32), r"\(1, 0\), expected .* \(1, 512\)"),
         ("5_0_0.npy", np.array([{"a": 1}], object), "allow_pickle|Object arrays"),
         ("5_0_1.npy", np.ones((1, 512), np.float32), "not an embedding"),
         ("stray.npy", np.ones((1, 512), np.float32), "stray.npy: not an embedding"),
@@ -122,10 +153,60 @@ def test_half_precision_is_read(tmp_path):
 def test_wrong_files_are_named(tmp_path, name, array, words):
     embeddings.write(tmp_path, some())
     np.save(tmp_path / name, array, allow_pickle=True)
-    with pytest.raises(InputError, match=words) as caught:
-        embeddings.read(tmp_path, 512)
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for width in (512, None):
+        with pytest.raises(InputError, match=words) as caught:
+            embeddings.read(tmp_path, width)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda content: content[:-1], ""),  # numpy's words differ by version
+        (lambda content: content[:40], "EOF"),
+        (lambda content: b"", "EOF"),
+        (lambda content: content + b"\0", "more bytes than its header tells"),
+        (lambda content: content.replace(b"(1, 512)", b"(1, 512("), ""),
+        (lambda content: content.replace(b"(1, 512), }      ", b"(1, 9999999), }  "), ""),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, harm, words):
+    embeddings.write(tmp_path, some())
+    file = tmp_path / "3_1_0.npy"
+    file.write_bytes(harm(file.read_bytes()))
+    with pytest.raises(InputError, match=f"3_1_0.npy: not an array that can be read .*{words}"):
+        embeddings.read(tmp_path)
+
+
+def test_an_archive_is_not_an_array(tmp_path):
+    np.savez(tmp_path / "a.npz", np.ones((1, 512), np.float32))
+    (tmp_path / "a.npz").rename(tmp_path / "a_0.npy")
+    with pytest.raises(InputError, match="a_0.npy: not an array"):
+        embeddings.read(tmp_path)
+
+
+def test_a_flat_row_is_read_too(tmp_path):
+    np.save(tmp_path / "a_0.npy", np.arange(8, dtype=np.float32))
+    assert embeddings.read(tmp_path, 8).values.shape == (1, 8)
+
+
+def test_values_are_not_judged_here(tmp_path):
+    given = Embeddings(("a", "b"), np.array([[np.nan, np.inf], [0, 7]], np.float32))
+    embeddings.write(tmp_path, given)
+    assert np.array_equal(embeddings.read(tmp_path).values, given.values, equal_nan=True)
+
+
+def test_order_does_not_depend_on_the_directory(tmp_path, monkeypatch):
+    names = ("01", "1", "1²2", "2", "10", "a", "a1", "a02")
+    embeddings.write(tmp_path, Embeddings(names, np.ones((8, 4), np.float32)))
+    files = os.listdir(tmp_path)
+    found = []
+    for listing in (sorted(files), sorted(files)[::-1]):
+        monkeypatch.setattr(os, "listdir", lambda _, listing=listing: listing)
+        found.append(embeddings.read(tmp_path).ids)
+    assert found[0] == found[1]
+    assert [name for name in found[0] if name.isascii() and name.isdigit()] == ["01", "1", "2", "10"]
 
 
 class Harm:
@@ -158,11 +239,52 @@ def test_stale_files_are_not_mixed_in(tmp_path):
         embeddings.write(tmp_path, some(10))
 
 
+def test_an_id_there_twice_is_not_written_over(tmp_path):
+    with pytest.raises(InputError, match="sample a is there twice"):
+        embeddings.write(tmp_path / "out", Embeddings(("b", "a", "a"), np.ones((3, 4), np.float32)))
+
+
+def test_half_a_folder_never_appears(tmp_path, monkeypatch):
+    saved = []
+
+    def full(path, array):
+        saved.append(path)
+        if len(saved) > 5:
+            raise OSError(f"{array.size} requested and 0 written")  # numpy's words for a full disk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(InputError, match="out: cannot be written .*0 written"):
+            embeddings.write(tmp_path / "out", some())
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.writing").mkdir()
+    (tmp_path / "out.writing" / "old_0.npy").write_bytes(b"from a run that was killed")
+    embeddings.write(tmp_path / "out", some())
+    assert len(embeddings.read(tmp_path / "out").ids) == 12
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for place in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="cannot be written"):
+            embeddings.write(place, some())
+
+
+def test_5000_files(tmp_path):
+    values = np.random.default_rng(0).normal(size=(5000, 512)).astype(np.float32)
+    given = Embeddings(tuple(f"{n}_{k}" for n in range(1000) for k in range(5)), values)
+    embeddings.write(tmp_path / "out", given)
+    found = embeddings.read(tmp_path / "out", 512)
+    assert found.ids == given.ids
+    assert np.array_equal(found.values, values)
+
+
 def test_empty_and_missing_folders(tmp_path):
     with pytest.raises(InputError, match="no <id>_0.npy"):
         embeddings.read(tmp_path)
-    with pytest.raises(InputError, match="no such folder"):
-        embeddings.read(tmp_path / "none")
+    for missing in (tmp_path / "none", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="no such folder"):
+            embeddings.read(missing)
 
 
 def test_align_is_by_id():
@@ -171,8 +293,18 @@ def test_align_is_by_id():
     assert np.array_equal(turned.values, found.values[::-1])
     with pytest.raises(InputError, match=r"1 missing \['zz'\], 1 surplus \['5_1'\]"):
         embeddings.align(found, (*found.ids[:-1], "zz"))
-    with pytest.raises(InputError, match="do not match"):
+    with pytest.raises(InputError, match=r"2 twice \['a', 'a'\]"):
         embeddings.align(Embeddings(("a", "a"), found.values[:2]), ("a", "a"))
+    with pytest.raises(InputError, match=r"1 twice \['0_0'\]"):
+        embeddings.align(found, (*found.ids, "0_0"))
+
+
+def test_the_image_of_a_caption():
+    assert embeddings.image_id_of("1007129816_4") == "1007129816"
+    assert embeddings.image_id_of("a_b_12") == "a_b"
+    for name in ("1007129816", "_3", "a_b", "a_²", ""):
+        with pytest.raises(InputError, match="expected the id <image id>_<k>"):
+            embeddings.image_id_of(name)
 
 
 def test_read_array_is_strict(tmp_path):

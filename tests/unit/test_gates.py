@@ -39,7 +39,7 @@ def test_good_values_pass(rows):
         (lambda x: np.where(np.arange(64)[:, None] == 5, 65504.0, x), "first bad sample 5_0"),
         (lambda x: x * 2, "|L2 norm - 1|"),
         (lambda x: np.where(np.arange(64)[:, None] == 7, x * 1.001, x), "sample 7_0"),
-        (lambda x: x[:, :511], "right count, ids and width"),
+        (lambda x: x[:, :511], "ids, count and width"),
     ],
 )
 def test_bad_values_fail(rows, change, words):

@@ -1,7 +1,13 @@
 """Pictures of every kind become RGB, and what is no picture is named."""
 
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from clipval.datasets.images import open_rgb
@@ -54,6 +60,50 @@ def test_a_picture_too_large(tmp_path):
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     with pytest.raises(InputError, match="bomb.png: .*too large to decode"):
         open_rgb(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "array"), [("wide.png", PIXELS[..., 0].astype(np.uint16) * 257), ("float.tif", np.float32(PIXELS[..., 0]))]
+)
+def test_more_than_8_bits_would_be_clipped(tmp_path, name, array):
+    Image.fromarray(array).save(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: pixels are .*, expected 8 bits a channel"):
+        open_rgb(tmp_path / name)
+
+
+def test_no_outside_program_is_run(tmp_path):
+    (tmp_path / "page.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match="page.jpg: cannot be read.*cannot identify"):
+        open_rgb(tmp_path / "page.jpg")
+
+
+def test_threads_share_no_warnings(tmp_path):
+    RGB.quantize(16).save(tmp_path / "p.png", transparency=bytes(range(16)))  # Pillow warns where it is converted
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(open_rgb, [tmp_path / "p.png"] * 400))
+        assert list(warnings.filters) == before
+    assert not caught
+    assert all(np.array_equal(np.asarray(image), np.asarray(found[0])) for image in found)
+
+
+JPEG = io.BytesIO()
+RGB.save(JPEG, "JPEG")
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60), st.integers(0, len(JPEG.getvalue())), st.booleans())
+def test_any_bytes_give_a_picture_or_one_line(tmp_path, content, start, cut):
+    whole = JPEG.getvalue()
+    (tmp_path / "x.jpg").write_bytes(whole[:start] + content + (b"" if cut else whole[start + len(content) :]))
+    try:
+        message = ""
+        mode = open_rgb(tmp_path / "x.jpg").mode
+    except InputError as error:
+        message = str(error)
+    assert ("x.jpg" in message and "\n" not in message) if message else mode == "RGB"
 
 
 def test_a_missing_file(tmp_path):

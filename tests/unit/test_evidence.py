@@ -1,0 +1,205 @@
+"""What a report shows of figures: wording, tables, plots, and the samples behind them."""
+
+import base64
+import io
+import re
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipval import evidence, plots, report
+from clipval.errors import InputError
+from clipval.report import Assets
+from clipval.results import Figure
+from tests.unit.runs import make, open_page, paired, parity, recall, throughput
+
+
+def test_the_recall_table_is_the_recipes():
+    known = [{"backend": "om", "value": 0.8841, "source": "R"}, {"backend": "pytorch", "value": 0.883, "source": "R"}]
+    figures = [
+        recall("onnx", "image_retrieval_recall@5", 4421, 5000, 0.8830, detail={"published": known}),
+        recall("pytorch", "image_retrieval_recall@5", 4415, 5000, 0.8830, detail={"published": known}),
+        recall("pytorch", "text_retrieval_recall@10", 983, 1000, 0.97, "fail"),
+    ]
+
+    text = report.markdown(make(figures=figures))
+
+    expected = """\
+| metric | pytorch | onnx | reference of pytorch | published om | published pytorch |
+|---|---:|---:|---:|---:|---:|
+| image_retrieval_recall@5 | 0.8830 (+0.00 pt, +0) | 0.8842 (+0.12 pt, +6) | 0.8830 | 0.8841 | 0.8830 |
+| text_retrieval_recall@10 | 0.9830 (+1.30 pt, +13) FAIL |  | 0.9700 |  |  |
+"""
+    assert expected in text
+
+
+def test_backends_with_one_reference_share_its_column():
+    table = evidence.recall_table(make().figures)
+
+    assert table["published"] == ["reference of onnx", "reference of om"]
+    same = [recall(name, "text_retrieval_recall@5", 962, 1000, 0.963) for name in ("onnx", "pytorch")]
+    assert evidence.recall_table(same)["published"] == ["reference of pytorch, onnx"]
+
+
+def test_the_throughput_table_is_the_recipes():
+    device = {"samples_per_second": 180.0, "samples_per_second_mean": 179.4, "verdict": "VALID"}
+    figures = [
+        throughput("onnx", "text", 8, 1500.4, "NOISY"),
+        throughput("onnx", "text", 1, 64.26),
+        throughput("om", "vision", 1, 150.0, execute=device),
+        throughput("onnx", "text", 1, 65.26),  # measured again: the later one counts
+    ]
+
+    text = report.markdown(make(figures=figures))
+
+    expected = """\
+| batch size | vision om | vision om execute | vision published Ascend910B4 | text onnx | text published Ascend910B4 |
+|---:|---:|---:|---:|---:|---:|
+| 1 | 150 | 179 | 181 | 65.3 | 407 |
+| 8 |  |  |  | 1,500 NOISY | 1,944 |
+"""
+    assert expected in text
+
+
+def test_the_clock_that_decides_and_the_one_beside_it():
+    """The form of the acceptance suite: the device's clock in the detail, the host's inside it, then the baseline's."""
+    host = {"samples_per_second": 150.0, "interval": [149.0, 151.0], "verdict": "BUSY", "reason": "others"}
+    first = throughput("om", "vision", 1, 180.0, scope="execute", samples_per_second_mean=179.4, inference=host)
+    second = msgspec.structs.replace(first, metric="samples/s against the baseline", detail={}, verdict="pass")
+
+    found = [(one.name, one.value, one.verdict) for one in evidence.rates([first, second])]
+
+    assert found == [("om", 150.0, "BUSY"), ("om execute", 179.4, "VALID")]
+
+
+def test_a_gate_without_backend_is_the_runs():
+    found = evidence.glance(
+        [Figure(gate="baseline/rows", metric="m", unit="rows", verdict="pass"), parity()], ["a/om/b"]
+    )
+
+    assert found["columns"] == ["run", "onnx", "om"]
+    assert [row["check"] for row in found["rows"]] == ["baseline", "parity", "a"]
+    assert found["rows"][2]["cells"] == [{"total": 0, "passed": 0}] * 2 + [{"total": 1, "passed": 0}]
+
+
+def test_a_published_curve_of_another_machine_says_so():
+    on_cpu = [throughput("onnx", "vision", 1, 20.0)]
+    simulated = [throughput("om", "vision", 1, 20.0)]
+    simulated[0].context["simulated"] = True
+
+    for figures in (on_cpu, simulated):
+        assert "published Ascend910B4, another machine" in report.markdown(make(figures=figures))
+    assert "another machine" not in report.markdown(make(figures=[throughput("om", "vision", 1, 20.0)]))
+
+
+@pytest.fixture
+def assets(tmp_path):
+    """Three images of which one is damaged, with their captions."""
+    for name, size in (("img1", (400, 200)), ("img2", (90, 300))):
+        Image.new("RGB", size, (200, 30, 30)).save(tmp_path / f"{name}.png")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    captions = {"img1_0": 'a "red" <field>', "img1_2": "the third caption", "img2_0": "a tall one"}
+    return Assets(lambda name: tmp_path / f"{name}.png" if name in ("img1", "img2", "bad") else None, captions.get)
+
+
+def test_worst_samples_are_shown_with_picture_and_caption(assets):
+    page = open_page(make(figures=[parity(), parity(tower="text")]), assets)
+
+    pictures = [value for name, value in page.attributes if name == "src"]
+    assert len(pictures) == 2
+    picture = Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2])))
+    assert (picture.format, picture.size) == ("JPEG", (160, 80))
+    assert '“a "red" <field>”' in page.text
+    assert "“the third caption”" in page.text
+
+
+def test_flips_show_what_was_retrieved_instead(assets):
+    flip = {"id": "img1_2", "was": 4, "now": 6, "margin": -1e-4, "retrieved": ["img2", "img1", "gone"]}
+    back = {"id": "img2", "was": 8, "now": 2, "margin": 1e-4, "retrieved": ["img1_0", "img2_0"]}
+    figures = [paired(flips=[flip] * 12), paired("text_retrieval_recall@5", [back])]
+
+    text = open_page(make(figures=figures), assets).text
+
+    assert "“the third caption” ✗ lost : rank 4 → 6, margin -1.0e-04" in text
+    assert "1. img2 2. ✓ the right one no picture of gone 3. gone" in text
+    assert "2 more are in report.json." in text
+    assert "✓ gained : rank 8 → 2, margin +1.0e-04" in text
+    assert '1. a "red" <field> 2. ✓ a tall one' in text
+
+
+@pytest.mark.parametrize("broken", ["image_path", "caption"])
+def test_evidence_that_cannot_be_had_does_not_take_the_report_with_it(assets, broken):
+    def missing(_):
+        raise InputError("there is no data set")
+
+    worst = [{"id": "bad", "cosine": None}, {"id": "img1", "cosine": 0.5}]
+    figures = [parity(detail={"worst": worst})]
+
+    page = open_page(make(figures=figures), assets._replace(**{broken: missing}))
+
+    assert "no picture of bad" in page.text
+
+
+def test_plots_are_labelled_and_take_the_pages_colours():
+    figures = [*make().figures, throughput("onnx", "vision", 1, 20.0), throughput("onnx", "vision", 8, 30.0, "BUSY")]
+
+    text = report.page(make(figures=figures), Assets())
+
+    labels = re.findall(r'<svg class="plot" role="img" aria-label="([^"]*)"', text)
+    assert labels[0] == "Histogram of cosine distances of 1000 vision embeddings, onnx against pytorch"
+    assert "R@5 onnx 0.9500 \N{MINUS SIGN}13, -1.30 points" in labels[2]
+    assert "onnx 1: 20, 8: 30; published Ascend910B4, another machine 1: 181, 8: 285" in labels[3]
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert not re.search(r"(fill|stroke): #", drawn)
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_one_destroyed_sample_is_drawn_as_such():
+    good, bad = parity(), parity(verdict="fail", cosine=0.5)
+
+    def bars(figure):
+        found = evidence.parity_panels([figure], evidence.Gallery(Assets()))[0]["svg"]
+        return found.count('style="fill: var(--series-2)"'), found.count('style="fill: var(--bad)"')
+
+    assert bars(good) == (1, 0)
+    assert bars(bad) == (1, 1)
+
+
+def test_a_row_that_is_not_valid_has_a_hollow_marker():
+    def hollow(valid):
+        return plots.throughput([plots.Curve("onnx", 1, [(1, 5.0, 4.0, 6.0, valid)])], "x").count("fill: var(--paper)")
+
+    assert hollow(True) == 0
+    assert hollow(False) > 0
+
+
+def test_the_interval_is_that_of_the_figure_itself():
+    detail = {"interval": [0.95, 0.97]}  # the gated k's, which every figure of a direction carries
+    share, n, z = 0.841, 1000, 1.959964
+
+    found = evidence.interval(recall("onnx", "text_retrieval_recall@1", 841, n, 0.84, detail=detail))
+
+    half = z * np.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4) / (1 + z**2 / n)
+    centre = (share + z**2 / n / 2) / (1 + z**2 / n)
+    assert found == pytest.approx((centre - half, centre + half), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (0.9999989, "cosine", "1 - 1.1e-06"),
+        (0.95, "cosine", "0.950000"),
+        (None, "cosine", "none"),
+        (float("nan"), "share", "none"),
+        (0.88424, "share", "0.8842"),
+        (1234.5, "samples/s", "1,234"),
+        (0.1234, "samples/s", "0.123"),
+        (3.0, "samples", "3"),
+        (1.234e-7, "absolute", "1.23e-07"),
+    ],
+)
+def test_numbers_are_shown_so_that_bounds_stay_visible(value, unit, shown):
+    assert evidence.number(value, unit) == shown
