@@ -22,7 +22,7 @@ from clipval.embeddings import Embeddings, embed
 from clipval.errors import BackendUnavailable, InputError, UsageError
 from clipval.options import Settings
 from clipval.parity import compare
-from clipval.retrieval import Retrieval, evaluate
+from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.throughput import Feed
 from clipval.towers import Tower
 
@@ -411,6 +411,12 @@ class Chain:
                 images.ids, images.values, captions.ids, captions.values, self.dataset.image_of_caption
             )
         return self._retrievals[name]
+
+    def retrieved(self, name: str, direction: str, query_id: str) -> List[str]:
+        """Ids of the best candidates that a backend finds for one query."""
+        images, captions = (self.embeddings(name, tower).embeddings for tower in self.towers.values())
+        queries, candidates = (captions, images) if direction == IMAGE else (images, captions)
+        return retrieved(queries.values[queries.ids.index(query_id)], candidates.values, candidates.ids)
 
     def image_path(self, image_id: str) -> Optional[Path]:
         """File of an image, for a report's thumbnails; None for an id that is no image's."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -20,13 +20,14 @@ from clipval.export import check, read_metadata
 from clipval.model import Model
 from clipval.preprocess import PreparedRows, each_in_threads, expected_pixels, pixels, tokens
 from clipval.results import FAIL, INFO, PASS, Figure
-from clipval.spec import PairedBounds, ParityBounds, Reference, Spec
+from clipval.spec import PairedBounds, ParityBounds, Reference, Spec, published
 from clipval.throughput import BAD_OUTPUT, PROTOCOL, VALID, as_dict, flops_per_sample
 from clipval.towers import TOWER_NAMES, Tower
 
 ACCURACY, PERF = "accuracy", "perf"
 TOWER_CHECKS = ("values", "distinct", "invariance")
 INVARIANCE_SAMPLES = 32
+SHOWN_FLIPS = 20
 SAME = 1e-7  # cosine distance below which two fp32 embeddings are one; two captions of one word more differ by 1e-4
 
 
@@ -350,7 +351,7 @@ def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str)
     gate = f"recall/{where.name}/{metric}"
     assert reference is not None
     if reference.within is None:
-        return [_shown(gate, metric, measured, direction, reference, where)]
+        return [_shown(gate, metric, measured, direction, reference, where, spec)]
     off = round((measured - reference.value) * len(direction.ranks))
     return [
         judge(
@@ -366,13 +367,26 @@ def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str)
             source=reference.source,
             worst=f"{off:+d} of {len(direction.ranks)} queries",
             because=reference.because,
-            detail=direction.detail(),
+            detail=_recall_detail(direction, spec, metric),
         )
     ]
 
 
+def _recall_detail(direction: retrieval.Direction, spec: Spec, metric: str) -> Dict[str, Any]:
+    """What a report shows beside a recall: other k, the interval, and every published figure of this model."""
+    rows = published(spec.model.name, spec.model.pretrained, spec.data.name)
+    figures = [{"source": row.source, "value": row.recalls[metric]} for row in rows if row.recalls.get(metric)]
+    return {**direction.detail(), "published": figures}
+
+
 def _shown(
-    gate: str, metric: str, measured: float, direction: retrieval.Direction, reference: Reference, where: Identity
+    gate: str,
+    metric: str,
+    measured: float,
+    direction: retrieval.Direction,
+    reference: Reference,
+    where: Identity,
+    spec: Spec,
 ) -> Figure:
     return Figure(
         gate=gate,
@@ -384,14 +398,22 @@ def _shown(
         source=reference.source,
         verdict=INFO,
         context=context(where),
-        detail=direction.detail(),
+        detail=_recall_detail(direction, spec, metric),
     )
 
 
 def paired(
-    reference: retrieval.Retrieval, found: retrieval.Retrieval, where: Identity, bounds: PairedBounds
+    reference: retrieval.Retrieval,
+    found: retrieval.Retrieval,
+    where: Identity,
+    bounds: PairedBounds,
+    retrieved: Callable[[str, str], List[str]] = lambda direction, query_id: [],
 ) -> List[Figure]:
-    """Recall against PyTorch's on the same samples, with the queries that flipped."""
+    """Recall against PyTorch's on the same samples, with the queries that flipped.
+
+    Args:
+        retrieved: direction and query id -> ids of the best candidates, for the queries that flipped.
+    """
     direction, k = _direction(found, bounds.metric)
     base, _ = _direction(reference, bounds.metric)
     result = retrieval.pair(base, direction, k)
@@ -412,7 +434,7 @@ def paired(
             "gains": result.gains,
             "losses": result.losses,
             "p_value": result.p_value,
-            "flips": list(result.flips[:20]),
+            "flips": [{**one, "retrieved": retrieved(result.name, one["id"])} for one in result.flips[:SHOWN_FLIPS]],
         },
     )
     return [figure]
@@ -456,9 +478,9 @@ def throughput(
     if scope == "execute":
         other, other_verdict, other_reason = judged["inference"]
         detail["inference"] = {**as_dict(other), "verdict": other_verdict, "reason": other_reason}
-    published = _published(spec, where, tower, batch_size)
-    if published:
-        detail["published"] = published
+    curve = _published(spec, where, tower, batch_size)
+    if curve:
+        detail["published"] = curve
     failed = verdict == BAD_OUTPUT or (required and verdict != VALID)
     common: Dict[str, Any] = {
         "gate": gate,
@@ -475,7 +497,7 @@ def throughput(
         detail=detail,
         **common,
     )
-    figures = [first, *_floor(row, published, spec, where, scope, gate)]
+    figures = [first, *_floor(row, curve, spec, where, scope, gate)]
     if earlier is not None:
         detail["baseline"] = {"status": earlier.status, "expected": earlier.expected, "reason": earlier.reason}
         lost = earlier.status not in (OK, IMPROVED)
@@ -527,11 +549,11 @@ def _published(spec: Spec, where: Identity, tower: Tower, batch_size: int) -> Di
     return {}
 
 
-def _floor(row: Any, published: Dict[str, Any], spec: Spec, where: Identity, scope: str, gate: str) -> List[Figure]:
+def _floor(row: Any, curve: Dict[str, Any], spec: Spec, where: Identity, scope: str, gate: str) -> List[Figure]:
     """On the chip that a figure was published for, a share of it is a floor; being faster never fails."""
-    if not published or not published["same_chip"] or scope != "execute":
+    if not curve or not curve["same_chip"] or scope != "execute":
         return []
-    share = row.samples_per_second_mean / published["fps"]
+    share = row.samples_per_second_mean / curve["fps"]
     floor = judge(
         gate,
         "share of the published samples/s",
@@ -542,8 +564,8 @@ def _floor(row: Any, published: Dict[str, Any], spec: Spec, where: Identity, sco
         count=row.rounds,
         where=where,
         reference=1.0,
-        source=published["source"],
-        worst=f"{row.samples_per_second_mean:.0f} of {published['fps']:g} samples/s",
+        source=curve["source"],
+        worst=f"{row.samples_per_second_mean:.0f} of {curve['fps']:g} samples/s",
         because=spec.throughput.because,
         failure="perf",
     )

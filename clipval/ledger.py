@@ -35,7 +35,7 @@ def _selects(node: ast.AST, kind: str) -> bool:
         return all(parts) if isinstance(node.op, ast.And) else any(parts)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not _selects(node.operand, kind)
-    return isinstance(node, ast.Name) and node.id == kind
+    return node.id == kind if isinstance(node, ast.Name) else True
 
 
 @dataclass

@@ -136,7 +136,11 @@ def table() -> Dict[str, Dict[str, Any]]:
         "--soc-version": {"metavar": "SOC", "help": "as Ascend910B4; without it npu-smi is asked"},
         "--precision-mode": {"metavar": "MODE", "help": "of atc; without it atc computes in fp16"},
         "--keep-dtype": {"type": Path, "metavar": "FILE", "help": "of atc: operators that keep their dtype"},
-        "--atc-flags": {"type": _flags, "metavar": "FLAGS", "help": "more flags for atc, as one quoted string"},
+        "--atc-flags": {
+            "type": _flags,
+            "metavar": "FLAGS",
+            "help": "more flags for atc in one string: --atc-flags='--a=1 --b=2'",
+        },
         "--device-id": {"type": _positive(int, 0), "metavar": "N", "help": "NPU, by logic id"},
         "--allow-simulated": {"action": "store_true", "help": "let a simulated NPU pass gates"},
         "--perf-min-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds of timed calls a row"},

@@ -15,4 +15,8 @@ def test_recall(chain, record, backend_name, metric):
 def test_recall_beside_pytorch(chain, record, candidate_name, paired_metric):
     where = chain.embeddings(candidate_name, chain.towers["text"]).identity
     bounds = next(bounds for bounds in chain.spec.paired if bounds.metric == paired_metric)
-    record(gates.paired(chain.retrieval("pytorch"), chain.retrieval(candidate_name), where, bounds))
+
+    def retrieved(direction, query_id):
+        return chain.retrieved(candidate_name, direction, query_id)
+
+    record(gates.paired(chain.retrieval("pytorch"), chain.retrieval(candidate_name), where, bounds, retrieved))

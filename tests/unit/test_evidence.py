@@ -84,6 +84,12 @@ def test_a_gate_without_backend_is_the_runs():
     assert found["rows"][2]["cells"] == [{"total": 0, "passed": 0}] * 2 + [{"total": 1, "passed": 0}]
 
 
+def test_a_gate_is_as_good_as_its_worst_figure():
+    found = evidence.glance([parity(verdict="fail"), parity()], [])
+
+    assert found["rows"] == [{"check": "parity", "cells": [{"total": 1, "passed": 0}]}]
+
+
 def test_a_published_curve_of_another_machine_says_so():
     on_cpu = [throughput("onnx", "vision", 1, 20.0)]
     simulated = [throughput("om", "vision", 1, 20.0)]
@@ -174,6 +180,12 @@ def test_a_row_that_is_not_valid_has_a_hollow_marker():
 
     assert hollow(True) == 0
     assert hollow(False) > 0
+
+
+def test_names_in_a_plot_are_neither_formulas_nor_markup():
+    drawn = plots.throughput([plots.Curve("$\\frac{1}$ <b>", 1, [(1, 5.0, 4.0, 6.0, True)])], "x")
+
+    assert "$\\frac{1}$ &lt;b&gt;</text>" in drawn
 
 
 def test_the_interval_is_that_of_the_figure_itself():

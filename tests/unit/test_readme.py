@@ -57,7 +57,7 @@ def test_flags_in_the_text_exist(text):
         parser = cli.Parser()
         command.declare(parser)
         parser_flags |= {flag for action in parser._actions for flag in action.option_strings}
-    recipe = {"--input_format", "--output_dirname", "--loop", "--batchsize", "--outfmt", "--framework"}
+    recipe = {"--a", "--b", "--input_format", "--output_dirname", "--loop", "--batchsize", "--outfmt", "--framework"}
     assert set(re.findall(r"(--[a-z][\w-]+)", text)) <= known | parser_flags | recipe
 
 

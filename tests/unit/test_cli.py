@@ -1,0 +1,174 @@
+"""The command line from end to end on a few drawn scenes, with the recipe's flags and files."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from clipval import cli
+from clipval.datasets import shapes
+from clipval.spec import FOLDER
+
+from .conftest import CONFIG
+
+WEIGHTS = str(FOLDER / "shapes-vit.pt")
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The recipe's folders after preprocess, export and embed, made by our commands."""
+    folder = tmp_path_factory.mktemp("recipe")
+    shapes.write(folder / "data", count=12)
+    model = ["--model-name", CONFIG, "--workdir", folder / "work"]
+    assert run("preprocess", "--data-dir", folder / "data", "--save-dir", folder / "prep_data", *model) == 0
+    assert run("export", "--pretrained", WEIGHTS, "--onnx-prefix", folder / "models" / "vit_b_32", *model) == 0
+    for tower, rows in (("vision", "images"), ("text", "texts")):
+        onnx = folder / "models" / f"vit_b_32_{tower}.onnx"
+        out = ["--output", folder / "om_outputs", "--output_dirname", f"{tower}_embed_bs8", "--outfmt", "NPY"]
+        assert run("embed", "--model", onnx, "--input", folder / "prep_data" / rows, "--batchsize", 8, *out) == 0
+    return folder
+
+
+def test_the_recipes_layout(recipe):
+    images = sorted((recipe / "prep_data" / "images").iterdir())
+    texts = sorted((recipe / "prep_data" / "texts").iterdir())
+    assert (len(images), len(texts)) == (12, 60)
+    assert {path.stem.rpartition("_")[0] for path in texts} == {path.stem for path in images}
+    pixels, tokens = np.load(images[0]), np.load(texts[0])
+    assert (pixels.shape, pixels.dtype) == ((1, 3, 224, 224), np.float32)
+    assert (tokens.shape, tokens.dtype) == ((1, 77), np.int64)
+    made = np.load(recipe / "om_outputs" / "text_embed_bs8" / f"{texts[0].stem}_0.npy")
+    assert (made.shape, made.dtype) == ((1, 512), np.float32)
+    assert np.linalg.norm(made) == pytest.approx(1, abs=1e-5)
+
+
+def test_evaluate_prints_the_recipes_line(recipe, capsys):
+    out = recipe / "om_outputs"
+    given = ["--vision-embeds", out / "vision_embed_bs8", "--text-embeds", out / "text_embed_bs8"]
+    assert run("evaluate", *given) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    metrics = json.loads(first.replace("Metrics: ", "").replace("'", '"'))
+    assert set(metrics) == {"image_retrieval_recall@5", "text_retrieval_recall@5"}
+    assert min(metrics.values()) > 0.9
+    assert run("evaluate", *given, "--data-dir", recipe / "data") == 0
+
+
+def test_evaluate_with_a_spec_is_a_gate(recipe, capsys):
+    out = recipe / "om_outputs"
+    given = ["--vision-embeds", out / "vision_embed_bs8", "--text-embeds", out / "text_embed_bs8"]
+    assert run("evaluate", *given, "--spec", "vit-b-32-flickr30k") == 1
+    assert "recall/om/image_retrieval_recall@1" in capsys.readouterr().out
+
+
+def test_pytorch_embeds_the_same(recipe):
+    texts, out = recipe / "prep_data" / "texts", recipe / "om_outputs"
+    model = ["--backend", "pytorch", "--model-name", CONFIG, "--pretrained", WEIGHTS]
+    assert run("embed", *model, "--input", texts, "--output", out, "--output_dirname", "text_pytorch") == 0
+    for path in sorted((out / "text_pytorch").iterdir()):
+        assert np.allclose(np.load(path), np.load(out / "text_embed_bs8" / path.name), atol=1e-5)
+
+
+def test_bench_of_a_file(recipe, capsys):
+    assert run("bench", "--model", recipe / "models" / "vit_b_32_text.onnx", "--loop", 7, "--batchsize", 4) == 0
+    found = re.search(r"onnx/text/4/inference +([\d.]+) .* +7  [A-Z]+", capsys.readouterr().out)
+    assert float(found[1]) > 0
+
+
+def test_bench_writes_a_session_of_a_baseline(recipe, capsys):
+    from clipval import baseline
+
+    given = ["--model-name", CONFIG, "--pretrained", WEIGHTS, "--workdir", recipe / "work", "--backends", "pytorch"]
+    given += ["--data-dir", recipe / "data", "--batch-sizes", "4", "--perf-min-time", "0.02", "--spec", _spec(recipe)]
+    assert run("bench", *given, "--save", recipe / "session.json") == 0
+    rows = baseline.load(recipe / "session.json").rows
+    assert sorted(rows) == ["pytorch/text/4/inference", "pytorch/vision/4/inference"]
+    assert all(len(values) == 1 for values in rows.values())
+
+
+def _spec(folder):
+    file = folder / "any.toml"
+    file.write_text('name = "any"\ntitle = "any"\n[model]\nname = "x"\n[data]\nname = "any"\n', encoding="utf-8")
+    return file
+
+
+def test_stale_arrays_are_not_mixed_in(recipe, tmp_path, capsys):
+    shapes.write(tmp_path / "other", seed=7, count=2)
+    given = ["--data-dir", tmp_path / "other", "--save-dir", recipe / "prep_data", "--model-name", CONFIG]
+    assert run("preprocess", *given) == 2
+    assert "holds 12 arrays of other data" in capsys.readouterr().err
+
+
+def test_embeddings_of_another_data_set_are_refused(recipe, tmp_path, capsys):
+    shapes.write(tmp_path / "other", seed=7, count=12)
+    out = recipe / "om_outputs"
+    given = ["--vision-embeds", out / "vision_embed_bs8", "--text-embeds", out / "text_embed_bs8"]
+    assert run("evaluate", *given, "--data-dir", tmp_path / "other") == 2
+    assert "embeddings do not match the data" in capsys.readouterr().err
+
+
+def test_reference(capsys):
+    assert run("reference", "--model-name", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k") == 0
+    assert "0.6678 0.8838 0.9310" in capsys.readouterr().out
+    assert run("reference", "--model-name", "ViT-Z") == 2
+
+
+def test_doctor_says_what_is_there(capsys):
+    assert run("doctor", "--backends", "pytorch,onnx") == 0
+    out = capsys.readouterr().out
+    assert "onnxruntime" in out
+    assert "MISSING" not in out
+
+
+def test_doctor_fails_on_a_host_without_npu(capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run("doctor", "--backends", "om") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("MISSING") and "atc" in line]
+    assert [line for line in lines if line.startswith("MISSING") and "npu-smi" in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["embed", "--input", "nowhere"], "no .npy files"),
+        (["compile", "--model", "x.onnx"], "--batch-sizes"),
+        (["compile", "--model", "x.onnx", "--input_shape", "image"], "expected NAME:BATCH"),
+        (["bench", "--model", "x.bin"], "no such .onnx or .om file"),
+        (["bench", "--loop", "0"], "at least 1"),
+        (["baseline"], "--save FILE"),
+        (["report", "nowhere.json"], "nowhere.json"),
+        (["evaluate", "--vision-embeds", "a", "--text-embeds", "b"], "no such folder"),
+        (["preprocess", "--model-name", "ViT-B-32"], "--data-dir"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, words, capsys):
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"clipval {arguments[0]}: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["export", "--opset-version", "11"],
+        ["bench", "--batch-sizes", "0"],
+        ["bench", "--backends", "tpu"],
+        ["bench", "--perf-min-time", "-1"],
+        ["compile", "--atc-flags", "'open"],
+        ["preprocess", "--captions-format", "json"],
+    ],
+)
+def test_wrong_usage_exits_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""The account of a run: what a -m expression promises, what is missing, what survives a crash."""
+
+import pytest
+
+from clipval import ledger, results
+from clipval.errors import InputError
+from clipval.ledger import Ledger
+from clipval.results import Figure
+
+
+def figure(gate="parity/onnx/vision", verdict="pass"):
+    return Figure(gate=gate, metric="m", unit="u", verdict=verdict, measured=0.5)
+
+
+@pytest.mark.parametrize(
+    ("expression", "wanted"),
+    [
+        ("", ["accuracy", "perf"]),
+        ("not proof", ["accuracy", "perf"]),
+        ("accuracy", ["accuracy"]),
+        ("perf", ["perf"]),
+        ("accuracy or perf", ["accuracy", "perf"]),
+        ("accuracy and not perf", ["accuracy"]),
+        ("not accuracy", ["perf"]),
+        ("proof", []),
+        ("(perf or proof) and not accuracy", ["perf"]),
+        ("what is this", ["accuracy", "perf"]),
+    ],
+)
+def test_what_an_expression_selects(expression, wanted):
+    assert ledger.kinds(expression) == wanted
+
+
+def test_a_promised_gate_without_a_figure_fails_the_run(tmp_path):
+    account = Ledger(["parity/onnx/vision", "parity/onnx/text"], tmp_path / "r.jsonl")
+    account.add([figure()])
+    assert account.missing == ["parity/onnx/text"]
+    assert account.failed
+    account.add([figure("parity/onnx/text")])
+    assert not account.failed
+    account.add([figure("parity/onnx/text", "fail")])
+    assert account.failed
+
+
+def test_figures_are_on_the_disk_as_they_come(tmp_path):
+    account = Ledger([], tmp_path / "runs" / "r.jsonl")
+    account.add([figure()])
+    account.add([figure("recall/onnx/x"), figure("recall/onnx/y")])
+    assert results.read(account.file) == account.figures
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path):
+    file = tmp_path / "r.jsonl"
+    results.append(file, [figure(), figure()])
+    file.write_bytes(file.read_bytes()[:-20])
+    assert len(results.read(file)) == 1
+    file.write_bytes(b"{broken\n" + file.read_bytes())
+    with pytest.raises(InputError, match="r.jsonl, line 1"):
+        results.read(file)
+
+
+def test_figures_travel_as_json():
+    assert results.from_json(results.to_json(figure())) == figure()
+
+
+def test_old_runs_are_cleared_away(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for n in range(30):
+        (tmp_path / "runs" / f"2026010{n:02}.jsonl").touch()
+    new = ledger.results_file(tmp_path)
+    assert len(list((tmp_path / "runs").iterdir())) == ledger.KEPT_RUNS
+    assert not new.exists()

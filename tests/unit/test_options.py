@@ -1,0 +1,58 @@
+"""Options: declared once, checked when parsed."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from clipval.options import Settings, add_options, table
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_options(parser.add_argument)
+    return Settings.of(parser.parse_args(arguments))
+
+
+def test_every_option_has_a_setting_and_a_help():
+    assert {flag[2:].replace("-", "_") for flag in table()} == set(vars(Settings()))
+    assert all(entry["help"] for entry in table().values())
+
+
+def test_defaults_are_the_settings_own():
+    assert parse() == Settings()
+    assert parse().validated == ("pytorch", "onnx")
+    assert not parse().strict
+
+
+def test_values():
+    found = parse("--backends", "om, onnx", "--batch-sizes", "1,8,8", "--atc-flags=--a=1 '--b=x y'")
+    assert found.backends == ("om", "onnx")
+    assert found.validated == ("pytorch", "om", "onnx")
+    assert found.strict
+    assert found.batch_sizes == (1, 8)
+    assert found.atc_flags == ("--a=1", "--b=x y")
+    found = parse("--onnx-providers", "cuda,cpu", "--data-dir", "d")
+    assert found.onnx_providers == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert found.data_dir == Path("d")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backends", "tpu"], "unknown backend 'tpu'; known: pytorch, onnx, om"),
+        (["--backends", ","], "unknown backend"),
+        (["--batch-sizes", "1,x"], "expected numbers from 1 to 2048"),
+        (["--batch-sizes", "4096"], "expected numbers from 1 to 2048"),
+        (["--threads", "0"], "at least 1"),
+        (["--device-id", "-1"], "expected one argument|at least 0"),
+        (["--opset-version", "19"], "14 on, ATC takes up to 18"),
+        (["--perf-min-time", "nan"], "out of range"),
+        (["--atc-flags", "'x"], "No closing quotation"),
+    ],
+)
+def test_bad_values_are_refused_with_what_is_good(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(*arguments)
+    said = capsys.readouterr().err
+    assert any(word in said for word in words.split("|"))
