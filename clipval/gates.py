@@ -374,8 +374,13 @@ def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str)
 
 def _recall_detail(direction: retrieval.Direction, spec: Spec, metric: str) -> Dict[str, Any]:
     """What a report shows beside a recall: other k, the interval, and every published figure of this model."""
+    figures: List[Dict[str, Any]] = [
+        {"backend": one.backend, "value": one.value, "source": one.source}
+        for one in spec.references
+        if one.metric == metric
+    ]
     rows = published(spec.model.name, spec.model.pretrained, spec.data.name)
-    figures = [{"source": row.source, "value": row.recalls[metric]} for row in rows if row.recalls.get(metric)]
+    figures += [{"value": row.recalls[metric], "source": row.source} for row in rows if row.recalls.get(metric)]
     return {**direction.detail(), "published": figures}
 
 

@@ -1,0 +1,249 @@
+"""The plots of a report: inline SVG whose colours are the page's, so that one drawing serves light and dark.
+
+Nothing here knows of figures or gates: numbers in, markup out, the same bytes for the same numbers. The home of
+matplotlib.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import math
+import re
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+WIDTH = 400  # of a plot, in CSS pixels; a phone shows it at nine tenths
+# matplotlib wants colours, a page has names for them: each stand-in below is replaced once the plot is drawn.
+INK, MUTED, GRID, BAND, BAD, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+SERIES = ("#070701", "#070702", "#070703", "#070704", "#070705", "#070706")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+NAMES: Dict[str, str] = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    BAND: "var(--band)",
+    BAD: "var(--bad)",
+    PAPER: "var(--paper)",
+    **{colour: f"var(--series-{n})" for n, colour in enumerate(SERIES, 1)},
+}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "clipval",
+    "text.parse_math": False,  # a name with a $ in it is not a formula
+    "font.size": 12.5,
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+}
+
+
+class RecallRow(NamedTuple):
+    """One line of the recall plot; every number is in points (hundredths) from the reference.
+
+    Attributes:
+        name: at the left; note: at the right, the figure in full; series: colour and marker, from 0.
+        difference: measured less reference; low, high: its confidence interval.
+        within: half the width of the tolerance band; None for a figure that is not gated.
+        published: other published figures.
+    """
+
+    name: str
+    note: str
+    series: int
+    difference: float
+    low: float
+    high: float
+    within: Optional[float]
+    failed: bool
+    published: Tuple[float, ...] = ()
+
+
+class Curve(NamedTuple):
+    """One curve of the throughput plot.
+
+    Attributes:
+        series: colour and marker, from 0; None draws it as a published curve.
+        points: batch size, samples/s, lower and upper end of the interval, whether the row is valid.
+        dashed: it is another clock of the same backend.
+    """
+
+    name: str
+    series: Optional[int]
+    points: Sequence[Tuple[int, float, float, float, bool]]
+    dashed: bool = False
+
+
+def parity(edges: Sequence[float], counts: Sequence[float], limit: Optional[float], series: int, label: str) -> str:
+    """Histogram of cosine distances, with the bound.
+
+    The count axis is logarithmic, so that one destroyed sample of thousands is seen.
+
+    Args:
+        edges: bin edges, -log10(1 - cosine), ascending; counts: one fewer.
+        limit: smallest allowed cosine; series: colour, from 0; label: what a screen reader says.
+    """
+    with _style():
+        figure, axes = _axes(190)
+        bound = None if limit is None or limit >= 1 else math.log10(1 - limit)
+        filled = [n for n, count in enumerate(counts) if count]
+        for n in filled:
+            left, width = -edges[n + 1], edges[n + 1] - edges[n]
+            beyond = bound is not None and left >= bound - width / 2
+            axes.bar(left, counts[n], width * 0.92, align="edge", color=BAD if beyond else SERIES[series % len(SERIES)])
+        drawn = [-edges[n] for n in filled] + [-edges[n + 1] for n in filled] + ([] if bound is None else [bound])
+        low, high = math.floor(min(drawn) - 0.2), math.ceil(max(drawn) + 0.6)
+        top = max([1.0, *counts])
+        axes.set(xlim=(low, high), yscale="log", ylim=(0.6, top * 3))
+        if bound is not None:
+            axes.axvspan(bound, high, color=BAD, alpha=0.09, linewidth=0)
+            axes.axvline(bound, color=BAD, linewidth=1.3, dashes=(4, 2))
+            axes.annotate("bound ", (bound, 1), xycoords=("data", "axes fraction"), ha="right", va="top", color=BAD)
+        _decades(axes, low, high)
+        _counts(axes, top)
+        axes.grid(axis="y")
+        axes.set(xlabel="1 − cosine with PyTorch, left is closer", ylabel="samples")
+        return _svg(figure, label)
+
+
+def _decades(axes: Any, low: int, high: int) -> None:
+    step = max(1, math.ceil((high - low) / 7))
+    ticks = [n for n in range(low, high + 1) if n % step == 0]
+    axes.set_xticks(ticks, ["≤1e-16" if n <= -16 else "1" if n == 0 else f"1e{n}" for n in ticks])
+
+
+def _counts(axes: Any, top: float) -> None:
+    ticks = [10**n for n in range(int(math.log10(top)) + 1)]
+    axes.set_yticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
+
+
+def recall(rows: Sequence[RecallRow], label: str) -> str:
+    """Measured recall less its reference: dots with intervals on tolerance bands, one row a figure."""
+    with _style():
+        figure, axes = _axes(48 + 24 * len(rows))
+        # a figure that is far off is drawn at the edge, so that it does not make the others' bands invisible
+        reach = [1.5 * (row.within or 0) for row in rows]
+        reach += [abs(end) for row in rows if not row.failed for end in (row.low, row.high)]
+        far = min(1.08 * max([0.5, *reach]), 4.0)
+        for y, row in enumerate(rows):
+            colour = BAD if row.failed else SERIES[row.series % len(SERIES)]
+            if row.within is not None:
+                axes.barh(y, 2 * row.within, 0.8, left=-row.within, color=BAND, linewidth=0)
+            if row.low < far and row.high > -far:
+                axes.hlines(y, max(row.low, -far), min(row.high, far), color=colour, linewidth=1.4)
+            _spots(axes, row, y, far, colour)
+            axes.text(1.02, y, row.note, transform=axes.get_yaxis_transform(), va="center", color=INK)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set(xlim=(-far, far), ylim=(len(rows) - 0.4, -0.6), xlabel="points from the reference")
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        return _svg(figure, label)
+
+
+def _spots(axes: Any, row: RecallRow, y: int, far: float, colour: str) -> None:
+    for other in row.published:
+        if abs(other) <= far:
+            axes.plot(other, y, "d", color=MUTED, markersize=5, fillstyle="none", linestyle="none")
+    off = abs(row.difference) > far
+    marker = (">" if row.difference > 0 else "<") if off else MARKERS[row.series % len(MARKERS)]
+    place = math.copysign(0.97 * far, row.difference) if off else row.difference
+    axes.plot(place, y, marker, color=colour, markersize=7, clip_on=False, zorder=5)
+
+
+def throughput(curves: Sequence[Curve], label: str) -> str:
+    """Samples per second over batch size, both logarithmic; a row that is not VALID has a hollow marker."""
+    with _style():
+        columns = 2 if 2 * max(len(curve.name) for curve in curves) < 46 else 1  # of the legend: as names are wide
+        figure, axes = _axes(215 + 19 * -(-len(curves) // columns))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        for curve in curves:
+            _curve(axes, curve)
+        sizes = sorted({point[0] for curve in curves for point in curve.points})
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        _rates(axes)
+        axes.grid(True)
+        axes.set(xlabel="batch size", ylabel="samples/s")
+        figure.legend(
+            loc="outside upper left", ncols=columns, frameon=False, fontsize=11.5, handlelength=2.2, columnspacing=1
+        )
+        return _svg(figure, label)
+
+
+def _curve(axes: Any, curve: Curve) -> None:
+    series = curve.series
+    colour = MUTED if series is None else SERIES[series % len(SERIES)]
+    marker = "" if series is None else MARKERS[series % len(MARKERS)]
+    style = (0, (1, 1.5)) if series is None else (0, (5, 2)) if curve.dashed else "-"
+    points = sorted(curve.points)
+    sizes, rates = [point[0] for point in points], [point[1] for point in points]
+    axes.plot(sizes, rates, marker=marker, color=colour, linestyle=style, linewidth=1.7, markersize=6, label=curve.name)
+    for size, rate, low, high, valid in points:
+        if high > low > 0:
+            axes.vlines(size, low, high, color=colour, linewidth=1.2)
+        if not valid:
+            axes.plot(size, rate, marker or "o", color=colour, markerfacecolor=PAPER, markersize=6, zorder=5)
+
+
+def _rates(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.0f}" if rate >= 1 else f"{rate:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(STYLE)
+
+
+def _axes(height: int) -> Tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Any, label: str) -> str:
+    """The drawing as markup for a page: no namespaces or metadata, ids that are the plot's own, the page's colours."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    box = re.search(r'viewBox="([^"]*)"', text)
+    assert box is not None
+    text = text[text.index(">", text.index("<svg")) + 1 :]
+    # matplotlib's own style sheet speaks of every element of the page; the page's does what is needed
+    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub("|".join(NAMES), lambda found: NAMES[found[0]], text.replace("xlink:href", "href"))
+    text = _own_ids(text, hashlib.sha256((label + text).encode()).hexdigest()[:8])
+    return f'<svg class="plot" role="img" aria-label="{html.escape(label)}" viewBox="{box[1]}">{text.strip()}'
+
+
+def _own_ids(text: str, prefix: str) -> str:
+    """Drop the ids that nothing refers to and prefix the others: several drawings share a page."""
+    used: List[str] = re.findall(r'(?:url\(#|href="#)([^")]+)', text)
+
+    def rename(found: Any) -> str:
+        return f' id="{prefix}-{found[1]}"' if found[1] in used else ""
+
+    text = re.sub(r' id="([^"]+)"', rename, text)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", text)
