@@ -6,13 +6,17 @@ judged here, so that the evidence is kept; the gates do that.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
+from numpy.lib import format as npy
 from tqdm import tqdm
 
 from clipval.backends import Backend
@@ -35,7 +39,7 @@ def embed(backend: Backend, ids: Sequence[str], rows: Any, batch_size: int) -> E
     Args:
         backend: an open backend; stays open.
         ids: n names.
-        rows: n rows; a slice of it is an array [k, *row_shape] in the tower's dtype.
+        rows: n rows; a slice of it is an array [k, *row_shape] in the tower's dtype. Read batch by batch.
         batch_size: rows a call. Where the backend's is fixed, the last batch is filled up with copies of its last row,
             and what they give is dropped.
 
@@ -43,8 +47,11 @@ def embed(backend: Backend, ids: Sequence[str], rows: Any, batch_size: int) -> E
         InputError: rows or embeddings of another dtype, shape or number than the contract's.
     """
     tower = backend.tower
-    if len(ids) != len(rows) or not len(ids):
-        raise InputError(f"{tower.name} tower: {len(ids)} ids for {len(rows)} rows; nothing can be embedded")
+    if len(ids) != len(rows) or not len(ids) or batch_size < 1:
+        raise InputError(
+            f"{tower.name} tower: {len(ids)} ids for {len(rows)} rows in batches of {batch_size}; nothing can be "
+            f"embedded; expected as many ids as rows, and batches of at least 1"
+        )
     if backend.batch_size not in (None, batch_size):
         raise InputError(
             f"{backend.identity}: its {tower.name} model takes batches of {backend.batch_size}, asked for {batch_size}"
@@ -52,23 +59,23 @@ def embed(backend: Backend, ids: Sequence[str], rows: Any, batch_size: int) -> E
     values = np.empty((len(ids), tower.width), np.float32)
     starts = range(0, len(ids), batch_size)
     for start in tqdm(starts, desc=f"{backend.identity.name} {tower.name}", disable=None, leave=False):
-        batch = np.ascontiguousarray(rows[start : start + batch_size])
-        count = len(batch)
+        count = min(batch_size, len(ids) - start)
+        batch = np.ascontiguousarray(rows[start : start + count])
+        _check_rows(backend, batch, count, ids[start])
         if backend.batch_size is not None and count < batch_size:
             batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - count, axis=0)])
-        _check_rows(backend, batch, ids[start])
         found = backend.run(batch)
         _check_embeddings(backend, found, len(batch), ids[start])
-        values[start : start + count] = found[:count]
+        values[start : start + count] = found[:count]  # a copy: the backend may use its buffer again
     return Embeddings(tuple(ids), values)
 
 
-def _check_rows(backend: Backend, batch: np.ndarray, first: str) -> None:
+def _check_rows(backend: Backend, batch: np.ndarray, count: int, first: str) -> None:
     tower = backend.tower
-    if batch.shape[1:] != tower.row_shape or batch.dtype != np.dtype(tower.dtype):
+    if batch.shape != tower.shape(count) or batch.dtype != np.dtype(tower.dtype):
         raise InputError(
             f"{backend.identity}, {tower.name} tower, batch from sample {first}: input {tower.input_name!r} is "
-            f"{batch.dtype}{list(batch.shape)}, expected {tower.dtype}{['n', *tower.row_shape]}"
+            f"{batch.dtype}{list(batch.shape)}, expected {tower.dtype}{list(tower.shape(count))}; run preprocess again"
         )
 
 
@@ -78,7 +85,7 @@ def _check_embeddings(backend: Backend, found: Any, count: int, first: str) -> N
     if shape != (count, tower.width) or kind != np.float32:
         raise InputError(
             f"{backend.identity}, {tower.name} tower, batch from sample {first}: output {tower.output_name!r} is "
-            f"{kind} {shape}, expected float32 {(count, tower.width)}"
+            f"{kind} {shape}, expected float32 {(count, tower.width)}; the model breaks the contract"
         )
 
 
@@ -90,42 +97,71 @@ def read_array(path: Path, dtype: str, shape: Tuple[int, ...]) -> np.ndarray:
     """
     array = _load(path)
     if array.dtype != np.dtype(dtype) or array.shape != shape:
-        raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {np.dtype(dtype).str} {shape}")
+        wanted = f"{np.dtype(dtype).str} {shape}"
+        raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run preprocess again")
     return array
 
 
 def _load(path: Path) -> np.ndarray:
     try:
-        loaded = np.load(path, allow_pickle=False)
+        with open(path, "rb") as stream:
+            array: np.ndarray = npy.read_array(stream, allow_pickle=False)
+            if stream.read(1):
+                raise ValueError("more bytes than its header tells")
+            return array
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; run preprocess again") from error
-    except Exception as error:  # numpy raises ValueError, EOFError, OSError, SyntaxError, ... by what is damaged
+    except Exception as error:  # numpy raises ValueError, MemoryError, SyntaxError, TypeError, ... by what is damaged
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: not an array that can be read ({reason}); make it again") from error
-    if not isinstance(loaded, np.ndarray):
-        raise InputError(f"{path}: an archive, expected one array")
-    return loaded
 
 
 def write(folder: Path, embeddings: Embeddings) -> None:
-    """Write `<id>_0.npy`, float32 [1, width] each.
+    """Write `<id>_0.npy`, float32 [1, width] each; a new folder appears when it is complete.
 
     Raises:
-        InputError: the folder holds arrays of other samples, which would be evaluated with these.
+        InputError: an id is there twice, the folder cannot be written, or it holds arrays of other samples, which
+            would be evaluated with these.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     names = {f"{name}_0.npy" for name in embeddings.ids}
-    foreign = sorted(path.name for path in folder.glob("*.npy") if path.name not in names)
-    if foreign:
-        raise InputError(
-            f"{folder}: holds {len(foreign)} arrays of other samples ({foreign[0]}); empty it or give another folder"
-        )
+    if len(names) != len(embeddings.ids):
+        twice = Counter(embeddings.ids).most_common(1)[0][0]
+        raise InputError(f"{folder}: sample {twice} is there twice, and one file would replace the other")
+    try:
+        foreign = sorted(set(_arrays(folder)) - names) if os.path.isdir(folder) else []
+        if foreign:
+            raise InputError(
+                f"{folder}: holds {len(foreign)} arrays of other samples ({foreign[0]}); empty it or give another"
+            )
+        _publish(folder.resolve(), embeddings)
+    except OSError as error:
+        reason = error.strerror or error  # numpy tells of a full disk without an errno
+        raise InputError(f"{folder}: cannot be written ({reason}); free space or give another folder") from error
+
+
+def _arrays(folder: Path) -> List[str]:
+    return [name for name in os.listdir(folder) if name.endswith(".npy")]
+
+
+def _publish(folder: Path, embeddings: Embeddings) -> None:
+    """Write beside the folder and move into place: half a folder would be evaluated as if it were a smaller set."""
+    scratch = folder.with_name(f"{folder.name}.writing")
 
     def save(n: int) -> None:
-        np.save(folder / f"{embeddings.ids[n]}_0.npy", embeddings.values[n : n + 1])
+        np.save(scratch / f"{embeddings.ids[n]}_0.npy", embeddings.values[n : n + 1])
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(save, range(len(embeddings.ids))))
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+    try:
+        scratch.mkdir(parents=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(save, range(len(embeddings.ids))))
+        if not folder.exists():
+            os.replace(scratch, folder)
+            return
+        for path in scratch.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read(folder: Path, width: Optional[int] = None) -> Embeddings:
@@ -134,27 +170,29 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
     `<id>_1.npy` of one element is the recipe's second output, the logit scale, and is left out.
 
     Args:
-        width: elements of an embedding; None takes the first file's.
+        width: elements of an embedding; None takes what most files have.
 
     Raises:
         InputError: no embeddings, or a file that is not a float32 or float16 embedding of that width.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise InputError(f"embeddings {folder}: no such folder; run embed, or give the folder of the .npy files")
-    files = sorted(folder.glob("*.npy"), key=lambda path: natural(path.stem))
+    files = [folder / name for name in sorted(_arrays(folder), key=lambda name: natural(name[: -len(".npy")]))]
     outputs = [path for path in files if path.stem.endswith("_0")]
     with ThreadPoolExecutor(THREADS) as pool:
         others = [path for path in files if not path.stem.endswith("_0")]
         for path, array in zip(others, pool.map(_load, others)):
             if array.size != 1 or not path.stem.endswith("_1"):
-                raise InputError(f"{path}: not an embedding <id>_0.npy; take it out of the folder")
+                raise InputError(f"{path}: not an embedding <id>_0.npy; take it out, or give the folder of embeddings")
         arrays = list(pool.map(_load, outputs))
     if not arrays:
         raise InputError(f"embeddings {folder}: no <id>_0.npy in it; give the folder that embed or ais_bench wrote")
-    width = width if width is not None else arrays[0].shape[-1] if arrays[0].ndim else 0
+    if width is None:
+        width = max(1, Counter(array.shape[-1] if array.ndim else 0 for array in arrays).most_common(1)[0][0])
     for path, array in zip(outputs, arrays):
         if array.dtype.str not in ("<f4", "<f2") or array.shape not in ((1, width), (width,)):
-            raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected <f4 or <f2 of shape (1, {width})")
+            wanted = f"<f4 or <f2 of shape (1, {width})"
+            raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run embed again")
     values = np.concatenate([array.reshape(1, -1) for array in arrays]).astype(np.float32)
     return Embeddings(tuple(path.stem[: -len("_0")] for path in outputs), values)
 
@@ -168,19 +206,28 @@ def align(embeddings: Embeddings, ids: Sequence[str]) -> Embeddings:
     row = {name: n for n, name in enumerate(embeddings.ids)}
     missing = [name for name in ids if name not in row]
     surplus = sorted(set(embeddings.ids) - set(ids))
-    if missing or surplus or len(row) != len(embeddings.ids) or len(set(ids)) != len(ids):
+    twice = [name for given in (embeddings.ids, ids) for name, count in Counter(given).items() if count > 1]
+    if missing or surplus or twice:
         raise InputError(
-            f"embeddings do not match the data: {len(missing)} missing {missing[:3]}, {len(surplus)} surplus "
-            f"{surplus[:3]}, {len(embeddings.ids)} ids ({len(row)} different)"
+            f"embeddings do not match the data: of {len(ids)} samples {len(missing)} missing {missing[:3]}, "
+            f"{len(surplus)} surplus {surplus[:3]}, {len(twice)} twice {twice[:3]}; embed this data set again"
         )
     return Embeddings(tuple(ids), embeddings.values[[row[name] for name in ids]])
 
 
 def image_id_of(caption_id: str) -> str:
-    """`<image id>_<k>` -> `<image id>`."""
-    return caption_id.rpartition("_")[0]
+    """`<image id>_<k>` -> `<image id>`.
+
+    Raises:
+        InputError: the id has another form.
+    """
+    name, _, k = caption_id.rpartition("_")
+    if not name or not re.fullmatch("[0-9]+", k):
+        raise InputError(f"text embedding {caption_id!r}: expected the id <image id>_<k>; give the texts' embeddings")
+    return name
 
 
 def natural(name: str) -> List[Any]:
-    """Sort key that orders numbers inside names by value: 9_2 before 10_1."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+    """Sort key that orders numbers inside names by value: 9_2 before 10_1. Different names have different keys."""
+    parts = enumerate(re.split(r"([0-9]+)", name))  # every second part is a number
+    return [*((int(part), "") if n % 2 else (-1, part) for n, part in parts), (-1, name)]

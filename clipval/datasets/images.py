@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,11 @@ from PIL import Image
 
 from clipval.errors import InputError
 
-MOST_PIXELS = 178_956_970  # where Pillow refuses a picture as a decompression bomb: twice its MAX_IMAGE_PIXELS
+MOST_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb: its MAX_IMAGE_PIXELS
+# Named, so that no file is handed to a plugin that runs an outside program (EPS runs Ghostscript).
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+WIDE_MODES = ("I", "F")  # more than 8 bits a channel, which Pillow would clip to white instead of scaling
+_opening = threading.Lock()
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -19,16 +24,18 @@ def open_rgb(path: Path) -> Image.Image:
     interpolation. EXIF orientation is ignored, as open_clip and CLIP_benchmark ignore it.
 
     Raises:
-        InputError: not a picture, damaged, cut off, or too large to decode.
+        InputError: not a picture, damaged, cut off, of more than 8 bits a channel, or too large to decode.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                width, height = image.size
-                if width * height > MOST_PIXELS:
-                    raise InputError(f"image {path}: {width} x {height} pixels, too large to decode; scale it down")
-                return image.convert("RGB")
+        with _open(path) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise InputError(f"image {path}: {width} x {height} pixels, too large to decode; scale it down")
+            if image.mode.split(";")[0] in WIDE_MODES:
+                raise InputError(f"image {path}: pixels are {image.mode}, expected 8 bits a channel; convert it")
+            image.load()
+            image.info.pop("transparency", None)  # has no part in the colours, but makes convert() warn
+            return image.convert("RGB")
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -36,3 +43,10 @@ def open_rgb(path: Path) -> Image.Image:
     except Exception as error:  # each of Pillow's format plugins raises its own
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"image {path}: cannot be read, not a picture or damaged ({reason}); replace it") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """Read a picture's header without Pillow's warnings; one thread at a time, as all share one list of filters."""
+    with _opening, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(path, formats=FORMATS)
