@@ -186,11 +186,9 @@ def _tower_of_input(folder: Path) -> str:
     first = next(iter(sorted(folder.glob("*.npy"))), None)
     if first is None:
         raise InputError(f"--input {folder}: no .npy files; give the images or texts folder that preprocess made")
-    try:
-        kind = np.load(first, mmap_mode="r", allow_pickle=False).dtype
-    except (ValueError, OSError) as error:
-        raise InputError(f"{first}: not an array ({error})") from error
-    return "text" if kind == np.int64 else "vision"
+    from clipval import embeddings
+
+    return "text" if embeddings.load_array(first).dtype == np.int64 else "vision"
 
 
 def _batch_of_name(file: Optional[Path]) -> int:

@@ -95,14 +95,19 @@ def read_array(path: Path, dtype: str, shape: Tuple[int, ...]) -> np.ndarray:
     Raises:
         InputError: the file is missing, damaged, or holds something else.
     """
-    array = _load(path)
+    array = load_array(path)
     if array.dtype != np.dtype(dtype) or array.shape != shape:
         wanted = f"{np.dtype(dtype).str} {shape}"
         raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run preprocess again")
     return array
 
 
-def _load(path: Path) -> np.ndarray:
+def load_array(path: Path) -> np.ndarray:
+    """One .npy file of any dtype and shape; pickles are never loaded.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     try:
         with open(path, "rb") as stream:
             array: np.ndarray = npy.read_array(stream, allow_pickle=False)
@@ -181,10 +186,10 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
     outputs = [path for path in files if path.stem.endswith("_0")]
     with ThreadPoolExecutor(THREADS) as pool:
         others = [path for path in files if not path.stem.endswith("_0")]
-        for path, array in zip(others, pool.map(_load, others)):
+        for path, array in zip(others, pool.map(load_array, others)):
             if array.size != 1 or not path.stem.endswith("_1"):
                 raise InputError(f"{path}: not an embedding <id>_0.npy; take it out, or give the folder of embeddings")
-        arrays = list(pool.map(_load, outputs))
+        arrays = list(pool.map(load_array, outputs))
     if not arrays:
         raise InputError(f"embeddings {folder}: no <id>_0.npy in it; give the folder that embed or ais_bench wrote")
     if width is None:

@@ -28,6 +28,7 @@ ACCURACY, PERF = "accuracy", "perf"
 TOWER_CHECKS = ("values", "distinct", "invariance")
 INVARIANCE_SAMPLES = 32
 SHOWN_FLIPS = 20
+PIXELS = 1e-5  # a rounding of normalised float32 pixels; one grey level is 0.015
 SAME = 1e-7  # cosine distance below which two fp32 embeddings are one; two captions of one word more differ by 1e-4
 
 
@@ -144,7 +145,7 @@ def prepared_images(data: PreparedRows, dataset: RetrievalDataset, model: Model,
     ids = [data.ids[n] for n in picked]
     return [
         _prepared(data, "|pixel - transform's|", off[:, 0], 0.0, ids),
-        _prepared(data, "|pixel - the spec's|", off[:, 1], 1e-5, ids),
+        _prepared(data, "|pixel - the spec's|", off[:, 1], PIXELS, ids),
     ]
 
 

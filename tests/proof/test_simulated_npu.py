@@ -1,54 +1,31 @@
 """The whole suite on the simulated NPU host: green when all is well, red with a useful sentence for each fault."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests import simulator
+from tests import simulator, small
 
 pytestmark = pytest.mark.proof
-ROOT = Path(__file__).parents[2]
-SPECS = ROOT / "clipval" / "specs"
 
 
-@pytest.fixture(scope="module")
-def spec_file(tmp_path_factory):
-    """The embedded default on 48 images and two batch sizes, without figures of recall."""
-    text = (SPECS / "shapes.toml").read_text(encoding="utf-8")
-    for name in ("shapes-vit.json", "shapes-vit.pt"):
-        text = text.replace(f'"{name}"', f'"{SPECS / name}"')
-    head, _, rest = text.partition("[[references]]")
-    bounds = rest[rest.index("[[parity]]") : rest.index("[throughput]")]
-    head = head.replace("images = 1000", "images = 48").replace("captions = 5000", "captions = 240")
-    head = "\n".join(line for line in head.splitlines() if "captions_sha256" not in line)
-    file = tmp_path_factory.mktemp("spec") / "small.toml"
-    file.write_text(f"{head}\n{bounds}\n[throughput]\nbatch_sizes = [1, 8]\n", encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def run(spec_file, tmp_path_factory):
-    """Run the suite in a process of its own on the simulated host; its exit code and output.
+@pytest.fixture
+def run(small_spec, tmp_path):
+    """Run the suite on the simulated host; its exit code and output.
 
     Simulated faults sit in the OM files, which their keys know nothing of, so each run has its own work directory.
     """
 
     def run(*arguments, **switches):
-        workdir = tmp_path_factory.mktemp("work")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--spec={spec_file}"]
-        command += [f"--workdir={workdir}", "--threads=1", "--perf-min-time=0.1", "--perf-noise=10", *arguments]
-        # a run inside an xdist worker would take itself for one, and measure nothing
-        outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        variables = {**outside, "OMP_NUM_THREADS": "1", **simulator.environment(**switches)}
-        done = subprocess.run(
-            command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False
-        )
-        return done.returncode, done.stdout + done.stderr
+        ended = small.run(small_spec, tmp_path / "work", *arguments, **simulated(**switches))
+        return ended.code, ended.output
 
     return run
+
+
+def simulated(**switches):
+    found = simulator.environment(**switches)
+    return {**found, "PYTHONPATH": os.pathsep.join([str(small.ROOT), found["PYTHONPATH"]])}
 
 
 BOTH = ("-m", "accuracy or perf", "--backends", "pytorch,onnx,om")

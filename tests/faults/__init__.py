@@ -1,0 +1,1 @@
+"""Faults planted into the real suite; see planted.py."""

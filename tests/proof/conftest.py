@@ -1,0 +1,37 @@
+"""Shared by the proofs: the small spec, and a work directory that a clean run has filled."""
+
+import shutil
+
+import pytest
+from filelock import FileLock
+
+from tests import small
+
+
+@pytest.fixture(scope="session")
+def small_spec(tmp_path_factory):
+    """The spec file of the small data set."""
+    return small.write_spec(tmp_path_factory.mktemp("spec"))
+
+
+@pytest.fixture(scope="session")
+def clean(small_spec, tmp_path_factory):
+    """A clean run, made once, also by several workers of xdist: its work directory and what it ended with."""
+    shared = tmp_path_factory.getbasetemp().parent / "clipval-clean"
+    with FileLock(str(shared) + ".lock"):
+        if not shared.exists():
+            made = tmp_path_factory.mktemp("clean") / "work"
+            ended = small.run(small_spec, made, "-m", "accuracy")
+            assert ended.code == 0, ended.output[-3000:]
+            shutil.copytree(made, shared)
+    return shared
+
+
+@pytest.fixture
+def workdir(clean, tmp_path):
+    """A copy of the clean work directory, without what faults damage while it is made."""
+    copy = tmp_path / "work"
+    shutil.copytree(clean, copy)
+    for kind in ("prepared", "onnx", "runs"):
+        shutil.rmtree(copy / kind)
+    return copy

@@ -1,0 +1,79 @@
+"""A run that is killed at any moment leaves nothing that the next one would use."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from clipval import results, store
+from tests import small
+
+pytestmark = pytest.mark.proof
+KILLS = 10
+SEED = random.SystemRandom().randrange(10**6)
+
+
+def figures(run):
+    return {(one.gate, one.metric): one.measured for one in run.figures}
+
+
+def start(spec, workdir, **variables):
+    command = small.command(spec, workdir, "--threads=1", "-m", "accuracy")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=small.ROOT, env=small.environment(**variables), **quiet)
+
+
+def test_killed_at_random_moments(small_spec, tmp_path):
+    undisturbed = tmp_path / "undisturbed"
+    started = time.monotonic()
+    wanted = small.run(small_spec, undisturbed, "-m", "accuracy")
+    length = time.monotonic() - started
+    assert wanted.code == 0, wanted.output[-3000:]
+    workdir, rng = tmp_path / "killed", random.Random(SEED)
+    for _ in range(KILLS):
+        process = start(small_spec, workdir)
+        time.sleep(rng.uniform(0.3, 1.0) * length)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for file in (workdir / "runs").glob("*.jsonl"):
+            results.read(file)  # what was finished is there and can be read
+    ended = small.run(small_spec, workdir, "-m", "accuracy")
+    assert ended.code == 0, f"seed {SEED}\n{ended.output[-3000:]}"
+    assert figures(ended) == figures(wanted), f"seed {SEED}"
+    left = list(workdir.rglob("*.building"))
+    assert not left, f"seed {SEED}: {left}"
+
+
+def test_ctrl_c_while_throughput_is_measured(small_spec, clean, tmp_path):
+    command = small.command(small_spec, clean, "--threads=1", "-m", "perf", "--perf-min-time=30", "--perf-max-time=60")
+    process = subprocess.Popen(
+        command, cwd=small.ROOT, env=small.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output[-3000:]
+    assert "KeyboardInterrupt" in output
+    assert "not evaluated" in output
+
+
+@pytest.mark.parametrize("kind", ["prepared", "onnx", "reference"])
+def test_a_disk_that_fills_up(kind, small_spec, workdir, monkeypatch):
+    """The build of one kind of artifact meets a full disk half-way; the next run makes it anew."""
+    if kind == "reference":
+        for folder in (workdir / "reference").iterdir():
+            if folder.is_dir():
+                (folder / "manifest.json").unlink()
+    full = small.run(small_spec, workdir, "-m", "accuracy", CLIPVAL_DISK_FULL=kind)
+    assert full.code == 1
+    assert "disk full; free some space" in full.output
+    assert "Traceback" not in full.output
+    assert os.strerror(errno.ENOSPC) not in full.output
+    again = small.run(small_spec, workdir, "-m", "accuracy")
+    assert again.code == 0, again.output[-3000:]
+    for folder in (workdir / kind).iterdir():
+        assert not folder.is_dir() or store.files(folder)

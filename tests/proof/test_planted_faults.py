@@ -1,0 +1,40 @@
+"""Each planted fault turns the gate that is meant for it red, with words that name the place."""
+
+import random
+
+import pytest
+
+from tests import small
+from tests.faults.planted import FAULTS
+
+SAMPLE_SEED = random.SystemRandom().randrange(10**6)
+NAMES = sorted(FAULTS)
+
+
+def check(name, small_spec, workdir):
+    fault = FAULTS[name]
+    ended = small.run(small_spec, workdir, *fault.arguments, CLIPVAL_FAULT=name)
+    assert ended.code == 1, f"{name}: exit code {ended.code}\n{ended.output[-3000:]}"
+    for words in (fault.gate, *fault.words):
+        assert words in ended.output, f"{name}: {words!r} is not said; red: {ended.red}\n{ended.output[-3000:]}"
+    judged = {figure.gate for figure in ended.figures}
+    assert fault.gate in ended.red or fault.gate not in judged, f"{name}: {fault.gate} is green; red: {ended.red}"
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("name", NAMES)
+def test_fault(name, small_spec, workdir):
+    check(name, small_spec, workdir)
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_a_random_fault(turn, small_spec, workdir):
+    """A sample for every plain run of the tests; its name stands in the failure, so that it can be repeated."""
+    check(random.Random(SAMPLE_SEED + turn).choice(NAMES), small_spec, workdir)
+
+
+@pytest.mark.proof
+def test_no_fault_is_green(small_spec, workdir):
+    ended = small.run(small_spec, workdir, "-m", "accuracy")
+    assert ended.code == 0, ended.output[-3000:]
+    assert not ended.red

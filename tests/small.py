@@ -1,0 +1,81 @@
+"""The embedded default cut down to a few scenes, and the real suite run on it in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple
+
+from clipval import results
+from clipval.datasets import shapes
+
+ROOT = Path(__file__).parents[1]
+SPECS = ROOT / "clipval" / "specs"
+IMAGES = 60  # 60 and 300 are no multiples of the batch of 8, so the last batch is a partial one
+REFERENCE = """
+[[references]]
+metric = "{direction}_retrieval_recall@5"
+backend = "pytorch"
+value = 1.0
+count = {count}
+within = 0.005
+source = "measured on the first {images} scenes"
+"""
+
+
+class Run(NamedTuple):
+    """What a run of the suite ended with."""
+
+    code: int
+    output: str
+    figures: List[results.Figure]
+
+    @property
+    def red(self) -> List[str]:
+        """Gates with a failed figure."""
+        return sorted({figure.gate for figure in self.figures if figure.verdict == "fail"})
+
+
+def write_spec(folder: Path) -> Path:
+    """A spec file of `IMAGES` scenes with the shipped tolerances and checkpoint."""
+    text = (SPECS / "shapes.toml").read_text(encoding="utf-8")
+    for name in ("shapes-vit.json", "shapes-vit.pt"):
+        text = text.replace(f'"{name}"', f'"{SPECS / name}"')
+    head, _, rest = text.partition("[[references]]")
+    captions = "".join(f"{one}\n" for _, made in shapes.scenes(shapes.SEED_TEST, IMAGES) for one in made)
+    lines = [line for line in head.splitlines() if not line.startswith("captions_sha256")]
+    head = "\n".join(lines).replace("images = 1000", f"images = {IMAGES}")
+    digest = f'captions_sha256 = "{hashlib.sha256(captions.encode()).hexdigest()}"'
+    head = head.replace("captions = 5000", f"captions = {5 * IMAGES}\n{digest}")
+    counts = {"image": 5 * IMAGES, "text": IMAGES}
+    references = "".join(REFERENCE.format(direction=name, count=n, images=IMAGES) for name, n in counts.items())
+    bounds = rest[rest.index("[[parity]]") : rest.index("[throughput]")]
+    file = folder / "small.toml"
+    file.write_text(f"{head}\n{references}\n{bounds}\n[throughput]\nbatch_sizes = [1, 8]\n", encoding="utf-8")
+    return file
+
+
+def command(spec: Path, workdir: Path, *arguments: str) -> List[str]:
+    """The command line of a run."""
+    fixed = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.faults.planted"]
+    return [*fixed, f"--spec={spec}", f"--workdir={workdir}", "--perf-min-time=0.1", "--perf-noise=10", *arguments]
+
+
+def environment(**variables: str) -> Dict[str, str]:
+    """Variables of a run; one inside an xdist worker would take itself for a worker, and measure nothing."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return {**outside, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+
+
+def run(spec: Path, workdir: Path, *arguments: str, **variables: str) -> Run:
+    """Run the suite to its end."""
+    known = set((workdir / "runs").glob("*.jsonl"))
+    more: Dict[str, Any] = {"capture_output": True, "text": True, "timeout": 600, "check": False}
+    done = subprocess.run(
+        command(spec, workdir, "--threads=1", *arguments), cwd=ROOT, env=environment(**variables), **more
+    )
+    files = sorted(set((workdir / "runs").glob("*.jsonl")) - known)
+    return Run(done.returncode, done.stdout + done.stderr, [one for file in files for one in results.read(file)])
