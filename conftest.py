@@ -5,6 +5,7 @@ What --backends names is required: a skip, a missing runtime or a gate that was 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -41,7 +42,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    settings = options.Settings.of(config.option)
+    settings = _shared_threads(config, options.Settings.of(config.option))
     config.option.markexpr = config.option.markexpr or "not proof"
     config.stash[STARTED] = getattr(config, "workerinput", {}).get("clipval_started", time.time())
     config.stash[CHAIN] = Chain(settings, config.stash[STARTED] if settings.rebuild else None)
@@ -56,6 +57,14 @@ def pytest_configure(config):
     config.stash[LEDGER] = ledger.Ledger(promised, ledger.results_file(settings.workdir))
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         config.pluginmanager.register(Keeper(config, config.stash[LEDGER]), "clipval-keeper")
+
+
+def _shared_threads(config, settings):
+    """Workers of xdist share the cores: with all threads in each, torch spends its time waiting for its own threads."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1 and settings.threads is None:
+        return dataclasses.replace(settings, threads=max(1, (os.cpu_count() or 1) // workers))
+    return settings
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -550,7 +550,7 @@ def _published(spec: Spec, where: Identity, tower: Tower, batch_size: int) -> Di
                 "chip": curve.chip,
                 "fps": curve.fps[batch_size],
                 "source": curve.source,
-                "same_chip": where.device.split(":")[0] == curve.chip,
+                "same_chip": where.device.split(":")[0] == curve.chip and not where.simulated,
             }
     return {}
 
