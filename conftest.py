@@ -54,7 +54,8 @@ def pytest_configure(config):
         promised = _promise(config)
     except ClipvalError as error:
         raise pytest.UsageError(str(error)) from None
-    config.stash[LEDGER] = ledger.Ledger(promised, ledger.results_file(settings.workdir))
+    notes = ["throughput: several workers cannot measure it"] if _distributed(config) else []
+    config.stash[LEDGER] = ledger.Ledger(promised, ledger.results_file(settings.workdir), notes)
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         config.pluginmanager.register(Keeper(config, config.stash[LEDGER]), "clipval-keeper")
 
@@ -88,11 +89,9 @@ def _promise(config):
 
 
 def _selected_paths(config):
-    given = [
-        Path(str(name).split("::")[0]).absolute() for name in config.invocation_params.args if str(name)[:1] != "-"
-    ]
-    given = [path for path in given if path.exists() and ROOT in path.parents]
-    return [path for path in given if path not in (ROOT / "tests", ACCEPTANCE)]
+    """Tests that were named on the command line, less those that name all of them."""
+    given = [Path(str(name).split("::")[0]).absolute() for name in config.option.file_or_dir or ()]
+    return [path for path in given if path not in (ROOT, ROOT / "tests", ACCEPTANCE)]
 
 
 def _distributed(config):

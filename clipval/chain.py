@@ -26,6 +26,7 @@ from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.throughput import Feed
 from clipval.towers import Tower
 
+REFERENCE_BATCH = 32  # fewer calls: torch's threads wait for each other at every operator, the more so on a busy host
 CHECKED_ROWS = 8  # of a timed batch that are compared with PyTorch
 PREFERRED_BATCH = 8  # the batch that accuracy is measured with: a tower's OM exists for it in every default run
 
@@ -278,12 +279,12 @@ class Chain:
                 self._embeddings[key] = self._reference(tower)
             else:
                 backend = self.backend(name, tower, self.accuracy_batch)
-                self._embeddings[key] = Opened(backend.identity, self._embed(backend, tower))
+                self._embeddings[key] = Opened(backend.identity, self._embed(backend, tower, self.accuracy_batch))
         return self._embeddings[key]
 
-    def _embed(self, backend: Backend, tower: Tower) -> Embeddings:
+    def _embed(self, backend: Backend, tower: Tower, batch_size: int) -> Embeddings:
         rows = self.prepared.rows[tower.name]
-        return embed(backend, rows.ids, rows, self.accuracy_batch)
+        return embed(backend, rows.ids, rows, batch_size)
 
     def _reference(self, tower: Tower) -> Opened:
         rows = self.prepared.rows[tower.name]
@@ -291,13 +292,13 @@ class Chain:
             **self.model_key,
             "tower": tower.name,
             "prepared": rows.folder.parent.name,
-            "batch": self.accuracy_batch,
+            "batch": REFERENCE_BATCH,
             "code": store.code_hash("clipval.embeddings", "clipval.backends.pytorch", "clipval.model"),
         }
 
         def build(folder: Path) -> None:
             backend = self.backend(REFERENCE, tower, self.accuracy_batch)
-            np.save(folder / "values.npy", self._embed(backend, tower).values)
+            np.save(folder / "values.npy", self._embed(backend, tower, REFERENCE_BATCH).values)
             (folder / "identity.json").write_bytes(msgspec.json.encode(backend.identity))
 
         folder = self.store.get("reference", key, build)

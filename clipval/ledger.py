@@ -44,11 +44,13 @@ class Ledger:
 
     Attributes:
         expected: gate ids that must be evaluated; file: JSON lines that figures are appended to as they come.
+        notes: more of what was not validated.
         failures: one entry per failed test: its class (`model`, `environment`, `input`, `perf`), name and message.
     """
 
     expected: List[str]
     file: Path
+    notes: List[str] = field(default_factory=list)
     figures: List[Figure] = field(default_factory=list)
     failures: List[Dict[str, str]] = field(default_factory=list)
     started: float = field(default_factory=time.time)
@@ -90,7 +92,7 @@ class Ledger:
             figures=self.figures,
             expected=self.expected,
             missing=self.missing,
-            not_validated=chain.not_validated(),
+            not_validated=[*chain.not_validated(), *self.notes],
             failures=self.failures,
         )
 
