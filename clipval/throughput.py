@@ -164,9 +164,11 @@ def autocorrelation(seconds: np.ndarray) -> float:
     """Correlation of successive calls, on ranks so that one outlier does not decide; 0 where it is undefined."""
     from scipy.stats import rankdata
 
-    if len(seconds) < 4 or np.ptp(seconds) == 0:
+    if len(seconds) < 4:
         return 0.0
     ranks = rankdata(seconds)
+    if np.ptp(ranks[:-1]) == 0 or np.ptp(ranks[1:]) == 0:
+        return 0.0
     return float(np.corrcoef(ranks[:-1], ranks[1:])[0, 1])
 
 
