@@ -16,7 +16,7 @@ from clipval import baseline as baselines
 from clipval import environment, export, preprocess, store
 from clipval import model as models
 from clipval import spec as specs
-from clipval.backends import REFERENCE, Backend, Identity
+from clipval.backends import REFERENCE, Backend, Identity, kind_of
 from clipval.datasets import RetrievalDataset, karpathy, shapes
 from clipval.embeddings import Embeddings, embed
 from clipval.errors import BackendUnavailable, InputError, UsageError
@@ -54,7 +54,7 @@ class Chain:
         self._backends: Dict[Tuple[str, str, Optional[int]], Backend] = {}
         self._embeddings: Dict[Tuple[str, str], Opened] = {}
         self._retrievals: Dict[str, Retrieval] = {}
-        self._npu_before: Any = None
+        self._npu_before: Dict[int, Any] = {}
         self._own_pids: Set[int] = set()
 
     @cached_property
@@ -212,7 +212,7 @@ class Chain:
 
         chosen = self.settings
         return atc.AtcOptions(
-            soc_version=chosen.soc_version or npu_smi.npu(chosen.device_id).soc_version,
+            soc_version=chosen.soc_version or npu_smi.npu(chosen.device_id[0]).soc_version,
             precision_mode=chosen.precision_mode,
             keep_dtype=str(chosen.keep_dtype) if chosen.keep_dtype else "",
             extra=chosen.atc_flags,
@@ -228,17 +228,18 @@ class Chain:
 
     def backend(self, name: str, tower: Tower, batch_size: int) -> Backend:
         """An open backend; for OM, one that takes just this batch size."""
-        key = (name, tower.name, batch_size if name == "om" else None)
+        key = (name, tower.name, batch_size if kind_of(name) == "om" else None)
         if key not in self._backends:
-            if name == "om":
-                self.close("om")  # one session alive per device
+            if kind_of(name) == "om":
+                self.close(name)  # one session alive per device
             backend = self._open(name, tower, batch_size)
             self._require_real(backend)
             self._backends[key] = backend
         return self._backends[key]
 
     def _open(self, name: str, tower: Tower, batch_size: int) -> Backend:
-        file = {"onnx": lambda: self.onnx(tower), "om": lambda: self.om(tower, batch_size)}.get(name, lambda: None)()
+        files = {"onnx": lambda: self.onnx(tower), "om": lambda: self.om(tower, batch_size)}
+        file = files.get(kind_of(name), lambda: None)()
         return self.open_file(name, tower, file, batch_size)
 
     def open_file(self, name: str, tower: Tower, file: Optional[Path], batch_size: int) -> Backend:
@@ -258,7 +259,7 @@ class Chain:
             from clipval.backends.onnx import OnnxBackend
 
             return OnnxBackend(tower, file, self.settings.onnx_providers, threads)
-        return self._open_om(tower, file, batch_size)
+        return self._open_om(name, tower, file, batch_size)
 
     def _require_real(self, backend: Backend) -> None:
         if backend.identity.simulated and not self.settings.allow_simulated:
@@ -307,7 +308,7 @@ class Chain:
 
     def bounds(self, where: Identity) -> specs.ParityBounds:
         """The spec's tolerances for a backend in the precision it computes in."""
-        if where.name != "om":
+        if kind_of(where.name) != "om":
             return self.spec.bounds(where.name, "fp32")
         from clipval.ascend import atc
 
@@ -384,23 +385,29 @@ class Chain:
         Before the first OM is opened nothing may run there; what appears with it is ours, by whatever pid: in a
         container npu-smi shows the host's.
         """
-        if name != "om" or self._npu_before is None:
+        device = self._device(name)
+        if kind_of(name) != "om" or device not in self._npu_before:
             return ""
         from clipval.ascend import npu_smi
 
-        before = self._npu_before.why_busy()
-        return before or npu_smi.npu(self.settings.device_id).why_busy(ignore_pids=self._own_pids)
+        before = self._npu_before[device].why_busy()
+        return str(before or npu_smi.npu(device).why_busy(ignore_pids=self._own_pids))
 
-    def _open_om(self, tower: Tower, file: Path, batch_size: int) -> Backend:
+    def _device(self, name: str) -> int:
+        """The NPU of `om:3`, or of `om`."""
+        number = name.partition(":")[2]
+        return int(number) if number else self.settings.device_id[0]
+
+    def _open_om(self, name: str, tower: Tower, file: Path, batch_size: int) -> Backend:
         from clipval.ascend import npu_smi
         from clipval.backends import om
 
-        device = self.settings.device_id
+        device = self._device(name)
         before = npu_smi.npu(device)
-        if self._npu_before is None:
-            self._npu_before = before
+        self._npu_before.setdefault(device, before)
         precision = self.settings.precision_mode or "force_fp16"
         backend = om.open_tower(tower, file, batch_size=batch_size, device_id=device, precision=precision)
+        backend.identity = backend.identity._replace(name=name)
         self._own_pids |= npu_smi.appeared(before, npu_smi.npu(device)) | {os.getpid()}
         return backend
 
@@ -434,7 +441,8 @@ class Chain:
 
     def not_validated(self) -> List[str]:
         """What this run does not say anything about, one line each."""
-        left = [f"{name}: not listed in --backends" for name in ("onnx", "om") if name not in self.settings.validated]
+        listed = {kind_of(name) for name in self.settings.validated}
+        left = [f"{name}: not listed in --backends" for name in ("onnx", "om") if name not in listed]
         if not self.trained:
             left.append("recall: the weights are random, so figures of recall mean nothing")
             if self.drawn and self.spec.data.kind != "shapes":

@@ -119,7 +119,7 @@ def _compile(args: argparse.Namespace) -> int:
     if not files or not sizes or (args.output and (len(files) > 1 or len(sizes) > 1)):
         raise UsageError("compile: give --model FILE or --onnx-prefix PREFIX, and --batch-sizes (one with --output)")
     chosen = atc.AtcOptions(
-        soc_version=args.soc_version or npu_smi.npu(args.device_id).soc_version,
+        soc_version=args.soc_version or npu_smi.npu(args.device_id[0]).soc_version,
         precision_mode=args.precision_mode,
         keep_dtype=str(args.keep_dtype) if args.keep_dtype else "",
         extra=args.atc_flags,
@@ -396,7 +396,7 @@ def _doctor(args: argparse.Namespace) -> int:
     """Say line by line what this machine lacks; exit 1 when something required is missing."""
     from clipval import doctor
 
-    findings = doctor.check(args.backends, args.device_id)
+    findings = doctor.check(args.backends, args.device_id[0])
     for finding in findings:
         mark = "ok " if finding.ok else "MISSING" if finding.required else "warning"
         print(f"{mark:8} {finding.name:14} {finding.detail}" + (f"; {finding.advice}" if not finding.ok else ""))

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 
 from clipval import parity, retrieval
-from clipval.backends import REFERENCE, Identity
+from clipval.backends import REFERENCE, Identity, kind_of
 from clipval.baseline import IMPROVED, OK, Judgement
 from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings
@@ -480,7 +480,9 @@ def throughput(
     flops = flops_per_sample(config, tower.name)
     implied = flops * row.samples_per_second if flops else None
     detail = {**as_dict(row), "verdict": verdict, "reason": reason, "protocol": PROTOCOL, **more}
-    detail.update(flops_per_second=implied, peak_share=implied / peak if implied and where.name != "om" else None)
+    detail.update(
+        flops_per_second=implied, peak_share=implied / peak if implied and kind_of(where.name) != "om" else None
+    )
     if scope == "execute":
         other, other_verdict, other_reason = judged["inference"]
         detail["inference"] = {**as_dict(other), "verdict": other_verdict, "reason": other_reason}

@@ -39,7 +39,7 @@ class Settings:
     precision_mode: str = ""
     keep_dtype: Optional[Path] = None
     atc_flags: Tuple[str, ...] = ()
-    device_id: int = 0
+    device_id: Tuple[int, ...] = (0,)
     allow_simulated: bool = False
     perf_min_time: float = 1.0
     perf_max_time: float = 10.0
@@ -57,6 +57,9 @@ class Settings:
     def validated(self) -> Tuple[str, ...]:
         """Backends that this run validates; pytorch, the reference, is always among them."""
         named = self.backends if self.backends is not None else DEFAULT_BACKENDS
+        if len(self.device_id) > 1:  # each NPU is validated by itself
+            devices = tuple(f"om:{device}" for device in self.device_id)
+            named = tuple(one for name in named for one in (devices if name == "om" else (name,)))
         return named if NAMES[0] in named else (NAMES[0], *named)
 
     @property
@@ -106,6 +109,13 @@ def _opset(text: str) -> int:
     return int(text)
 
 
+def _devices(text: str) -> Tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"devices {text!r}; expected logic ids, at least 0, such as 0 or 0,1")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
 def _flags(text: str) -> Tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
@@ -141,7 +151,11 @@ def table() -> Dict[str, Dict[str, Any]]:
             "metavar": "FLAGS",
             "help": "more flags for atc in one string: --atc-flags='--a=1 --b=2'",
         },
-        "--device-id": {"type": _positive(int, 0), "metavar": "N", "help": "NPU, by logic id"},
+        "--device-id": {
+            "type": _devices,
+            "metavar": "LIST",
+            "help": "NPUs by logic id, as 0 or 0,1; each is validated",
+        },
         "--allow-simulated": {"action": "store_true", "help": "let a simulated NPU pass gates"},
         "--perf-min-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds of timed calls a row"},
         "--perf-max-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds a row at most"},

@@ -9,6 +9,7 @@ from typing import Dict, List, Optional, Tuple
 
 import msgspec
 
+from clipval.backends import kind_of
 from clipval.errors import InputError, UsageError
 from clipval.towers import Tower, towers
 
@@ -173,7 +174,7 @@ class Spec(_Table, frozen=True):
 
     def reference(self, metric: str, backend: str) -> Optional[Reference]:
         """The figure of a metric for a backend: its own, else PyTorch's, else None."""
-        for owner in (backend, "pytorch"):
+        for owner in (kind_of(backend), "pytorch"):
             for reference in self.references:
                 if (reference.metric, reference.backend) == (metric, owner):
                     return reference

@@ -16,11 +16,16 @@ NAMES = ("pytorch", "onnx", "om")
 REFERENCE = "pytorch"
 
 
+def kind_of(name: str) -> str:
+    """`om` of `om:3`: which backend it is, whichever device it runs on."""
+    return name.partition(":")[0]
+
+
 class Identity(NamedTuple):
     """What made a result; printed and stored beside every figure.
 
     Attributes:
-        name: one of `NAMES`.
+        name: one of `NAMES`; with several NPUs `om:<device>`.
         version: of the runtime, and of its driver stack where it tells.
         device: `cpu`, `cuda:0`, `Ascend910B4:0`, ...
         precision: what it computes in: `fp32`, or for OM the precision mode.

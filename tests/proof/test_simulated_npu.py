@@ -88,3 +88,13 @@ def test_a_busy_npu_is_no_figure(run):
     assert code == 1
     assert "is BUSY" in output
     assert "throughput/om/vision/8" in output
+
+
+def test_two_npus_are_validated_each_by_itself(run):
+    code, output = run(*NPU, "--device-id", "0,1")
+    assert code == 0, output[-3000:]
+    assert "parity/om:0/vision" in output
+    assert "parity/om:1/text" in output
+    code, output = run(*NPU, "--device-id", "0,7")
+    assert code == 1
+    assert "7" in output
