@@ -12,8 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 
 from clipval import parity, retrieval
-from clipval.backends import REFERENCE, Identity, kind_of
-from clipval.baseline import IMPROVED, OK, Judgement
+from clipval.backends import REFERENCE, Identity
 from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings
 from clipval.export import check, read_metadata
@@ -21,7 +20,6 @@ from clipval.model import Model
 from clipval.preprocess import PreparedRows, each_in_threads, expected_pixels, pixels, tokens
 from clipval.results import FAIL, INFO, PASS, Figure
 from clipval.spec import PairedBounds, ParityBounds, Reference, Spec, published
-from clipval.throughput import BAD_OUTPUT, PROTOCOL, VALID, as_dict, flops_per_sample
 from clipval.towers import TOWER_NAMES, Tower
 
 ACCURACY, PERF = "accuracy", "perf"
@@ -450,131 +448,3 @@ def _direction(found: retrieval.Retrieval, metric: str) -> Any:
     """`image_retrieval_recall@5` -> (that direction, 5)."""
     name, _, k = metric.partition("_recall@")
     return {one.name: one for one in found.directions}[name], int(k)
-
-
-def throughput(
-    judged: Dict[str, Any],
-    where: Identity,
-    tower: Tower,
-    batch_size: int,
-    *,
-    spec: Spec,
-    required: bool,
-    config: Dict[str, Any],
-    peak: float,
-    more: Dict[str, Any],
-    earlier: Optional[Judgement] = None,
-) -> List[Figure]:
-    """One row of throughput: it computed what it claims, is worth believing, and is no slower than it must be.
-
-    Args:
-        judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
-        required: the backend was named, so that anything but VALID fails.
-        config: open_clip's config of the model, for the operations of a sample; peak: FLOP/s of the machine.
-        more: kept with the row: warm-up, load, end to end, threads.
-        earlier: how the row stands against the baseline, where one was given.
-    """
-    gate = f"throughput/{where.name}/{tower.name}/{batch_size}"
-    scope = "execute" if "execute" in judged else "inference"
-    row, verdict, reason = judged[scope]
-    flops = flops_per_sample(config, tower.name)
-    implied = flops * row.samples_per_second if flops else None
-    detail = {**as_dict(row), "verdict": verdict, "reason": reason, "protocol": PROTOCOL, **more}
-    detail.update(
-        flops_per_second=implied, peak_share=implied / peak if implied and kind_of(where.name) != "om" else None
-    )
-    if scope == "execute":
-        other, other_verdict, other_reason = judged["inference"]
-        detail["inference"] = {**as_dict(other), "verdict": other_verdict, "reason": other_reason}
-    curve = _published(spec, where, tower, batch_size)
-    if curve:
-        detail["published"] = curve
-    failed = verdict == BAD_OUTPUT or (required and verdict != VALID)
-    common: Dict[str, Any] = {
-        "gate": gate,
-        "unit": "samples/s",
-        "measured": row.samples_per_second,
-        "count": row.rounds,
-        "context": context(where, batch_size=batch_size, scope=scope),
-    }
-    first = Figure(
-        metric=f"samples/s ({scope})",
-        verdict=FAIL if failed else INFO,
-        failure=("model" if verdict == BAD_OUTPUT else "perf") if failed else "",
-        message=f"{gate}: the row is {verdict}, expected VALID: {reason}. Made by {where}" if failed else "",
-        detail=detail,
-        **common,
-    )
-    figures = [first, *_floor(row, curve, spec, where, scope, gate)]
-    if earlier is not None:
-        detail["baseline"] = {"status": earlier.status, "expected": earlier.expected, "reason": earlier.reason}
-        lost = earlier.status not in (OK, IMPROVED)
-        figures.append(
-            Figure(
-                metric="samples/s against the baseline",
-                reference=earlier.expected,
-                limit=earlier.bound,
-                bound=">=",
-                verdict=FAIL if lost else PASS,
-                failure="perf" if lost else "",
-                message=f"{gate}: {earlier.status}: {earlier.reason}. Made by {where}" if lost else "",
-                **common,
-            )
-        )
-    return figures
-
-
-def baseline_rows(wanted: Sequence[str], measured: Sequence[str], file: Path) -> List[Figure]:
-    """Every row of the baseline is measured by this run: a row that vanished or was renamed is not a pass."""
-    lost = sorted(set(wanted) - set(measured))
-    where = Identity("baseline", str(file), "file", "samples/s")
-    return [
-        judge(
-            "baseline/rows",
-            "rows of the baseline that are not measured",
-            len(lost),
-            "<=",
-            0,
-            unit="rows",
-            count=len(wanted),
-            where=where,
-            worst=", ".join(lost[:5]),
-            because="measure them (--backends, --batch-sizes), or make a new baseline",
-            failure="perf",
-        )
-    ]
-
-
-def _published(spec: Spec, where: Identity, tower: Tower, batch_size: int) -> Dict[str, Any]:
-    for curve in spec.throughput.published:
-        if curve.tower == tower.name and batch_size in curve.fps:
-            return {
-                "chip": curve.chip,
-                "fps": curve.fps[batch_size],
-                "source": curve.source,
-                "same_chip": where.device.split(":")[0] == curve.chip and not where.simulated,
-            }
-    return {}
-
-
-def _floor(row: Any, curve: Dict[str, Any], spec: Spec, where: Identity, scope: str, gate: str) -> List[Figure]:
-    """On the chip that a figure was published for, a share of it is a floor; being faster never fails."""
-    if not curve or not curve["same_chip"] or scope != "execute":
-        return []
-    share = row.samples_per_second_mean / curve["fps"]
-    floor = judge(
-        gate,
-        "share of the published samples/s",
-        share,
-        ">=",
-        spec.throughput.floor,
-        unit="ratio",
-        count=row.rounds,
-        where=where,
-        reference=1.0,
-        source=curve["source"],
-        worst=f"{row.samples_per_second_mean:.0f} of {curve['fps']:g} samples/s",
-        because=spec.throughput.because,
-        failure="perf",
-    )
-    return [floor]

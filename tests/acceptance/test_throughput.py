@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from clipval import baseline, gates, throughput
+from clipval import baseline, perf, throughput
 from clipval.baseline import REGRESSED
 from clipval.throughput import VALID, Feed, HostLoad
 
@@ -17,76 +17,68 @@ def peak():
     return throughput.matmul_peak()
 
 
-def test_throughput(request, chain, record, peak, tower_name, backend_name, batch_size):
-    tower, settings = chain.towers[tower_name], chain.settings
+@pytest.fixture
+def opened(request, chain, tower_name, backend_name, batch_size):
+    """The backend, the seconds it took to open, and the benchmark: on the device's clock where it has one."""
     started = time.perf_counter()
-    backend = chain.backend(backend_name, tower, batch_size)
-    load_seconds = time.perf_counter() - started
-    feed = Feed(chain.prepared.rows[tower_name], batch_size)
-    device = backend.execute_seconds() is not None
-    if device:
+    backend = chain.backend(backend_name, chain.towers[tower_name], batch_size)
+    seconds = time.perf_counter() - started
+    if backend.execute_seconds() is not None:
         backend.refresh()  # a fresh session's clock, so that none is opened inside the timed calls
         # the recipe's figure is the device's execute time, so that is the benchmark's clock
         request.node.add_marker(pytest.mark.benchmark(timer=lambda: sum(backend.execute_seconds())))
     benchmark = request.getfixturevalue("benchmark")
     benchmark.group = f"{tower_name}-{backend_name}"
-    busy = chain.busy(backend_name)
-    warm = throughput.warm_up(
-        lambda: backend.run(feed.next()), seconds=settings.perf_min_time / 4, cap=settings.perf_max_time / 3
-    )
-    rounds = throughput.rounds_for(warm.estimate, seconds=settings.perf_min_time, cap=settings.perf_max_time)
-    host, calls = HostLoad(), []
+    return backend, seconds, benchmark
+
+
+def timed(benchmark, backend, feed, budget):
+    """Warm up, then let pytest-benchmark time the calls: the warm-up, and scope -> seconds of each call."""
+    calls = []
 
     def call():
         start = time.perf_counter()
         backend.run(feed.next())
         calls.append(time.perf_counter() - start)
 
+    warm = throughput.warm_up(lambda: backend.run(feed.next()), seconds=budget["seconds"] / 4, cap=budget["cap"] / 3)
     with throughput.quiet():
-        benchmark.pedantic(call, rounds=rounds, iterations=1)
+        benchmark.pedantic(call, rounds=throughput.rounds_for(warm.estimate, **budget), iterations=1)
     assert benchmark.stats is not None, "pytest-benchmark is switched off, so nothing was timed"
-    timed = {"inference": calls}
-    if device:
-        timed["execute"] = list(benchmark.stats.stats.data)
-    busy = busy or host.busy() or chain.busy(backend_name)
-    rows = {scope: throughput.summarise(times, batch_size, scope) for scope, times in timed.items()}
-    bad = chain.check_outputs(backend, feed)
-    judged = {
-        scope: (row, *throughput.verdict(row, busy=busy, bad_output=bad, noise=settings.perf_noise))
-        for scope, row in rows.items()
-    }
+    device = backend.execute_seconds() is not None
+    return warm, {"inference": calls, **({"execute": list(benchmark.stats.stats.data)} if device else {})}
+
+
+def test_throughput(chain, record, peak, opened, tower_name, backend_name, batch_size):
+    tower, settings, (backend, load_seconds, benchmark) = chain.towers[tower_name], chain.settings, opened
+    feed = Feed(chain.prepared.rows[tower_name], batch_size)
+    budget = {"seconds": settings.perf_min_time, "cap": settings.perf_max_time}
+    checks = {"busy": lambda: chain.busy(backend_name), "check": lambda: chain.check_outputs(backend, feed)}
+    host, busy = HostLoad(), checks["busy"]()
+
+    warm, times = timed(benchmark, backend, feed, budget)
+    busy, bad = busy or host.busy() or checks["busy"](), checks["check"]()
+    rows = {scope: throughput.summarise(seconds, batch_size, scope) for scope, seconds in times.items()}
+    worth = {"busy": busy, "bad_output": bad, "noise": settings.perf_noise}
+    judged = {scope: (row, *throughput.verdict(row, **worth)) for scope, row in rows.items()}
     earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
     doubtful = settings.strict and any(verdict != VALID for _, verdict, _ in judged.values())
     if not bad and (doubtful or (earlier is not None and earlier.status == REGRESSED)):
-        judged = throughput.measure(
-            backend,
-            feed,
-            batch_size,
-            seconds=settings.perf_min_time,
-            cap=settings.perf_max_time,
-            noise=settings.perf_noise,
-        )
+        judged = throughput.measure(backend, feed, batch_size, noise=settings.perf_noise, **budget, **checks)
         earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
+
+    here = peak if perf.on_host(backend.identity) else None
+    speed = judged["execute" if "execute" in judged else "inference"][0].samples_per_second
     more = {
         "warm_up": throughput.as_dict(warm),
         "load_seconds": load_seconds,
         "end_to_end": chain.end_to_end(backend, batch_size),
         "threads": settings.threads,
+        **perf.operations(chain.model_key["config"], tower, speed, here),
     }
-    figures = gates.throughput(
-        judged,
-        backend.identity,
-        tower,
-        batch_size,
-        spec=chain.spec,
-        required=settings.strict,
-        config=chain.model_key["config"],
-        peak=peak,
-        more=more,
-        earlier=earlier,
-    )
-    benchmark.extra_info.update(figures[0].detail)
-    benchmark.extra_info.update(figures[0].context)
+    wanted = {"spec": chain.spec, "required": settings.strict}
+    figures = perf.row(judged, backend.identity, tower, batch_size, more=more, earlier=earlier, **wanted)
+    benchmark.extra_info.update({**figures[0].detail, **figures[0].context})
     record(figures)
 
 
@@ -94,4 +86,4 @@ def test_every_row_of_the_baseline_is_measured(chain, record, baseline_file):
     backends, sizes = chain.settings.validated, chain.batch_sizes
     rows = [f"{name}/{tower}/{size}" for name in backends for tower in chain.towers for size in sizes]
     wanted = [name.rpartition("/")[0] for name in baseline.load(baseline_file).rows]
-    record(gates.baseline_rows(wanted, rows, baseline_file))
+    record(perf.baseline_rows(wanted, rows, baseline_file))
