@@ -175,7 +175,7 @@ def pytest_runtest_makereport(item, call):
         return
     if call.excinfo is not None and isinstance(call.excinfo.value, ClipvalError):
         made.longrepr = str(call.excinfo.value)
-    if made.skipped and not hasattr(report, "wasxfail"):
+    if made.skipped:  # an expected failure too
         made.outcome = "failed"
         made.longrepr = f"{item.name}: skipped, and a gate must not be skipped: {made.longrepr}"
     if made.when == "call":
@@ -186,8 +186,12 @@ def pytest_runtest_makereport(item, call):
 
 def _failure(item, call):
     failed = [figure.failure for figure in item.stash.get(FIGURES, []) if figure.verdict == FAIL]
-    kind = failed[0] if failed else getattr(call.excinfo.value, "kind", "error")
-    return {"class": kind, "test": item.nodeid, "message": str(call.excinfo.value)}
+    kind = failed[0] if failed else getattr(getattr(call.excinfo, "value", None), "kind", "error")
+    return {
+        "class": kind,
+        "test": item.nodeid,
+        "message": str(getattr(call.excinfo, "value", "passed, expected to fail")),
+    }
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -222,9 +226,9 @@ class Keeper:
         if self.account.failed and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter):
+    def pytest_terminal_summary(self, terminalreporter, exitstatus):
         account = self.account
-        if not account.figures and not account.expected:
+        if exitstatus == pytest.ExitCode.USAGE_ERROR or not (account.figures or account.expected):
             return
         terminalreporter.section("clipval")
         run = account.run(self.config.stash[CHAIN])

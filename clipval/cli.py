@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 
 from clipval.errors import ClipvalError, InputError, UsageError
-from clipval.options import Settings, add_options
+from clipval.options import Settings, add_options, at_least
 from clipval.towers import Tower
 
 Parser = argparse.ArgumentParser
@@ -157,7 +157,9 @@ def _declare_embed(parser: Parser) -> None:
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="prep_data/images or prep_data/texts")
     parser.add_argument("--output", type=Path, default=Path("om_outputs"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--output-dirname", "--output_dirname", metavar="NAME", help="folder inside --output")
-    parser.add_argument("--batch-size", "--batchsize", type=int, metavar="N", help="default: the OM file's, else 8")
+    parser.add_argument(
+        "--batch-size", "--batchsize", type=at_least(int, 1), metavar="N", help="default: the OM file's, else 8"
+    )
     parser.add_argument("--outfmt", choices=("NPY",), default="NPY", help="default: %(default)s")
 
 
@@ -272,7 +274,9 @@ def _declare_bench(parser: Parser) -> None:
     names += ["--soc-version", "--om-dir", "--allow-simulated", "--perf-min-time", "--perf-max-time", "--perf-noise"]
     add_options(parser.add_argument, names)
     parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as ais_bench takes it")
-    parser.add_argument("--batchsize", "--batch-size", type=int, metavar="N", help="of --model; default: the OM file's")
+    parser.add_argument(
+        "--batchsize", "--batch-size", type=at_least(int, 1), metavar="N", help="of --model; default: the OM file's"
+    )
     parser.add_argument("--loop", type=int, metavar="N", help="timed calls, instead of a time")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the rows as a baseline of one session")
 
@@ -329,9 +333,12 @@ def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace) ->
 
     tower = backend.tower
     rows = chain.prepared.rows[tower.name] if args.model is None else example_rows(tower, 2 * size)
-    limits = {"seconds": args.perf_min_time, "cap": args.perf_max_time}
+    limits: Dict[str, Any] = {"seconds": args.perf_min_time, "cap": args.perf_max_time}
     limits.update(rounds=args.loop, noise=args.perf_noise)
-    return throughput.measure(backend, throughput.Feed(rows, size), size, **limits)
+    feed = throughput.Feed(rows, size)
+    if args.model is None:  # only here is PyTorch at hand to hold the outputs to
+        limits["check"] = lambda: chain.check_outputs(backend, feed)
+    return throughput.measure(backend, feed, size, busy=lambda: chain.busy(backend.identity.name), **limits)
 
 
 def _declare_baseline(parser: Parser) -> None:

@@ -87,10 +87,13 @@ def _sizes(text: str) -> Tuple[int, ...]:
 
 
 def _providers(text: str) -> Tuple[str, ...]:
-    return tuple(PROVIDERS.get(part.strip().lower(), part.strip()) for part in text.split(",") if part.strip())
+    found = tuple(PROVIDERS.get(part.strip().lower(), part.strip()) for part in text.split(",") if part.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"no provider in {text!r}; expected a list such as cpu or cuda,cpu")
+    return found
 
 
-def _positive(kind: Callable[[str], Any], least: float) -> Callable[[str], Any]:
+def at_least(kind: Callable[[str], Any], least: float) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -139,7 +142,7 @@ def table() -> Dict[str, Dict[str, Any]]:
             "metavar": "LIST",
             "help": "execution providers: cpu, cuda, full names",
         },
-        "--threads": {"type": _positive(int, 1), "metavar": "N", "help": "CPU threads of pytorch and onnx"},
+        "--threads": {"type": at_least(int, 1), "metavar": "N", "help": "CPU threads of pytorch and onnx"},
         "--workdir": {"type": Path, "metavar": "DIR", "help": "where artifacts and results are kept"},
         "--rebuild": {"action": "store_true", "help": "build every artifact again"},
         "--om-dir": {"type": Path, "metavar": "DIR", "help": "ready OM files with the recipe's names"},
@@ -157,10 +160,10 @@ def table() -> Dict[str, Dict[str, Any]]:
             "help": "NPUs by logic id, as 0 or 0,1; each is validated",
         },
         "--allow-simulated": {"action": "store_true", "help": "let a simulated NPU pass gates"},
-        "--perf-min-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds of timed calls a row"},
-        "--perf-max-time": {"type": _positive(float, 0.01), "metavar": "S", "help": "seconds a row at most"},
+        "--perf-min-time": {"type": at_least(float, 0.01), "metavar": "S", "help": "seconds of timed calls a row"},
+        "--perf-max-time": {"type": at_least(float, 0.01), "metavar": "S", "help": "seconds a row at most"},
         "--perf-noise": {
-            "type": _positive(float, 0.001),
+            "type": at_least(float, 0.001),
             "metavar": "SHARE",
             "help": "allowed +- of a row's median; without it 0.05, on a device's own clock 0.025",
         },

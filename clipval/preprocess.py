@@ -110,7 +110,8 @@ def expected_pixels(path: Path, side: int, spec: PreprocessSpec) -> np.ndarray:
     Shortest edge to `side` (bicubic, antialiased, the long edge cut to whole pixels), centre crop with offsets rounded
     half to even, pixel / 255, normalised. Source: open_clip's and torchvision's behaviour for RGB images.
     """
-    image = open_rgb(path)
+    with Image.open(path) as stored:  # not by open_rgb, so that a fault of it shows
+        image = stored.convert("RGB")
     width, height = image.size
     short = min(width, height)
     image = image.resize((int(side * width / short), int(side * height / short)), Image.Resampling.BICUBIC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
@@ -19,8 +20,7 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).parent / "specs"
-IMAGE_RECALL = "image_retrieval_recall"
-TEXT_RECALL = "text_retrieval_recall"
+METRIC = re.compile(r"(image|text)_retrieval_recall@[1-9][0-9]*$")
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -222,8 +222,16 @@ def _check(spec: Spec) -> None:
         if reference.within is not None and not 0 < reference.within < 1:
             problems.append(f"reference {reference.metric}: within must be between 0 and 1")
     for bounds in spec.parity:
-        if not 0 < bounds.cosine_min <= bounds.cosine_mean < 1 or not 0 < bounds.max_abs < 1:
-            problems.append(f"parity {bounds.backend}: 0 < cosine_min <= cosine_mean < 1 and 0 < max_abs < 1")
+        cosines = 0 < bounds.cosine_min <= bounds.cosine_mean < 1
+        if not cosines or not 0 < bounds.max_abs < 1 or not 0 < bounds.norm < 1:
+            problems.append(
+                f"parity {bounds.backend}: 0 < cosine_min <= cosine_mean < 1, 0 < max_abs < 1, 0 < norm < 1"
+            )
+    problems += [
+        f"paired {one.metric}: within must be between 0 and 1" for one in spec.paired if not 0 < one.within < 1
+    ]
+    metrics = [*(one.metric for one in spec.references), *(two.metric for two in spec.paired)]
+    problems += [f"metric {name!r}, expected as image_retrieval_recall@5" for name in metrics if not METRIC.match(name)]
     if problems:
         raise InputError(f"spec {spec.path}: {problems[0]}")
 

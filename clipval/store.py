@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +66,19 @@ class Store:
         self._rebuild_before = rebuild_before
         self._checked: Set[Path] = set()
 
+    def check(self) -> None:
+        """The work directory can be made and written.
+
+        Raises:
+            InputError: it cannot.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=str(self.root)):
+                pass
+        except OSError as error:
+            raise InputError(self._explain(error)) from error
+
     def get(self, kind: str, key: Mapping[str, Any], build: Build) -> Path:
         """The folder of an artifact, built by `build(folder)` where it is missing, stale or damaged.
 
@@ -115,7 +129,8 @@ class Store:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _explain(self, error: OSError) -> str:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy's own "requested and written" has no number, and a short write means a full disk
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):
             return f"work directory {self.root}: disk full; free some space or give another --workdir"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             return f"work directory {self.root}: cannot be written ({error.strerror}); give another --workdir"

@@ -84,7 +84,11 @@ class OnnxBackend:
             )
 
     def run(self, rows: np.ndarray) -> np.ndarray:
-        (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
+        try:
+            (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
+        except Exception as error:  # the runtime raises its own classes and RuntimeError
+            text = " ".join(str(error).split())[:300]
+            raise InputError(f"ONNX {self._file}: onnxruntime cannot run it ({text}). Export it again") from error
         return np.asarray(embedding)
 
     def execute_seconds(self) -> Optional[List[float]]:

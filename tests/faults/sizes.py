@@ -1,13 +1,14 @@
 """How large a fault must be to be just caught: python -m tests.faults.sizes > docs/planted-faults.md
 
-Faults that have a size are halved until their gate no longer sees them, on the embedded default, in one process.
+Faults that have a size are made smaller until their gate no longer sees them: most on a few drawn scenes, those that
+only recall can see on the whole embedded default.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Callable, Dict, Tuple
 
 import numpy as np
 
@@ -17,14 +18,17 @@ from clipval.chain import Chain
 from clipval.embeddings import Embeddings, embed
 from clipval.options import Settings
 from clipval.preprocess import PreparedRows, expected_pixels
+from clipval.retrieval import evaluate
 from tests import small
+from tests.faults.in_exports import weights
 from tests.faults.planted import FAULTS
 
 HEAD = """# Planted faults
 
 Each fault is planted into an artifact, a backend or the data, one at a time, and the real acceptance suite is run on
 it (`pytest -m proof`; two at random in every plain `pytest`). The gate meant for it must be red and name the place.
-The last column is the size at which a fault is just caught on {images} scenes; faults without one are there or not.
+The last column is the size at which a fault is just caught on {images} scenes, or on the 1000 of the embedded default
+where it says so; faults without one are there or not.
 Made by `python -m tests.faults.sizes`.
 
 | fault | gate that catches it | just caught at |
@@ -32,11 +36,10 @@ Made by `python -m tests.faults.sizes`.
 
 
 class Bench:
-    """The small data set with everything built, and gates on changed evidence."""
+    """A data set with everything built, and gates on changed evidence."""
 
-    def __init__(self, folder: Path) -> None:
-        self.chain = Chain(Settings(spec=str(small.write_spec(folder)), workdir=folder / "work"))
-        self.noise = np.random.default_rng(0)
+    def __init__(self, spec: str, folder: Path) -> None:
+        self.chain = Chain(Settings(spec=spec, workdir=folder))
 
     def parity(self, tower_name: str, change: Callable[[np.ndarray], np.ndarray]) -> bool:
         """Changed embeddings are caught by values or parity."""
@@ -49,63 +52,127 @@ class Bench:
         figures += gates.agreement(reference, changed, where, tower, bounds)
         return any(figure.verdict == "fail" for figure in figures)
 
-    def weights(self, tower_name: str, size: float) -> bool:
-        """Noise on the weights of one layer of the ONNX file is caught."""
+    def weights(self, tower_name: str, change: Callable[[np.ndarray], np.ndarray]) -> bool:
+        """Changed weights of one layer of the ONNX file are caught."""
         import onnx
 
         tower = self.chain.towers[tower_name]
         graph = onnx.load(str(self.chain.onnx(tower)))
-        blocks = [one for one in graph.graph.initializer if len(one.dims) == 2 and max(one.dims) < 5000]
-        chosen = max(blocks, key=lambda one: np.prod(one.dims))
-        values = onnx.numpy_helper.to_array(chosen)
-        drawn = np.random.default_rng(0).normal(0, size, values.shape)
-        chosen.CopyFrom(onnx.numpy_helper.from_array((values * (1 + drawn)).astype(np.float32), chosen.name))
+        weights(onnx, graph, lambda values: np.asarray(change(values), np.float32))
         rows = self.chain.prepared.rows[tower_name]
         with tempfile.TemporaryDirectory() as folder:
-            onnx.save(graph, f"{folder}/noisy.onnx")
-            found = embed(OnnxBackend(tower, Path(folder) / "noisy.onnx"), rows.ids, rows, 8).values
+            onnx.save(graph, f"{folder}/changed.onnx")
+            found = embed(OnnxBackend(tower, Path(folder) / "changed.onnx"), rows.ids, rows, 8).values
         return self.parity(tower_name, lambda _: found)
 
-    def pixels(self, size: float) -> bool:
-        """A shift of every pixel by a share of a grey level is caught."""
+    def invariance(self, size: float) -> bool:
+        """Noise on the text embeddings of batches of one is caught."""
+        tower = self.chain.towers["text"]
+        where, whole = self.chain.embeddings("onnx", tower)
+        picked = gates.invariance_samples(len(whole.ids))
+        single = self.chain.embed_some("onnx", tower, picked, 1)
+        noisy = Embeddings(single.ids, noise(single.values, size))
+        figures = gates.invariance(whole, noisy, single, where, tower, self.chain.bounds(where))
+        return any(figure.verdict == "fail" for figure in figures)
+
+    def recall(self, order: Callable[[int, int], np.ndarray], images: int) -> bool:
+        """Images that stand in for others are caught by the reference's recall; `order(n, images)` says which."""
+        found, captions = (self.chain.embeddings("pytorch", tower) for tower in self.chain.towers.values())
+        mixed = found.embeddings.values[order(len(found.embeddings.ids), images)]
+        owner = self.chain.dataset.image_of_caption
+        ids = found.embeddings.ids, captions.embeddings.ids
+        ranked = evaluate(ids[0], mixed, ids[1], captions.embeddings.values, owner)
+        spec = self.chain.spec
+        metrics = gates.gated_metrics(spec)
+        figures = [one for metric in metrics for one in gates.recall(ranked, found.identity, spec, metric)]
+        return any(figure.verdict == "fail" for figure in figures)
+
+    def pixels(self, change: Callable[[np.ndarray], np.ndarray]) -> bool:
+        """Changed pixels of one image are caught."""
         rows: PreparedRows = self.chain.prepared.rows["vision"]
         path, spec = self.chain.dataset.image_paths[0], self.chain.spec
         assert spec.preprocess is not None
-        off = np.abs(rows[[0]][0] + size / 255 - expected_pixels(path, 224, spec.preprocess)).max()
+        off = np.abs(change(rows[[0]][0]) - expected_pixels(path, 224, spec.preprocess)).max()
         return bool(off > gates.PIXELS)
 
 
+def noise(values: np.ndarray, size: float) -> np.ndarray:
+    """Normal noise of one size on each element."""
+    return np.asarray(values + np.random.default_rng(0).normal(0, size, values.shape), np.float32)
+
+
+def rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    """Weights in whole steps, of so many bits with the sign."""
+    step = np.abs(values).max() / (2 ** (bits - 1) - 1)
+    return np.asarray(np.round(values / step) * step)
+
+
+def replaced(count: int, images: int) -> np.ndarray:
+    """The first images are each replaced by the next one."""
+    order = np.arange(count)
+    order[:images] += 1
+    return order
+
+
+def exchanged(count: int, images: int) -> np.ndarray:
+    """The first images change places two by two."""
+    order = np.arange(count)
+    order[: images - images % 2] ^= 1
+    return order
+
+
 def just_caught(caught: Callable[[float], bool], largest: float) -> str:
-    """The smallest size, by halving, that is still caught."""
+    """The smallest size that is still caught, to 5 %."""
     assert caught(largest), "the largest size must be caught"
-    size = largest
-    while caught(size / 2):
-        size /= 2
-    return f"{size:.1e}"
+    low, high = largest * 1e-9, largest
+    while high > 1.05 * low:
+        middle = float(np.sqrt(low * high))
+        low, high = (low, middle) if caught(middle) else (middle, high)
+    return f"{high:.1e}"
 
 
 def sizes(bench: Bench) -> Dict[str, str]:
     """Fault name -> the size at which it is just caught, with its unit."""
 
-    def drawn(rows: np.ndarray, size: float) -> Any:
-        return rows + np.random.default_rng(0).normal(0, size, rows.shape)
+    def turned(rows: np.ndarray, size: float) -> np.ndarray:
+        rows[-1:] += size * np.random.default_rng(0).normal(0, rows.shape[1] ** -0.5, (1, rows.shape[1]))
+        return rows
 
-    found = {
-        "weight_noise_vision": (lambda s: bench.weights("vision", s), 0.02, "of each weight"),
-        "weight_noise_text": (lambda s: bench.weights("text", s), 0.02, "of each weight"),
-        "noise_on_embeddings": (lambda s: bench.parity("vision", lambda x: drawn(x, s)), 0.01, "on each element"),
+    def of_each(values: np.ndarray, size: float) -> np.ndarray:
+        return values * noise(np.ones_like(values), size)
+
+    found: Dict[str, Tuple[Callable[[float], bool], float, str]] = {
+        "weight_noise_vision": (lambda s: bench.weights("vision", lambda x: of_each(x, s)), 0.02, "of each weight"),
+        "weight_noise_text": (lambda s: bench.weights("text", lambda x: of_each(x, s)), 0.02, "of each weight"),
+        "layer_zeroed": (lambda s: bench.weights("vision", lambda x: x * (1 - s)), 1.0, "of the layer"),
+        "noise_on_embeddings": (lambda s: bench.parity("vision", lambda x: noise(x, s)), 0.01, "on each element"),
+        "last_sample": (lambda s: bench.parity("text", lambda x: turned(x, s)), 1.0, "of its length, on one sample"),
         "scaled": (lambda s: bench.parity("vision", lambda x: x * (1 + s)), 0.1, "of the length"),
+        "not_normalised": (lambda s: bench.parity("text", lambda x: x * (1 + s)), 9.0, "of the length"),
         "neighbours_leak": (lambda s: bench.parity("text", lambda x: x + s * x.mean(0)), 0.1, "of the mean embedding"),
-        "other_mean": (bench.pixels, 1.0, "of a grey level"),
+        "batch_of_one": (bench.invariance, 0.01, "on each element"),
+        "other_mean": (lambda s: bench.pixels(lambda x: x + s / 255), 1.0, "of a grey level"),
+        "crop_off_by_one": (lambda s: bench.pixels(lambda x: x + s * (np.roll(x, 1, 2) - x)), 1.0, "of a pixel"),
     }
-    return {name: f"{just_caught(caught, largest)} {unit}" for name, (caught, largest, unit) in found.items()}
+    table = {name: f"{just_caught(caught, largest)} {unit}" for name, (caught, largest, unit) in found.items()}
+    bits = max(bits for bits in range(4, 24) if bench.weights("vision", lambda x: rounded(x, bits)))  # noqa: B023
+    return {**table, "int8_weights": f"{bits} bits"}
+
+
+def whole_sizes(bench: Bench) -> Dict[str, str]:
+    """The same for what only recall can see, where a query more or less is still allowed."""
+    kinds = {"one_image_replaced": replaced, "two_images_exchanged": exchanged}
+    found = {name: next(n for n in range(1, 500) if bench.recall(order, n)) for name, order in kinds.items()}
+    return {name: f"{images} of {len(bench.chain.dataset.image_ids)} images" for name, images in found.items()}
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
-        measured = sizes(bench)
-        bench.chain.close()
+        few = Bench(str(small.write_spec(Path(folder))), Path(folder) / "few")
+        whole = Bench("shapes", Path(folder) / "whole")
+        measured = {**sizes(few), **whole_sizes(whole)}
+        for bench in (few, whole):
+            bench.chain.close()
     print(HEAD.format(images=small.IMAGES))
     for name, fault in FAULTS.items():
         print(f"| {fault.says} | `{fault.gate}` | {measured.get(name, '')} |")

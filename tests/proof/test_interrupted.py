@@ -77,3 +77,25 @@ def test_a_disk_that_fills_up(kind, small_spec, workdir, monkeypatch):
     assert again.code == 0, again.output[-3000:]
     for folder in (workdir / kind).iterdir():
         assert not folder.is_dir() or store.files(folder)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="this system has no limit on a file's size")
+@pytest.mark.parametrize(("kind", "kilobytes"), [("prepared", 300), ("onnx", 1200)])
+def test_writes_that_stop_half_way(kind, kilobytes, small_spec, workdir):
+    """The system itself cuts a file off, inside numpy, torch or onnx; nothing of it is used."""
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
+
+    if kind == "onnx":
+        assert small.run(small_spec, workdir, "-m", "accuracy", "-k", "prepared").code == 0
+    command = small.command(small_spec, workdir, "--threads=1", "-m", "accuracy")
+    more = {"capture_output": True, "text": True, "timeout": 600, "check": False, "preexec_fn": limit}
+    cut = subprocess.run(command, cwd=small.ROOT, env=small.environment(), **more)
+    assert cut.returncode == 1, cut.stdout[-3000:]
+    assert "give another --workdir" in cut.stdout
+    assert "Traceback" not in cut.stdout + cut.stderr
+    assert not [folder for folder in (workdir / kind).iterdir() if folder.is_dir()]
+    again = small.run(small_spec, workdir, "-m", "accuracy")
+    assert again.code == 0, again.output[-3000:]

@@ -14,7 +14,7 @@ NAMES = sorted(FAULTS)
 def check(name, small_spec, workdir):
     fault = FAULTS[name]
     ended = small.run(small_spec, workdir, *fault.arguments, CLIPVAL_FAULT=name)
-    assert ended.code == 1, f"{name}: exit code {ended.code}\n{ended.output[-3000:]}"
+    assert ended.code == fault.code, f"{name}: exit code {ended.code}\n{ended.output[-3000:]}"
     for words in (fault.gate, *fault.words):
         assert words in ended.output, f"{name}: {words!r} is not said; red: {ended.red}\n{ended.output[-3000:]}"
     judged = {figure.gate for figure in ended.figures}

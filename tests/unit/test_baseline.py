@@ -170,6 +170,8 @@ def test_sessions_of_other_settings_do_not_merge():
     rows = session(np.random.default_rng(8))
     with pytest.raises(InputError, match="sessions differ"):
         baseline.merge([baseline.Baseline(KEY, rows), baseline.Baseline({"cpu": "y"}, rows)])
+    with pytest.raises(InputError, match="other rows"):
+        baseline.merge([baseline.Baseline(KEY, rows), baseline.Baseline(KEY, {NAMES[0]: [1.0]})])
     with pytest.raises(InputError, match="no sessions"):
         baseline.merge([])
 

@@ -1,18 +1,25 @@
 """Hostile input on the command line: exit code 2 and one line that names the file, never a traceback or a verdict."""
 
+import contextlib
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clipval import cli
+from clipval import cli, export
 from clipval.datasets import shapes
 from clipval.spec import FOLDER
+from clipval.towers import TEXT
 
 from .conftest import CONFIG
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = FOLDER / "shapes-vit.pt"
 
 
@@ -146,30 +153,243 @@ def test_bad_onnx_files(content, data, tmp_path, capsys):
     assert "m.onnx" in said
 
 
-def test_a_work_directory_that_cannot_be_written(tmp_path, capsys):
-    (tmp_path / "file").write_bytes(b"")
-    command = ["export", "--model-name", CONFIG, "--pretrained", WEIGHTS, "--onnx-prefix", tmp_path / "m"]
-    assert "--workdir" in refused(capsys, *command, "--workdir", tmp_path / "file")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (("title =", "titel ="), "titel"),
-        (("embed_dim", "embed_dmi"), "embed_dmi"),
-        (("cosine_min = 0.999999", 'cosine_min = "high"'), "cosine_min"),
-        (("max_abs = 1e-4", "max_abs = 1e-4\ntolerance = 1"), "tolerance"),
-    ],
-)
-def test_bad_specs(change, words, tmp_path, capsys):
-    text = (FOLDER / "shapes.toml").read_text(encoding="utf-8").replace("[data]", "embed_dim = 512\n[data]", 1)
-    (tmp_path / "my.toml").write_text(text.replace(*change), encoding="utf-8")
-    said = refused(capsys, "bench", "--spec", tmp_path / "my.toml", "--workdir", tmp_path / "w")
-    assert words in said
-    assert "my.toml" in said
-
-
 def test_nothing_is_left_behind(data, tmp_path, capsys):
     shutil.rmtree(data)
     assert "no such folder" in refused(capsys, *preprocess(data, tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("title =", "titel =", "titel"),
+        ('kind = "shapes"', 'kidn = "shapes"', "kidn"),
+        ("max_abs = 1e-4", "max_abs = 1e-4\ntolerance = 1", "tolerance"),
+        ("images = 1000", 'images = "many"', "images"),
+        ("images = 1000", "images = 10.5", "images"),
+        ("cosine_min = 0.999999", "cosine_min = nan", "cosine_min"),
+        ("max_abs = 1e-4", "max_abs = 10", "max_abs"),
+        ("norm = 1e-4", "norm = -1", "norm"),
+        ("within = 0.005", "within = 5", "within"),
+        ("within = 0.002", "within = 5", "within"),
+        ("value = 0.964", "value = 96.4", "share"),
+        ("retrieval_recall@10", "retrieval_recal@10", "recal@10"),
+        ("[throughput]", "[troughput]", "troughput"),
+        ("batch_sizes = [1,", "batch_sizes = [0,", "batch_sizes"),
+        ("[model]", "[model", "my.toml"),
+        ("A small CLIP", "\0", "my.toml"),
+    ],
+)
+def test_bad_specs(old, new, words, tmp_path, capsys):
+    text = (FOLDER / "shapes.toml").read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "my.toml").write_text(text.replace(old, new), encoding="utf-8")
+    said = refused(capsys, "export", "--spec", tmp_path / "my.toml", "--workdir", tmp_path / "w")
+    assert words in said
+    assert "my.toml" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("", "no captions"),
+        ("{image},\n", "the caption is empty"),
+        ("{image},r\udce9d\n", "not UTF-8"),
+        ("/etc/passwd,x\n", "not below the data folder"),
+        ('{image},"x\n', "line 1"),
+        ("{image}\tx\n", "1 columns"),
+        ("{image},x,y\n", "3 columns"),
+    ],
+)
+def test_annotations_that_cannot_be_meant(rows, words, data, tmp_path, capsys):
+    written = rows.format(image=min(data.glob("*.jpg")).name)
+    (data / shapes.ANNOTATIONS).write_bytes(written.encode("utf-8", "surrogateescape"))
+    said = refused(capsys, *preprocess(data, tmp_path))
+    assert shapes.ANNOTATIONS in said
+    assert words in said
+
+
+@pytest.fixture(scope="module")
+def graph(seeded, tmp_path_factory):
+    """A good ONNX file of the text tower."""
+    file = tmp_path_factory.mktemp("graph") / "text.onnx"
+    export.export(seeded, TEXT, file, metadata={})
+    return file
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """A folder with spaces and Chinese characters, of three prepared captions."""
+    folder = tmp_path / "文本 texts"
+    folder.mkdir()
+    for n, row in enumerate(export.example_rows(TEXT, 3)):
+        np.save(folder / f"照 片_{n}.npy", row[None])
+    return folder
+
+
+def test_any_path_can_be_embedded(graph, tokens, tmp_path):
+    model = tmp_path / "模 型.onnx"
+    shutil.copyfile(graph, model)
+    command = ["embed", "--model", model, "--input", tokens, "--output", tmp_path / "结 果"]
+    assert cli.main([str(one) for one in command]) == 0
+    assert len(list((tmp_path / "结 果" / "text_embed_bs8").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.ones((1, 77), np.int32),
+        np.ones((1, 77), ">i8"),
+        np.ones((1, 76), np.int64),
+        np.ones((77,), np.int64),
+        np.array([Harm("harmed")], object),
+        b"\x93NUMPY\x01\x00cut off",
+        b"",
+    ],
+    ids=["int32", "byte order", "width", "one axis", "pickle", "cut off", "empty"],
+)
+def test_bad_prepared_arrays(array, graph, tokens, tmp_path, capsys):
+    file = tokens / "照 片_2.npy"
+    if isinstance(array, bytes):
+        file.write_bytes(array)
+    else:
+        np.save(file, array, allow_pickle=True)
+    said = refused(capsys, "embed", "--model", graph, "--input", tokens, "--output", tmp_path / "out")
+    assert str(file) in said
+    assert not (tmp_path / "out").exists()
+
+
+def without_weights(found, file):
+    import onnx
+
+    onnx.save(found, str(file), save_as_external_data=True, location="weights", size_threshold=0)
+    (file.parent / "weights").unlink()
+
+
+def other_names(found, file):
+    import onnx
+
+    for node in found.graph.node:
+        node.output[:] = ["features" if name == TEXT.output_name else name for name in node.output]
+    found.graph.output[0].name = "features"
+    onnx.save(found, str(file))
+
+
+def fixed_batch(found, file):
+    """Loads, and keeps the contract as far as it can be read, but cannot compute a batch of three."""
+    import onnx
+
+    last = next(node for node in found.graph.node if TEXT.output_name in node.output)
+    last.output[0] = "unshaped"
+    shape = onnx.numpy_helper.from_array(np.array([2, 512]), "two_rows")
+    found.graph.initializer.append(shape)
+    found.graph.node.append(onnx.helper.make_node("Reshape", ["unshaped", "two_rows"], [TEXT.output_name]))
+    onnx.save(found, str(file))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [without_weights, other_names, fixed_batch, lambda found, file: file.mkdir(), lambda found, file: None],
+    ids=["weights missing", "other names", "fixed batch", "a folder", "missing"],
+)
+def test_onnx_files_that_cannot_serve(harm, graph, tokens, tmp_path, capsys):
+    import onnx
+
+    harm(onnx.load(str(graph)), tmp_path / "m.onnx")
+    said = refused(capsys, "embed", "--model", tmp_path / "m.onnx", "--input", tokens, "--output", tmp_path / "out")
+    assert "m.onnx" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path, capsys):
+    import torch
+
+    state = torch.load(str(WEIGHTS), weights_only=True)
+    state.pop("logit_scale")
+    torch.save(state, str(tmp_path / "weights.pt"))
+    command = ["export", "--model-name", CONFIG, "--pretrained", tmp_path / "weights.pt", "--workdir", tmp_path / "w"]
+    said = refused(capsys, *command, "--onnx-prefix", tmp_path / "m")
+    assert "weights.pt" in said
+    assert "not of architecture" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("preprocess", "--model-name", CONFIG, "--data-dir", "{data}", "--save-dir", "{taken}"),
+        ("export", "--model-name", CONFIG, "--pretrained", WEIGHTS, "--onnx-prefix", "{taken}/m"),
+        ("embed", "--model", "{graph}", "--input", "{tokens}", "--output", "{taken}"),
+        ("export", "--model-name", CONFIG, "--pretrained", WEIGHTS, "--workdir", "{taken}"),
+        ("export", "--model-name", CONFIG, "--pretrained", WEIGHTS, "--workdir", "{taken}/w"),
+    ],
+    ids=["save-dir", "onnx-prefix", "output", "workdir", "in workdir"],
+)
+def test_a_file_where_a_folder_must_be(command, data, graph, tokens, tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    places = {"taken": tmp_path / "taken", "data": data, "graph": graph, "tokens": tokens}
+    said = refused(capsys, *(str(one).format(**places) for one in command))
+    assert str(tmp_path / "taken") in said
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "--threads", "0"),
+        ("export", "--threads", "1e3"),
+        ("export", "--opset-version", "99"),
+        ("embed", "--device-id", "-1"),
+        ("embed", "--outfmt", "BIN"),
+        ("bench", "--batch-sizes", "8,,16"),
+        ("bench", "--batch-sizes", "eight"),
+        ("bench", "--perf-noise", "0"),
+        ("bench", "--perf-min-time", "nan"),
+        ("bench", "--perf-max-time", "inf"),
+        ("bench", "--backends", ""),
+        ("bench", "--onnx-providers", ","),
+    ],
+)
+def test_options_out_of_range(arguments, capsys):
+    needed = ("--input", "nowhere") if arguments[0] == "embed" else ()
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments, *needed])
+    assert caught.value.code == 2
+    assert arguments[1] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_a_batch_size_out_of_range(size, graph, tokens, tmp_path, capsys):
+    """Never the default in place of what was asked for."""
+    command = ["embed", "--model", graph, "--input", tokens, "--output", tmp_path / "out", f"--batch-size={size}"]
+    with contextlib.suppress(SystemExit):  # refused while the command line is read
+        assert cli.main([str(one) for one in command]) == 2
+    captured = capsys.readouterr()
+    assert "batch" in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--spec", "my.toml"), "cosine_minimum"),
+        (("--backends", "tpu"), "tpu"),
+        (("--spec", "vit-b-32-flickr30k"), "--data-dir"),
+        (("--workdir", "my.toml/work"), "--workdir"),
+    ],
+    ids=["spec", "backend", "no data", "workdir"],
+)
+def test_pytest_ends_in_a_usage_error(arguments, words, tmp_path):
+    """Exit code 4, and nothing that could be read as a verdict."""
+    text = (FOLDER / "shapes.toml").read_text(encoding="utf-8")
+    (tmp_path / "my.toml").write_text(text.replace("cosine_min =", "cosine_minimum ="), encoding="utf-8")
+    given = [str(tmp_path / one) if one.startswith("my.toml") else one for one in arguments]
+    given += [] if "--workdir" in given else ["--workdir", str(tmp_path / "work")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "accuracy", "tests/acceptance", *given]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == 4, output
+    assert "Traceback" not in output
+    assert "gates passed" not in output
+    assert words in output

@@ -80,9 +80,9 @@ def test_rounds_follow_the_time_budget(estimate, rounds):
 
 
 def test_the_recipes_figure():
-    found = summarise([0.010, 0.020, 0.030, 0.020, 0.020], 8, "inference")
+    found = summarise([0.010, 0.020, 0.050, 0.020, 0.020], 8, "inference")
     assert found.samples_per_second == pytest.approx(8 / 0.020)
-    assert found.samples_per_second_mean == pytest.approx(1000 * 8 / 20.0)
+    assert found.samples_per_second_mean == pytest.approx(1000 * 8 / 24.0)
 
 
 def test_calls_too_slow_for_the_budget_are_insufficient():
@@ -149,6 +149,7 @@ def test_the_interval_covers_the_median_of_independent_calls(count):
 def test_the_interval_allows_for_calls_that_hang_together():
     assert coverage(lambda rng, count: wander(rng, 0.5, count)) >= 0.94
     assert coverage(lambda rng, count: wander(rng, 0.7, count)) >= 0.94  # one for independent calls covers 0.6 here
+    assert coverage(lambda rng, count: wander(rng, 0.7, count), 20) >= 0.92  # the signs alone: 0.87
 
 
 def test_the_interval_sees_a_slow_wave_under_jitter():
@@ -221,11 +222,12 @@ def test_a_device_is_held_to_a_narrower_interval():
     assert verdict(summarise(times, 1, "execute"))[0] == "NOISY"
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.7])
-def test_memory_alone_is_seldom_called_throttling(correlation):
+@pytest.mark.parametrize(("correlation", "most"), [(0.0, 6), (0.7, 18)])
+def test_memory_alone_is_seldom_called_throttling(correlation, most):
+    """A slope over single calls instead of blocks of them calls 28 of 200 so."""
     rng = np.random.default_rng(0)
-    rows = [summarise(0.01 * np.exp(0.03 * wander(rng, correlation, 100)), 1, "inference") for _ in range(200)]
-    assert sum(verdict(row)[0] == "THROTTLED" for row in rows) <= 6
+    rows = [summarise(0.01 * np.exp(0.05 * wander(rng, correlation, 30)), 1, "inference") for _ in range(200)]
+    assert sum(row.drift > throughput.DRIFT for row in rows) <= most
 
 
 def test_a_rise_under_noise_is_seen():

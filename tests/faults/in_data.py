@@ -1,0 +1,210 @@
+"""Faults of the data on its way in: pictures, captions, tokens, ids, and a model that is wrong for every backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
+
+import numpy as np
+
+from clipval import model, preprocess
+from clipval.datasets import karpathy
+from tests.faults.table import REBUILD, fault
+
+
+def transformed(change: Callable[[Any], Any], after: bool = True) -> None:
+    """Change pixels inside the model's own transform, so that every stage sees the same wrong ones."""
+    real = model.load
+
+    def load(*arguments: Any) -> Any:
+        loaded = real(*arguments)
+        whole = loaded.transform
+        wrong = (lambda image: change(whole(image))) if after else (lambda image: whole(change(image)))
+        return loaded._replace(transform=wrong)
+
+    model.load = load  # type: ignore[assignment]
+
+
+@fault("BGR for RGB", "prepared/data/vision", "|pixel - the spec's|", "sample")
+def bgr() -> None:
+    transformed(lambda pixels: pixels.flip(0))
+
+
+@fault("mean and std of another model", "prepared/data/vision", "|pixel - the spec's|", "sample")
+def other_mean() -> None:
+    transformed(lambda pixels: pixels * 0.54 - 0.03)
+
+
+@fault("resize without antialias", "prepared/data/vision", "|pixel - the spec's|", "sample")
+def no_antialias() -> None:
+    def change(image: Any) -> Any:
+        from PIL import Image
+
+        short = min(image.size)
+        size = tuple(int(224 * edge / short) for edge in image.size)
+        return image.resize(size, Image.Resampling.NEAREST)
+
+    transformed(change, after=False)
+
+
+@fault("crop off by one pixel", "prepared/data/vision", "|pixel - the spec's|", "sample")
+def crop_off_by_one() -> None:
+    transformed(lambda pixels: pixels.roll(1, dims=2))
+
+
+@fault("images mirrored", "prepared/data/vision", "|pixel - the spec's|", "sample")
+def mirrored() -> None:
+    transformed(lambda pixels: pixels.flip(2))
+
+
+@fault("constant images", "prepared/data/vision", "|pixel - the spec's|", "distinct/pytorch/vision")
+def constant_images() -> None:
+    transformed(lambda pixels: pixels * 0)
+
+
+def prepared_tokens(change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change the tokens that preprocessing writes."""
+    real = preprocess.tokens
+
+    def tokens(*arguments: Any) -> np.ndarray:
+        return change(real(*arguments))
+
+    preprocess.tokens = tokens  # type: ignore[assignment]
+
+
+@fault("end of text lost from the tokens", "prepared/data/text", "tokens that differ", "sample")
+def end_of_text_lost() -> None:
+    prepared_tokens(lambda rows: np.where(rows == 49407, 0, rows))
+
+
+@fault("one caption's tokens replaced by another's", "prepared/data/text", "tokens that differ", "sample")
+def one_caption_replaced() -> None:
+    prepared_tokens(lambda rows: np.concatenate([rows[:9], rows[10:11], rows[10:]]))
+
+
+def dataset(change: Callable[[Any], Any]) -> None:
+    """Change what the reader gives on."""
+    real = karpathy.read
+
+    def read(*arguments: Any, **more: Any) -> Any:
+        return change(real(*arguments, **more))
+
+    karpathy.read = read  # type: ignore[assignment]
+
+
+@fault("captions shuffled by one", "recall/pytorch/image_retrieval_recall@5", "queries")
+def captions_shuffled() -> None:
+    dataset(lambda data: dataclasses.replace(data, captions=(*data.captions[1:], data.captions[0])))
+
+
+@fault("captions cut at the first comma", "prepared/data/text", "captions that differ")
+def captions_cut() -> None:
+    dataset(lambda data: dataclasses.replace(data, captions=tuple(one.split(",")[0] for one in data.captions)))
+
+
+@fault("each image's file is the next one's", "recall/pytorch/text_retrieval_recall@5", "queries")
+def images_shifted() -> None:
+    dataset(lambda data: dataclasses.replace(data, image_paths=(*data.image_paths[1:], data.image_paths[0])))
+
+
+@fault("two captions with one id", "recall/pytorch/image_retrieval_recall@5", "different")
+def duplicate_ids() -> None:
+    def change(data: Any) -> Any:
+        object.__setattr__(data, "caption_ids", (data.caption_ids[1], *data.caption_ids[1:]))
+        return data
+
+    dataset(change)
+
+
+@fault("one image's file is its neighbour's", "recall/pytorch/text_retrieval_recall@5", "queries")
+def one_image_replaced() -> None:
+    dataset(lambda data: dataclasses.replace(data, image_paths=(data.image_paths[1], *data.image_paths[1:])))
+
+
+@fault("the files of two images exchanged", "recall/pytorch/text_retrieval_recall@5", "queries")
+def two_images_exchanged() -> None:
+    def change(data: Any) -> Any:
+        one, other, *rest = data.image_paths
+        return dataclasses.replace(data, image_paths=(other, one, *rest))
+
+    dataset(change)
+
+
+@fault("the captions of two images exchanged", "prepared/data/text", "captions that differ")
+def captions_exchanged() -> None:
+    def change(data: Any) -> Any:
+        all_of_them = data.captions
+        return dataclasses.replace(data, captions=(*all_of_them[5:10], *all_of_them[:5], *all_of_them[10:]))
+
+    dataset(change)
+
+
+@fault("a copy of the data that lacks the last image", "prepared/data/vision", "the spec says", "incomplete copy")
+def incomplete_copy() -> None:
+    def change(data: Any) -> Any:
+        images = {name: getattr(data, name)[:-1] for name in ("image_ids", "image_paths")}
+        captions = {name: getattr(data, name)[:-5] for name in ("captions", "caption_ids", "image_of_caption")}
+        return dataclasses.replace(data, **images, **captions)
+
+    dataset(change)
+
+
+@fault("tokens cut to 76", "prepared/data/text", "expected <i8 (1, 77)")
+def tokens_cut() -> None:
+    prepared_tokens(lambda rows: rows[:, :76].copy())
+
+
+@fault("a prepared array changed after it was written", "prepared/data/vision", "|pixel - transform's|", "sample")
+def prepared_array_changed() -> None:
+    real = preprocess.prepare
+
+    def prepare(*arguments: Any) -> Any:
+        made = real(*arguments)
+        file = min((made.folder / "images").iterdir())
+        array = np.load(file)
+        array[0, 0, 5, 5] += 1e-3
+        np.save(file, array)
+        return made
+
+    preprocess.prepare = prepare  # type: ignore[assignment]
+
+
+@fault("BGR for RGB where a picture is decoded", "recall/pytorch/text_retrieval_recall@5", "queries",
+       arguments=REBUILD)  # fmt: skip
+def decoded_as_bgr() -> None:
+    from PIL import Image
+
+    real = preprocess.open_rgb
+    preprocess.open_rgb = lambda path: Image.merge("RGB", real(path).split()[::-1])  # type: ignore[attr-defined]
+
+
+def loaded(change: Callable[[Any], Any]) -> None:
+    """Change the model where it is loaded, so that the reference is wrong in the same way."""
+    real = model.load
+    model.load = lambda *arguments: change(real(*arguments))  # type: ignore[assignment]
+
+
+@fault("the tokenizer loses the last word", "recall/pytorch/image_retrieval_recall@5", "queries", arguments=REBUILD)
+def last_word_lost() -> None:
+    def change(one: Any) -> Any:
+        return one._replace(tokenize=lambda texts: one.tokenize([text.rpartition(" ")[0] or text for text in texts]))
+
+    loaded(change)
+
+
+@fault("the tokenizer loses the end of text", "distinct/pytorch/text", "inputs with one embedding", arguments=REBUILD)
+def tokenizer_without_end() -> None:
+    def change(one: Any) -> Any:
+        return one._replace(tokenize=lambda texts: one.tokenize(texts).masked_fill(one.tokenize(texts) == 49407, 0))
+
+    loaded(change)
+
+
+@fault("attention mask lost in the model itself", "recall/pytorch/image_retrieval_recall@5", "queries",
+       arguments=REBUILD)  # fmt: skip
+def mask_lost_everywhere() -> None:
+    def change(one: Any) -> Any:
+        one.module.attn_mask.zero_()
+        return one
+
+    loaded(change)

@@ -1,0 +1,40 @@
+"""The table of planted faults: what is wrong, the gate that is meant for it, and the words that it must say."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, NamedTuple, Tuple
+
+ACCURACY = ("-m", "accuracy")
+REBUILD = (*ACCURACY, "--rebuild")  # the reference too, which is kept between runs
+
+
+class Fault(NamedTuple):
+    """One fault.
+
+    Attributes:
+        says: what is wrong, for the documentation.
+        gate: prefix of the gate that is meant for it; words: must stand in the output of the failed run.
+        plant: replaces what must be replaced; arguments: of the run; code: what it must end with.
+    """
+
+    says: str
+    gate: str
+    words: Tuple[str, ...]
+    plant: Callable[[], None]
+    arguments: Tuple[str, ...] = ACCURACY
+    code: int = 1
+
+
+FAULTS: Dict[str, Fault] = {}
+
+
+def fault(
+    says: str, gate: str, *words: str, arguments: Tuple[str, ...] = ACCURACY, code: int = 1
+) -> Callable[[Any], Any]:
+    """Enter a function that plants a fault under its own name."""
+
+    def add(plant: Callable[[], None]) -> Callable[[], None]:
+        FAULTS[plant.__name__] = Fault(says, gate, words, plant, arguments, code)
+        return plant
+
+    return add
