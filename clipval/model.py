@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 
 from clipval.errors import BackendUnavailable, InputError, UsageError
+from clipval.store import sha256
 from clipval.towers import Tower, towers
 
 RANDOM = "random"
@@ -135,11 +136,7 @@ def find_weights(name: str, pretrained: str) -> Weights:
             f"weights {pretrained!r} for {arch}: neither a weight tag of this architecture nor a file. "
             f"Give --pretrained a tag (needs the network), a checkpoint file, or 'random'{known}"
         )
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 22), b""):
-            digest.update(block)
-    return Weights(pretrained, path, digest.hexdigest())
+    return Weights(pretrained, path, sha256(path))
 
 
 def load(name: str, weights: Weights, contract: Dict[str, Tower]) -> Model:

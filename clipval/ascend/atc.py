@@ -6,7 +6,6 @@ model_helper.cc of the graph engine (GE), and its user guide of atc.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from clipval.ascend import atc_advice
 from clipval.errors import BackendUnavailable, InputError, ToolFailed, UsageError
+from clipval.store import sha256
 from clipval.towers import Tower
 
 DEFAULT_MODE = "force_fp16"  # atc's own, where no precision flag is given; source: GE atc_flags
@@ -153,20 +153,16 @@ def key(tower: Tower, batch_size: int, options: AtcOptions) -> Dict[str, Any]:
     program = shutil.which("atc")
     return {
         "flags": flags,
-        "files": {value: _sha256(Path(value)) for value in _named_files(flags)},
+        "files": {value: sha256(Path(value)) for value in _named_files(flags)},
         "soc": options.soc_version,
         "cann": version(),
-        "atc": _sha256(Path(program)) if program else "absent",
+        "atc": sha256(Path(program)) if program else "absent",
     }
 
 
 def _named_files(flags: Iterable[str]) -> List[str]:
     values = [flag.split("=", 1)[-1] for flag in flags]
     return [value for value in values if os.path.isabs(value) and Path(value).is_file()]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def compile_om(
