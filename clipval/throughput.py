@@ -28,8 +28,9 @@ BUFFERS = 4  # distinct inputs in turn: one input again and again would stay in 
 MIN_ROUNDS = 5  # the range of five is a 94 % interval of the median
 GOOD_ROUNDS = 9  # the least whose interval leaves out the slowest call and the fastest
 MAX_ROUNDS = 2000
-OVERRUN = 2  # times the cap that `MIN_ROUNDS` may take; what cannot even have that is INSUFFICIENT
+OVERRUN = 2  # times the cap that `GOOD_ROUNDS` may take; what cannot even have `MIN_ROUNDS` in that is INSUFFICIENT
 WARM_UP_CALLS = 3
+WARM_UP_SECONDS = 1.0  # longer only until the calls are stable
 STABLE = 0.02  # warm when the median of the last calls is within 2 % of the calls before
 # Half-width of the 95 % interval of the median, as a share of it. Not the coefficient of variation: a few outliers of a
 # busy host widen that, and do not move a median.
@@ -92,15 +93,20 @@ def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock
             return WarmUp(len(times), spent, times[0], float(late), bool(stable))
 
 
+def warm_up_seconds(seconds: float) -> float:
+    """Least warm-up before `seconds` of timed calls."""
+    return min(seconds / 4, WARM_UP_SECONDS)
+
+
 def rounds_for(estimate: float, *, seconds: float, cap: float) -> int:
     """Timed calls for a time budget.
 
-    As many as fill `seconds`, at least `GOOD_ROUNDS`, at most what `cap` has time for. `MIN_ROUNDS` are granted up to
-    `OVERRUN` times the cap; slower calls get fewer, at least one, and the verdict says so.
+    As many as fill `seconds`, at most what `cap` has time for. `GOOD_ROUNDS` are granted up to `OVERRUN` times the cap;
+    slower calls get fewer, at least one, and the verdict says so.
     """
     estimate = max(estimate, 1e-9)
     wanted = max(GOOD_ROUNDS, min(math.ceil(seconds / estimate), MAX_ROUNDS))
-    least = min(MIN_ROUNDS, int(OVERRUN * cap / estimate))
+    least = min(GOOD_ROUNDS, int(OVERRUN * cap / estimate))
     return max(1, least, min(wanted, int(cap / estimate)))
 
 
@@ -325,6 +331,7 @@ def measure(
     *,
     seconds: float,
     cap: float,
+    estimate: Optional[float] = None,
     noise: Optional[float] = None,
     rounds: Optional[int] = None,
     busy: Callable[[], str] = lambda: "",
@@ -333,9 +340,11 @@ def measure(
 ) -> Dict[str, Tuple[Throughput, str, str]]:
     """Measure one row without a test runner: scope -> (figures, verdict, reason).
 
+    Calls are timed for `seconds` at a time, until all of them together are VALID or `cap` is spent.
+
     Args:
-        seconds: of timed calls; cap: seconds of the row at most; rounds: a number of calls instead.
-        noise: see `verdict`.
+        estimate: seconds of a call of a backend that is warm already; without it, it is warmed up.
+        rounds: a number of calls instead of a time; noise: see `verdict`.
         busy: what else uses the device, asked before and after; check: what is wrong with outputs, asked after timing.
     """
     last: List[np.ndarray] = []
@@ -344,15 +353,20 @@ def measure(
         last[:] = [backend.run(feed.next())]
 
     load, used = HostLoad(), busy()
-    warm = warm_up(call, seconds=seconds / 4, cap=cap / 3, clock=clock)
-    before = len(backend.execute_seconds() or ())
-    times = time_calls(call, rounds or rounds_for(warm.estimate, seconds=seconds, cap=cap), clock=clock)
+    if estimate is None:
+        estimate = warm_up(call, seconds=warm_up_seconds(seconds), cap=cap / 3, clock=clock).estimate
+    before, times = len(backend.execute_seconds() or ()), []
+    while True:
+        times += time_calls(call, rounds or rounds_for(estimate, seconds=seconds, cap=cap), clock=clock)
+        rows = {"inference": summarise(times, batch_size, "inference")}
+        executed = backend.execute_seconds()
+        if executed is not None:
+            rows["execute"] = summarise(executed[before:], batch_size, "execute")
+        good = all(verdict(row, noise=noise)[0] == VALID for row in rows.values())
+        if good or rounds or sum(times) + seconds > cap:
+            break
     used = used or load.busy() or busy()
     bad = check() if np.isfinite(last[0]).all() else "the last timed call gave NaN or infinity"
-    rows = {"inference": summarise(times, batch_size, "inference")}
-    executed = backend.execute_seconds()
-    if executed is not None:
-        rows["execute"] = summarise(executed[before:], batch_size, "execute")
     return {scope: (row, *verdict(row, busy=used, bad_output=bad, noise=noise)) for scope, row in rows.items()}
 
 

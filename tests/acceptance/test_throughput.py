@@ -6,7 +6,7 @@ import pytest
 
 from clipval import baseline, perf, throughput
 from clipval.baseline import REGRESSED
-from clipval.throughput import VALID, Feed, HostLoad
+from clipval.throughput import BAD_OUTPUT, VALID, Feed, HostLoad
 
 pytestmark = pytest.mark.perf
 
@@ -41,7 +41,8 @@ def timed(benchmark, backend, feed, budget):
         backend.run(feed.next())
         calls.append(time.perf_counter() - start)
 
-    warm = throughput.warm_up(lambda: backend.run(feed.next()), seconds=budget["seconds"] / 4, cap=budget["cap"] / 3)
+    seconds = throughput.warm_up_seconds(budget["seconds"])
+    warm = throughput.warm_up(lambda: backend.run(feed.next()), seconds=seconds, cap=budget["cap"] / 3)
     with throughput.quiet():
         benchmark.pedantic(call, rounds=throughput.rounds_for(warm.estimate, **budget), iterations=1)
     assert benchmark.stats is not None, "pytest-benchmark is switched off, so nothing was timed"
@@ -53,19 +54,23 @@ def test_throughput(chain, record, peak, opened, tower_name, backend_name, batch
     tower, settings, (backend, load_seconds, benchmark) = chain.towers[tower_name], chain.settings, opened
     feed = Feed(chain.prepared.rows[tower_name], batch_size)
     budget = {"seconds": settings.perf_min_time, "cap": settings.perf_max_time}
-    checks = {"busy": lambda: chain.busy(backend_name), "check": lambda: chain.check_outputs(backend, feed)}
-    host, busy = HostLoad(), checks["busy"]()
+    watch = {"busy": lambda: chain.busy(backend_name), "noise": settings.perf_noise}
+    host, busy = HostLoad(), watch["busy"]()
 
     warm, times = timed(benchmark, backend, feed, budget)
-    busy, bad = busy or host.busy() or checks["busy"](), checks["check"]()
+    busy = busy or host.busy() or watch["busy"]()
     rows = {scope: throughput.summarise(seconds, batch_size, scope) for scope, seconds in times.items()}
-    worth = {"busy": busy, "bad_output": bad, "noise": settings.perf_noise}
-    judged = {scope: (row, *throughput.verdict(row, **worth)) for scope, row in rows.items()}
+    judged = {
+        scope: (row, *throughput.verdict(row, busy=busy, noise=settings.perf_noise)) for scope, row in rows.items()
+    }
     earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
     doubtful = settings.strict and any(verdict != VALID for _, verdict, _ in judged.values())
-    if not bad and (doubtful or (earlier is not None and earlier.status == REGRESSED)):
-        judged = throughput.measure(backend, feed, batch_size, noise=settings.perf_noise, **budget, **checks)
+    if doubtful or (earlier is not None and earlier.status == REGRESSED):
+        judged = throughput.measure(backend, feed, batch_size, estimate=warm.estimate, **budget, **watch)
         earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
+    bad = chain.check_outputs(backend, feed)
+    if bad:
+        judged = {scope: (row, BAD_OUTPUT, bad) for scope, (row, _, _) in judged.items()}
 
     here = peak if perf.on_host(backend.identity) else None
     speed = judged["execute" if "execute" in judged else "inference"][0].samples_per_second

@@ -32,13 +32,15 @@ BOTH = ("-m", "accuracy or perf", "--backends", "pytorch,onnx,om")
 NPU = ("-m", "accuracy", "--backends", "om", "--allow-simulated")
 
 
-def test_green_and_said_to_be_simulated(run):
-    code, output = run(*BOTH, "--allow-simulated")
-    lines = [line for line in output.splitlines() if "throughput/om" in line and "BUSY" not in line]
-    assert code == 0 or "is BUSY" in output, output[-3000:]  # other tests may keep the host busy, nothing else may fail
-    assert output.count("is BUSY") == output.count("FAILED tests")
-    assert lines or "BUSY" in output
-    assert "simulated" in output
+def test_green_and_said_to_be_simulated(small_spec, tmp_path):
+    """Beside other tests the host is busy, so its rows of throughput may be; nothing else may fail."""
+    ended = small.run(small_spec, tmp_path / "work", *BOTH, "--allow-simulated", **simulated())
+    busy = {one.gate for one in ended.figures if one.detail.get("verdict") == "BUSY"}
+    assert set(ended.red) <= (busy if "PYTEST_XDIST_WORKER" in os.environ else set()), ended.output[-3000:]
+    assert ended.code == int(bool(ended.red)), ended.output[-3000:]
+    assert {"parity/om/text", "throughput/om/vision/8"} <= {one.gate for one in ended.figures}
+    assert all(one.context["simulated"] for one in ended.figures if one.context.get("backend") == "om")
+    assert "simulated" in ended.output
 
 
 def test_red_where_a_simulated_device_is_not_allowed(run):
