@@ -108,6 +108,7 @@ def pytest_generate_tests(metafunc):
         "backend_name": list(validated),
         "candidate_name": [name for name in validated if name != "pytorch"],
         "onnx_backend": [name for name in validated if name == "onnx"],
+        "golden_tower": list(TOWER_NAMES) if chain.spec.golden else [],
         "batch_size": list(chain.batch_sizes),
         "metric": gates.gated_metrics(chain.spec),
         "baseline_file": [chain.settings.baseline] if chain.settings.baseline else [],

@@ -1,5 +1,6 @@
 """Throughput of earlier sessions, and the one-sided gate against it.
 
+Compared is what the machine does undisturbed, the tenth percentile of the seconds of a call: neighbours move a median.
 Within one process a row is known to a percent; between processes it moves more, so a baseline is made of several fresh
 processes and the gate takes its width from how they differ. Five sessions of one row alone say too little for a gate
 that is asked dozens of times a night, so rows that scatter alike share one estimate of their noise; where they do not,
@@ -36,7 +37,7 @@ OK, REGRESSED, IMPROVED, NO_BASELINE, NOT_COMPARABLE = "ok", "regressed", "impro
 
 
 class Baseline(msgspec.Struct, frozen=True):
-    """Samples/s of each row in each session.
+    """Undisturbed samples/s of each row in each session; see `clipval.throughput.Throughput`.
 
     Attributes:
         key: what must be equal for a comparison: processor or chip, versions, model, threads, protocol.
@@ -196,7 +197,7 @@ def judge(baseline: Baseline, key: Mapping[str, str], name: str, measured: float
     further and not beyond the limit at `RARE_ALARM`; at least `FLOOR` below the mean.
 
     Args:
-        measured: samples/s of this run.
+        measured: undisturbed samples/s of this run.
     """
     from scipy.stats import t
 
@@ -212,7 +213,9 @@ def judge(baseline: Baseline, key: Mapping[str, str], name: str, measured: float
     width = np.clip(-np.log(1 - REACH), near, far)
     expected = float(np.exp(np.log(values).mean()))
     bound = expected * min(1 - FLOOR, float(np.exp(-width)))
-    said = f"{measured:.1f} samples/s, baseline {expected:.1f} over {len(values)} sessions, bound {bound:.1f}"
+    said = (
+        f"{measured:.1f} undisturbed samples/s, baseline {expected:.1f} over {len(values)} sessions, bound {bound:.1f}"
+    )
     if not measured >= bound:  # so that NaN is a loss
         return Judgement(REGRESSED, expected, bound, said)
     if measured > expected * expected / bound:

@@ -19,7 +19,7 @@ from clipval import model as models
 from clipval import spec as specs
 from clipval.backends import REFERENCE, Backend, Identity, kind_of
 from clipval.datasets import RetrievalDataset, karpathy, shapes
-from clipval.embeddings import Embeddings, embed
+from clipval.embeddings import Embeddings, embed, read_golden
 from clipval.errors import BackendUnavailable, InputError, UsageError
 from clipval.options import Settings
 from clipval.parity import compare
@@ -66,8 +66,13 @@ class Chain:
         spec = specs.load(self.settings.spec)
         name = self.settings.model_name or spec.beside(spec.model.name)
         pretrained = self.settings.pretrained or spec.beside(spec.model.pretrained)
+        given = self.settings
+        own = given.model_name is None and given.pretrained in (None, spec.model.pretrained)
+        own = own and (given.data_dir is None or spec.data.kind != "shapes")
         return msgspec.structs.replace(
-            spec, model=msgspec.structs.replace(spec.model, name=name, pretrained=pretrained)
+            spec,
+            model=msgspec.structs.replace(spec.model, name=name, pretrained=pretrained),
+            golden=spec.golden if own else None,  # of the spec's own weights and data
         )
 
     @cached_property
@@ -310,6 +315,11 @@ class Chain:
         identity = Identity(*msgspec.json.decode((folder / "identity.json").read_bytes()))
         return Opened(identity, Embeddings(rows.ids, np.load(folder / "values.npy")))
 
+    def golden(self, tower: Tower) -> Embeddings:
+        """The embeddings that the spec's model is known to make of a few samples."""
+        assert self.spec.golden is not None
+        return read_golden(Path(self.spec.beside(self.spec.golden.file)), tower)
+
     def bounds(self, where: Identity) -> specs.ParityBounds:
         """The spec's tolerances for a backend in the precision it computes in."""
         if kind_of(where.name) != "om":
@@ -337,7 +347,7 @@ class Chain:
         scope = "execute" if "execute" in judged else "inference"
         name = baselines.row_name(where.name, tower.name, batch_size, scope)
         key = self.baseline_key({where.name: str(where)})
-        return baselines.judge(self._baseline, key, name, judged[scope][0].samples_per_second)
+        return baselines.judge(self._baseline, key, name, judged[scope][0].undisturbed)
 
     @cached_property
     def _baseline(self) -> baselines.Baseline:
@@ -475,6 +485,8 @@ class Chain:
         """What this run does not say anything about, one line each."""
         listed = {kind_of(name) for name in self.settings.validated}
         left = [f"{name}: not listed in --backends" for name in ("onnx", "om") if name not in listed]
+        if self.spec.golden is None:
+            left.append("golden: no embeddings were pinned, so what is wrong in the model itself shows in recall alone")
         if not self.trained:
             left.append("recall: the weights are random, so figures of recall mean nothing")
             if self.drawn and self.spec.data.kind != "shapes":

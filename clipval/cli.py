@@ -247,6 +247,36 @@ def _judged(figures: Sequence[Any]) -> int:
     return int(any(figure.verdict == "fail" for figure in figures))
 
 
+def _declare_pin(parser: Parser) -> None:
+    _model_options(parser)
+    add_options(parser.add_argument, ["--data-dir", "--captions-format"])
+    parser.add_argument("--samples", type=at_least(int, 1), default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="the .npz file to write")
+
+
+def _pin(args: argparse.Namespace) -> int:
+    """A few of PyTorch's embeddings into a file; prints the lines of a spec that hold later runs to them."""
+    import hashlib
+
+    from clipval import embeddings
+
+    chain = _chain(args)
+    chain.check_inputs()
+    found = {}
+    for name, tower in chain.towers.items():
+        count = len(chain.prepared.rows[name])
+        picked = np.unique(np.linspace(0, count - 1, min(count, args.samples)).round().astype(int))
+        found[name] = chain.embed_some("pytorch", tower, picked, 1)
+    embeddings.write_golden(args.save, found)
+    captions = "".join(f"{caption}\n" for caption in chain.dataset.captions)
+    print(f'[data]\ncaptions_sha256 = "{hashlib.sha256(captions.encode()).hexdigest()}"')
+    if chain.spec.data.kind == "karpathy":  # drawn images are files of this machine's JPEG coder
+        print(f'fingerprint = "{chain.dataset.fingerprint()}"')
+    print(f'\n[golden]\nfile = "{args.save.name}"\ncosine_min = 0.9999')
+    print(f'because = "PyTorch by {len(found["vision"].ids)} images and {len(found["text"].ids)} captions"')
+    return 0
+
+
 def _declare_reference(parser: Parser) -> None:
     parser.add_argument("--model-name", default="", metavar="NAME", help="open_clip architecture, as ViT-B-32")
     parser.add_argument("--pretrained", default="", metavar="TAG", help="weight tag, as laion2b_s34b_b79k")
@@ -294,7 +324,7 @@ def _bench(args: argparse.Namespace) -> int:
     for backend, size in _benched(chain, args):
         for scope, (row, verdict, reason) in _bench_row(chain, backend, size, args).items():
             name = baseline.row_name(backend.identity.name, backend.tower.name, size, scope)
-            rows[name], made_by[backend.identity.name] = [row.samples_per_second], str(backend.identity)
+            rows[name], made_by[backend.identity.name] = [row.undisturbed], str(backend.identity)
             low, high = row.interval
             print(
                 f"{name:30} {row.samples_per_second:9.1f}  {low:9.1f} .. {high:9.1f}  "
@@ -420,6 +450,7 @@ COMMANDS: Dict[str, Command] = {
     "baseline": Command(_declare_baseline, _make_baseline, "throughput of several processes, to compare with"),
     "report": Command(_declare_report, _report, "show a run, or compare two"),
     "doctor": Command(_declare_doctor, _doctor, "what this machine lacks"),
+    "pin": Command(_declare_pin, _pin, "embeddings that later runs are held to"),
     "reference": Command(_declare_reference, _reference, "published recall figures"),
 }
 

@@ -13,14 +13,15 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from numpy.lib import format as npy
 from tqdm import tqdm
 
 from clipval.backends import Backend
-from clipval.errors import InputError
+from clipval.errors import InputError, one_line
+from clipval.towers import Tower
 
 THREADS = 8
 
@@ -117,8 +118,7 @@ def load_array(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; run preprocess again") from error
     except Exception as error:  # numpy raises ValueError, MemoryError, SyntaxError, TypeError, ... by what is damaged
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not an array that can be read ({reason}); make it again") from error
+        raise InputError(f"{path}: not an array that can be read ({one_line(error)}); make it again") from error
 
 
 def write(folder: Path, embeddings: Embeddings) -> None:
@@ -200,6 +200,32 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
             raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run embed again")
     values = np.concatenate([array.reshape(1, -1) for array in arrays]).astype(np.float32)
     return Embeddings(tuple(path.stem[: -len("_0")] for path in outputs), values)
+
+
+def write_golden(file: Path, towers: Dict[str, Embeddings]) -> None:
+    """Write a few embeddings of each tower as one .npz: `<tower>_ids` and `<tower>` [n, width] float32."""
+    arrays: Dict[str, Any] = {name: one.values for name, one in towers.items()}
+    arrays.update((f"{name}_ids", np.array(one.ids)) for name, one in towers.items())
+    file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "wb") as stream:  # given a name, numpy would add an ending to it
+        np.savez_compressed(stream, **arrays)
+
+
+def read_golden(file: Path, tower: Tower) -> Embeddings:
+    """One tower's embeddings of a file that `write_golden` wrote; pickles are never loaded.
+
+    Raises:
+        InputError: the file is missing, damaged, or not of this tower's width.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            ids, values = arrays[f"{tower.name}_ids"], arrays[tower.name]
+    except Exception as error:  # zipfile's, zlib's and numpy's own
+        raise InputError(f"golden embeddings {file}: cannot be read ({one_line(error)}); run clipval pin") from error
+    if ids.ndim != 1 or values.dtype != np.float32 or values.shape != (len(ids), tower.width) or not len(ids):
+        wanted = f"float32 ({len(ids)}, {tower.width})"
+        raise InputError(f"golden embeddings {file}: {values.dtype} {values.shape}, expected {wanted}; run clipval pin")
+    return Embeddings(tuple(str(name) for name in ids), values)
 
 
 def align(embeddings: Embeddings, ids: Sequence[str]) -> Embeddings:

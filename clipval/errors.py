@@ -38,3 +38,9 @@ class ToolFailed(ClipvalError):
     """An outside program failed; the message names its log."""
 
     kind = "environment"
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """A library's message on one line of at most `limit` characters; its class where it has no message."""
+    text = " ".join(str(error).split())
+    return f"{text[:limit]} ..." if len(text) > limit else text or type(error).__name__

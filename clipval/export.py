@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from clipval.errors import InputError, UsageError
+from clipval.errors import InputError, UsageError, one_line
 from clipval.model import Model, encoder
 from clipval.towers import TEXT, VISION, Tower
 
@@ -94,8 +94,7 @@ def check(file: Path, tower: Tower) -> None:
         onnx.checker.check_model(str(file))
         graph = onnx.load(str(file), load_external_data=False).graph
     except Exception as error:  # protobuf's, onnx's and the file system's own classes
-        text = " ".join(str(error).split())[:300]
-        raise InputError(f"ONNX {file}: not a valid model ({text}). Export it again") from error
+        raise InputError(f"ONNX {file}: not a valid model ({one_line(error)}). Export it again") from error
     kinds = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
     found = [_describe(value) for value in (*graph.input, *graph.output)]
     wanted = [
@@ -118,8 +117,7 @@ def read_metadata(file: Path) -> Dict[str, str]:
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"ONNX {file}: cannot be read ({text}). Export it again") from error
+        raise InputError(f"ONNX {file}: cannot be read ({one_line(error)}). Export it again") from error
     opset = max(entry.version for entry in model.opset_import)
     return {**{entry.key: entry.value for entry in model.metadata_props}, "opset": str(opset)}
 

@@ -15,11 +15,12 @@ from clipval import parity, retrieval
 from clipval.backends import REFERENCE, Identity
 from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings
+from clipval.errors import InputError
 from clipval.export import check, read_metadata
 from clipval.model import Model
 from clipval.preprocess import PreparedRows, each_in_threads, expected_pixels, pixels, tokens
 from clipval.results import FAIL, INFO, PASS, Figure
-from clipval.spec import PairedBounds, ParityBounds, Reference, Spec, published
+from clipval.spec import GoldenSpec, PairedBounds, ParityBounds, Reference, Spec, published
 from clipval.towers import TOWER_NAMES, Tower
 
 ACCURACY, PERF = "accuracy", "perf"
@@ -47,6 +48,7 @@ def expected(
             checks = list(TOWER_CHECKS)
             checks += ["parity"] if name != REFERENCE else []
             checks += ["artifact"] if name == "onnx" else []
+            checks += ["golden"] if name == REFERENCE and spec.golden else []
             ids += [f"{check}/{name}/{tower}" for check in checks for tower in TOWER_NAMES]
             if trained:
                 ids += [f"recall/{name}/{metric}" for metric in gated_metrics(spec)]
@@ -125,11 +127,16 @@ def judge(
     )
 
 
-def prepared_images(data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec) -> List[Figure]:
+def prepared_images(
+    data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec, digests: np.ndarray
+) -> List[Figure]:
     """Prepared pixels are bit for bit the model's own transform of the images, and what the spec says they must be.
 
     The second comparison does not use the transform, so a wrong mean, crop, channel order or resize cannot hide in it.
     Of more than 400 images, 400 spread over the set are compared; the store's hashes guard all of them afterwards.
+
+    Args:
+        digests: one per image, equal for equal pixels: [n].
     """
     picked = np.unique(np.linspace(0, len(data) - 1, min(len(data), COMPARED_IMAGES)).round().astype(int))
     side = data.tower.row_shape[-1]
@@ -142,10 +149,29 @@ def prepared_images(data: PreparedRows, dataset: RetrievalDataset, model: Model,
 
     off = np.array(each_in_threads(compare, picked.tolist(), "check images", len(picked)))
     ids = [data.ids[n] for n in picked]
-    return [
+    _, first = np.unique(digests, return_index=True)
+    again = np.setdiff1d(np.arange(len(digests)), first)
+    figures = [
         _prepared(data, "|pixel - transform's|", off[:, 0], 0.0, ids),
         _prepared(data, "|pixel - the spec's|", off[:, 1], PIXELS, ids),
+        judge(
+            f"prepared/data/{data.tower.name}",
+            "images there a second time",
+            len(again),
+            "<=",
+            spec.data.duplicates,
+            unit="images",
+            count=len(data),
+            where=_prepared_by(data),
+            worst=f"sample {data.ids[again[0]]}" if len(again) else "",
+            because="one image under two ids has two right answers; the spec's data.duplicates allows some",
+            failure="input",
+        ),
     ]
+    if spec.data.fingerprint:
+        other = np.array([dataset.fingerprint() != spec.data.fingerprint])
+        figures.append(_prepared(data, "files that differ from the spec's", other, 0.0, ["some image or caption"]))
+    return figures
 
 
 def prepared_texts(data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec) -> List[Figure]:
@@ -162,7 +188,6 @@ def prepared_texts(data: PreparedRows, dataset: RetrievalDataset, model: Model, 
 
 def _prepared(data: PreparedRows, metric: str, off: np.ndarray, limit: float, ids: Sequence[str]) -> Figure:
     worst = int(np.argmax(np.nan_to_num(off, nan=np.inf)))
-    where = Identity("data", "prepared arrays", "disk", data.tower.dtype)
     return judge(
         f"prepared/data/{data.tower.name}",
         metric,
@@ -171,10 +196,14 @@ def _prepared(data: PreparedRows, metric: str, off: np.ndarray, limit: float, id
         limit,
         unit="absolute",
         count=len(off),
-        where=where,
+        where=_prepared_by(data),
         worst=f"sample {ids[worst]}",
         failure="input",
     )
+
+
+def _prepared_by(data: PreparedRows) -> Identity:
+    return Identity("data", "prepared arrays", "disk", data.tower.dtype)
 
 
 def artifact(file: Path, tower: Tower, weights: str, where: Identity) -> List[Figure]:
@@ -340,6 +369,35 @@ def agreement(
             worst=f"sample {found.ids[largest]}",
             **common,
         ),
+    ]
+
+
+def golden(pinned: Embeddings, reference: Embeddings, where: Identity, tower: Tower, spec: GoldenSpec) -> List[Figure]:
+    """PyTorch still makes what it once made of a few samples: parity cannot see what is wrong in every backend alike.
+
+    Raises:
+        InputError: a pinned sample is not in the data.
+    """
+    row = {name: n for n, name in enumerate(reference.ids)}
+    lost = [name for name in pinned.ids if name not in row]
+    if lost:
+        raise InputError(f"golden embeddings {spec.file}: sample {lost[0]} is not in the data; run clipval pin again")
+    found = reference.values[[row[name] for name in pinned.ids]]
+    compared = parity.compare(pinned.ids, pinned.values, found)
+    named = ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in compared.worst())
+    return [
+        judge(
+            f"golden/{where.name}/{tower.name}",
+            "minimum cosine with pinned embeddings",
+            compared.cosine.min(),
+            ">=",
+            spec.cosine_min,
+            unit="cosine",
+            count=len(pinned.ids),
+            where=where,
+            worst=f"worst samples {named}",
+            because=spec.because,
+        )
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from clipval.errors import BackendUnavailable, InputError, UsageError
+from clipval.errors import BackendUnavailable, InputError, UsageError, one_line
 from clipval.store import sha256
 from clipval.towers import Tower, towers
 
@@ -65,7 +65,7 @@ def import_open_clip() -> Any:
         import open_clip
     except (ImportError, RuntimeError, OSError) as error:
         raise BackendUnavailable(
-            f"open_clip does not import: {_one_line(error)}. Install it: pip install -r requirements.txt"
+            f"open_clip does not import: {one_line(error)}. Install it: pip install -r requirements.txt"
         ) from error
     return open_clip
 
@@ -196,7 +196,7 @@ def _download(open_clip: Any, arch: str, tag: str) -> Path:
         return Path(download_pretrained(get_pretrained_cfg(arch, tag)))
     except Exception as error:  # the hub client, urllib and requests each raise their own
         raise InputError(
-            f"weights {tag!r} for {arch}: download failed ({_one_line(error)}). Connect to the hub, or fetch the "
+            f"weights {tag!r} for {arch}: download failed ({one_line(error)}). Connect to the hub, or fetch the "
             f"checkpoint on another machine and give its path to --pretrained"
         ) from error
 
@@ -211,7 +211,7 @@ def _fill(module: Any, file: Path, arch: str) -> None:
         module.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(
-            f"checkpoint {file}: not of architecture {arch} ({_one_line(error)}). Give --model-name its architecture"
+            f"checkpoint {file}: not of architecture {arch} ({one_line(error)}). Give --model-name its architecture"
         ) from error
 
 
@@ -228,10 +228,10 @@ def _read_state(file: Path) -> Dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise InputError(
             f"checkpoint {file}: refused, it holds more than tensors and loading it could run code "
-            f"({_one_line(error)}). Save a plain state_dict and give that"
+            f"({one_line(error)}). Save a plain state_dict and give that"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... on damaged archives
-        raise InputError(f"checkpoint {file}: cannot be read, damaged or cut off ({_one_line(error)})") from error
+        raise InputError(f"checkpoint {file}: cannot be read, damaged or cut off ({one_line(error)})") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"checkpoint {file}: holds no state_dict of tensors")
@@ -254,11 +254,6 @@ def _check_sizes(model: Model, arch: str, contract: Dict[str, Tower]) -> None:
         width = model.module.encode_text(tokens).shape[1]
     if width != text.width:
         raise InputError(f"model {arch}: embeddings are {width} wide, the spec says {text.width}; set embed_dim")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text[:200] + " ...") if len(text) > 200 else text or type(error).__name__
 
 
 def check_tokens(tokens: np.ndarray, tower: Tower) -> np.ndarray:

@@ -61,7 +61,7 @@ def row(
         detail=detail,
     )
     floor = _floor(first, found, curve, spec, where)
-    return [first, *floor, *([_against(first, earlier, where)] if earlier is not None else [])]
+    return [first, *floor, *([_against(first, found.undisturbed, earlier, where)] if earlier is not None else [])]
 
 
 def operations(
@@ -82,13 +82,13 @@ def on_host(where: Identity) -> bool:
     return kind_of(where.name) != "om" and where.device == "cpu"
 
 
-def _against(first: Figure, earlier: Judgement, where: Identity) -> Figure:
+def _against(first: Figure, undisturbed: float, earlier: Judgement, where: Identity) -> Figure:
     lost = earlier.status not in (OK, IMPROVED)
     return Figure(
         gate=first.gate,
-        metric="samples/s against the baseline",
+        metric="undisturbed samples/s against the baseline",
         unit=first.unit,
-        measured=first.measured,
+        measured=undisturbed,
         count=first.count,
         reference=earlier.expected,
         limit=earlier.bound,

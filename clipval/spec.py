@@ -51,6 +51,8 @@ class DataSpec(_Table, frozen=True):
         kind: `karpathy` (a folder in the recipe's layout, `--data-dir`) or `shapes` (drawn).
         images, captions: how many there must be; 0 takes what is there.
         captions_sha256: of the captions in order, each ended by a newline; empty is not compared.
+        fingerprint: of ids, captions and the bytes of every image, as `clipval pin` prints it; empty is not compared.
+        duplicates: images that may be there a second time under another id.
         get: one sentence for a person who has none: where from, and how it must lie.
     """
 
@@ -59,6 +61,8 @@ class DataSpec(_Table, frozen=True):
     images: int = 0
     captions: int = 0
     captions_sha256: str = ""
+    fingerprint: str = ""
+    duplicates: int = 0
     get: str = ""
 
 
@@ -73,6 +77,21 @@ class PreprocessSpec(_Table, frozen=True):
     mean: Tuple[float, float, float]
     std: Tuple[float, float, float]
     source: str
+
+
+class GoldenSpec(_Table, frozen=True):
+    """Embeddings of a few samples, once found right, which PyTorch is held to.
+
+    Parity compares backends with PyTorch, so what is wrong in the model itself, and so in every backend, shows here.
+
+    Attributes:
+        file: made by `clipval pin`; relative to the spec file.
+        cosine_min: smallest cosine with them; because: the reason for it.
+    """
+
+    file: str
+    cosine_min: float
+    because: str = ""
 
 
 class Reference(_Table, frozen=True):
@@ -150,6 +169,7 @@ class Spec(_Table, frozen=True):
     model: ModelSpec
     data: DataSpec
     preprocess: Optional[PreprocessSpec] = None
+    golden: Optional[GoldenSpec] = None
     references: List[Reference] = []
     parity: List[ParityBounds] = []
     paired: List[PairedBounds] = []
@@ -216,6 +236,8 @@ def _check(spec: Spec) -> None:
         problems.append(f"data.kind is {spec.data.kind!r}, expected karpathy or shapes")
     if not spec.throughput.batch_sizes or min(spec.throughput.batch_sizes) < 1:
         problems.append("throughput.batch_sizes must be positive numbers")
+    if spec.golden is not None and not 0 < spec.golden.cosine_min < 1:
+        problems.append("golden.cosine_min must be between 0 and 1")
     for reference in spec.references:
         if not 0 <= reference.value <= 1 or reference.count < 1:
             problems.append(f"reference {reference.metric}: value must be a share in [0, 1] and count at least 1")

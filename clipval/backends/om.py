@@ -22,7 +22,7 @@ import numpy as np
 
 from clipval.ascend import acl, npu_smi
 from clipval.backends import Identity
-from clipval.errors import BackendUnavailable, ClipvalError, InputError
+from clipval.errors import BackendUnavailable, ClipvalError, InputError, one_line
 from clipval.towers import Tower
 
 # Generations B and C keep start and end of each call as float32 milliseconds since the session was opened, so the
@@ -102,7 +102,7 @@ class OmBackend:
             raise
 
     def _load_error(self, error: Exception, captured: acl.Captured) -> ClipvalError:
-        words = "; ".join(part for part in (captured.errors(), " ".join(str(error).split())[:300]) if part)
+        words = "; ".join(part for part in (captured.errors(), one_line(error, 300)) if part)
         advice = acl.advice(words) or _no_such_device(self._device_id)
         if advice and not any(code in words for code in acl.MODEL_CODES):
             return BackendUnavailable(f"{self._where}: device {self._device_id}: {advice} ({words})")
@@ -159,7 +159,7 @@ class OmBackend:
             try:
                 found = self._execute(exact)
             except (RuntimeError, TypeError, ValueError) as error:
-                words = " ".join(str(error).split())[:300]
+                words = one_line(error, 300)
                 advice = acl.advice(words) or "the device may be lost; see `npu-smi info` and the log in ~/ascend/log"
                 raise BackendUnavailable(
                     f"{self._where}: device {self._device_id} failed in run {self._runs + 1} of this session "

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, List, Optional, Sequence
 
 import numpy as np
 
 from clipval.backends import Identity
-from clipval.errors import BackendUnavailable, InputError
+from clipval.errors import BackendUnavailable, InputError, one_line
 from clipval.towers import Tower
 
 CPU = "CPUExecutionProvider"
+# CUDA's provider rounds products to TF32 unless told otherwise (its option since ONNX Runtime 1.18); fp32 is claimed
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+MATRIX_PRODUCTS = ("Attention", "Conv", "Einsum", "Gemm", "MatMul")  # parts of operators' names, fused ones too
 
 
 class OnnxBackend:
@@ -44,22 +49,50 @@ class OnnxBackend:
                 f"onnx backend: onnxruntime {onnxruntime.__version__} has no {missing[0]}; "
                 f"it has {', '.join(available)}"
             )
+        self.tower = tower
+        self._file = file
+        if providers[0] != CPU:
+            self._require_provider(onnxruntime, threads, list(providers))
+        self._session: Any = self._load(onnxruntime, self._options(onnxruntime, threads), list(providers))
+        self._check_contract()
+        self.identity = Identity("onnx", f"onnxruntime {onnxruntime.__version__}", self._device(providers), "fp32")
+
+    def _options(self, onnxruntime: Any, threads: Optional[int]) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        self.tower = tower
-        self._file = file
-        self._session: Any = self._load(onnxruntime, options, list(providers))
-        self._check_contract()
-        self.identity = Identity("onnx", f"onnxruntime {onnxruntime.__version__}", self._device(providers), "fp32")
+        return options
 
     def _load(self, onnxruntime: Any, options: Any, providers: List[str]) -> Any:
+        configured = [(name, PROVIDER_OPTIONS[name]) if name in PROVIDER_OPTIONS else name for name in providers]
         try:
-            return onnxruntime.InferenceSession(str(self._file), options, providers=providers)
+            return onnxruntime.InferenceSession(str(self._file), options, providers=configured)
         except Exception as error:  # the runtime raises its own classes and RuntimeError
-            text = " ".join(str(error).split())[:300]
-            raise InputError(f"ONNX {self._file}: onnxruntime cannot load it ({text}). Export it again") from error
+            raise InputError(
+                f"ONNX {self._file}: onnxruntime cannot load it ({one_line(error)}). Export it again"
+            ) from error
+
+    def _require_provider(self, onnxruntime: Any, threads: Optional[int], providers: List[str]) -> None:
+        """Every matrix product runs on the provider that was asked for.
+
+        A session takes the name of a provider that cannot compute the nodes, and computes them on the CPU without a
+        word; its profile says where each one ran. Nodes about shapes may be on the CPU: CUDA's provider wants that.
+        """
+        options = self._options(onnxruntime, threads)
+        with TemporaryDirectory() as folder:
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+            self._session = self._load(onnxruntime, options, providers)
+            self.run(np.zeros(self.tower.shape(1), self.tower.dtype))
+            events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        nodes = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event["args"]]
+        heavy = [node for node in nodes if any(word in node["op_name"] for word in MATRIX_PRODUCTS)]
+        strayed = [node for node in heavy if node["provider"] == CPU]
+        if strayed:
+            raise BackendUnavailable(
+                f"onnx backend: {providers[0]} was asked for, but {len(strayed)} of {len(heavy)} matrix products fell "
+                f"back to {CPU}; mend the provider's installation or ask for --onnx-providers cpu"
+            )
 
     def _device(self, providers: Sequence[str]) -> str:
         """The provider that computes; a silent fall-back is an error."""
@@ -87,8 +120,9 @@ class OnnxBackend:
         try:
             (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
         except Exception as error:  # the runtime raises its own classes and RuntimeError
-            text = " ".join(str(error).split())[:300]
-            raise InputError(f"ONNX {self._file}: onnxruntime cannot run it ({text}). Export it again") from error
+            raise InputError(
+                f"ONNX {self._file}: onnxruntime cannot run it ({one_line(error)}). Export it again"
+            ) from error
         return np.asarray(embedding)
 
     def execute_seconds(self) -> Optional[List[float]]:

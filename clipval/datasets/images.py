@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipval.errors import InputError
+from clipval.errors import InputError, one_line
 
 MOST_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb: its MAX_IMAGE_PIXELS
 # Named, so that no file is handed to a plugin that runs an outside program (EPS runs Ghostscript).
@@ -41,8 +41,9 @@ def open_rgb(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"image {path}: too large to decode; scale it down ({error})") from error
     except Exception as error:  # each of Pillow's format plugins raises its own
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"image {path}: cannot be read, not a picture or damaged ({reason}); replace it") from error
+        raise InputError(
+            f"image {path}: cannot be read, not a picture or damaged ({one_line(error)}); replace it"
+        ) from error
 
 
 def _open(path: Path) -> Image.Image:

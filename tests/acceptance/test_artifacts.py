@@ -9,7 +9,7 @@ pytestmark = pytest.mark.accuracy
 
 def test_prepared_images(chain, record):
     rows = chain.prepared.rows["vision"]
-    record(gates.prepared_images(rows, chain.dataset, chain.model, chain.spec))
+    record(gates.prepared_images(rows, chain.dataset, chain.model, chain.spec, chain.input_digests(rows.tower)))
 
 
 def test_prepared_texts(chain, record):

@@ -31,6 +31,12 @@ def test_batch_invariance(chain, record, backend_name, tower_name):
     record(gates.invariance(whole, single, shuffled, where, tower, chain.bounds(where)))
 
 
+def test_golden(chain, record, golden_tower):
+    tower = chain.towers[golden_tower]
+    where, reference = chain.embeddings("pytorch", tower)
+    record(gates.golden(chain.golden(tower), reference, where, tower, chain.spec.golden))
+
+
 def test_parity(chain, record, candidate_name, tower_name):
     tower = chain.towers[tower_name]
     where, found = chain.embeddings(candidate_name, tower)

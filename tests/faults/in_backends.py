@@ -34,6 +34,11 @@ def noise_on_embeddings() -> None:
     output(lambda rows: rows + np.random.default_rng(0).normal(0, 1e-4, rows.shape), "vision")
 
 
+@fault("embeddings rounded to fp16 in an fp32 backend", "parity/onnx/text", "max |difference|", "sample")
+def rounded_to_fp16() -> None:
+    output(lambda rows: rows.astype(np.float16).astype(np.float32))
+
+
 @fault("NaN in one element", "values/onnx/text", "NaN, Inf or +-65504", "first bad sample")
 def nan_in_one_sample() -> None:
     def change(rows: np.ndarray) -> np.ndarray:
@@ -193,6 +198,12 @@ def provider_fell_back() -> None:
 
     onnxruntime.get_available_providers = lambda: ["AzureExecutionProvider", "CPUExecutionProvider"]
     onnxruntime.InferenceSession = session
+
+
+@fault("a provider that leaves every product to the CPU", "parity/onnx/text", "matrix products fell back",
+       arguments=(*ACCURACY, "--onnx-providers=AzureExecutionProvider"))  # fmt: skip
+def provider_computes_nothing() -> None:
+    return None
 
 
 @fault("onnxruntime is not installed", "parity/onnx/text", "onnxruntime does not import")

@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from clipval import model, preprocess
+from clipval import model, preprocess, retrieval
 from clipval.datasets import karpathy
 from tests.faults.table import REBUILD, fault
 
@@ -116,7 +116,7 @@ def duplicate_ids() -> None:
     dataset(change)
 
 
-@fault("one image's file is its neighbour's", "recall/pytorch/text_retrieval_recall@5", "queries")
+@fault("one image's file is its neighbour's", "prepared/data/vision", "images there a second time", "sample")
 def one_image_replaced() -> None:
     dataset(lambda data: dataclasses.replace(data, image_paths=(data.image_paths[1], *data.image_paths[1:])))
 
@@ -208,3 +208,50 @@ def mask_lost_everywhere() -> None:
         return one
 
     loaded(change)
+
+
+@fault("QuickGELU for GELU in the model itself", "golden/pytorch/vision", "pinned embeddings", "worst samples",
+       arguments=REBUILD)  # fmt: skip
+def quick_gelu_everywhere() -> None:
+    def change(one: Any) -> Any:
+        import torch
+        from open_clip.transformer import QuickGELU
+
+        for module in list(one.module.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.GELU):
+                    setattr(module, name, QuickGELU())
+        return one
+
+    loaded(change)
+
+
+@fault("noise of 5 % on the weights of the model itself", "golden/pytorch/text", "pinned embeddings", "worst samples",
+       arguments=REBUILD)  # fmt: skip
+def noise_everywhere() -> None:
+    loaded(lambda one: noisy(one, 0.05))
+
+
+def noisy(one: model.Model, size: float) -> model.Model:
+    """Normal noise on each weight of a model, a share of it."""
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in one.module.parameters():
+            weight *= 1 + size * torch.randn_like(weight)
+    return one
+
+
+@fault("mirrored by the library that decodes", "golden/pytorch/vision", "pinned embeddings", arguments=REBUILD)
+def mirrored_where_decoded() -> None:
+    from PIL import Image, ImageOps
+
+    real = Image.open
+    Image.open = lambda *given, **named: ImageOps.mirror(real(*given, **named))
+
+
+@fault("one candidate more counts than recall@k says", "recall/pytorch/image_retrieval_recall@1", "queries")
+def one_candidate_more() -> None:
+    real = retrieval.Direction.hits
+    retrieval.Direction.hits = lambda self, k: real(self, k + 1)  # type: ignore[method-assign]

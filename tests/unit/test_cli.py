@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from clipval import cli
-from clipval.datasets import shapes
+from clipval import cli, embeddings, spec
+from clipval.datasets import karpathy, shapes
 from clipval.spec import FOLDER
+from clipval.towers import TEXT
 
 from .conftest import CONFIG
 
@@ -73,6 +74,19 @@ def test_pytorch_embeds_the_same(recipe):
         assert np.allclose(np.load(path), np.load(out / "text_embed_bs8" / path.name), atol=1e-5)
 
 
+def test_pin_writes_what_a_spec_holds_later_runs_to(recipe, capsys):
+    model = ["--model-name", CONFIG, "--pretrained", WEIGHTS, "--workdir", recipe / "work"]
+    data = ["--data-dir", recipe / "data", "--spec", _spec(recipe)]
+    assert run("pin", *model, *data, "--samples", 5, "--save", recipe / "pins.npz") == 0
+    pinned = spec.load(str(_spec(recipe, more=capsys.readouterr().out)))
+    assert pinned.golden.file == "pins.npz"
+    assert pinned.data.fingerprint == karpathy.read(recipe / "data").fingerprint()
+    found = embeddings.read_golden(recipe / pinned.golden.file, TEXT)
+    assert len(found.ids) == 5
+    for name, row in zip(found.ids, found.values):
+        assert np.allclose(row, np.load(recipe / "om_outputs" / "text_embed_bs8" / f"{name}_0.npy"), atol=1e-5)
+
+
 def test_bench_of_a_file(recipe, capsys):
     assert run("bench", "--model", recipe / "models" / "vit_b_32_text.onnx", "--loop", 7, "--batchsize", 4) == 0
     found = re.search(r"onnx/text/4/inference +([\d.]+) .* +7  [A-Z]+", capsys.readouterr().out)
@@ -90,9 +104,10 @@ def test_bench_writes_a_session_of_a_baseline(recipe, capsys):
     assert all(len(values) == 1 for values in rows.values())
 
 
-def _spec(folder):
+def _spec(folder, more=""):
     file = folder / "any.toml"
-    file.write_text('name = "any"\ntitle = "any"\n[model]\nname = "x"\n[data]\nname = "any"\n', encoding="utf-8")
+    text = 'name = "any"\ntitle = "any"\n[model]\nname = "x"\n[data]\nname = "any"\n'
+    file.write_text(text + more.replace("[data]\n", ""), encoding="utf-8")
     return file
 
 

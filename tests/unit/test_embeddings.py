@@ -12,7 +12,7 @@ from clipval import embeddings
 from clipval.backends import Identity
 from clipval.embeddings import Embeddings
 from clipval.errors import InputError
-from clipval.towers import TEXT
+from clipval.towers import TEXT, VISION
 
 ROWS = np.arange(10 * 77, dtype=np.int64).reshape(10, 77)
 IDS = tuple(f"{n}_0" for n in range(10))
@@ -313,3 +313,37 @@ def test_read_array_is_strict(tmp_path):
         embeddings.read_array(tmp_path / "x.npy", "int64", (1, 77))
     with pytest.raises(InputError, match="no such file"):
         embeddings.read_array(tmp_path / "y.npy", "int64", (1, 77))
+
+
+def test_golden_embeddings_come_back(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    written = {"vision": Embeddings(("a", "b", "c"), rows), "text": Embeddings(("a_0",), rows[:1])}
+    embeddings.write_golden(tmp_path / "new" / "pins", written)
+    for tower in (VISION, TEXT):
+        found = embeddings.read_golden(tmp_path / "new" / "pins", tower)
+        assert found.ids == written[tower.name].ids
+        assert np.array_equal(found.values, written[tower.name].values)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (None, "cannot be read"),
+        ({"vision": np.zeros((1, 512), np.float32)}, "cannot be read"),
+        ({"vision": np.array([{}], object), "vision_ids": np.array(["a"])}, "cannot be read"),
+        ({"vision": np.zeros((1, 256), np.float32), "vision_ids": np.array(["a"])}, r"expected float32 \(1, 512\)"),
+        ({"vision": np.zeros((1, 512)), "vision_ids": np.array(["a"])}, "float64"),
+        ({"vision": np.zeros((2, 512), np.float32), "vision_ids": np.array(["a"])}, "expected float32"),
+        ({"vision": np.zeros((0, 512), np.float32), "vision_ids": np.array([], "<U1")}, "expected float32"),
+    ],
+)
+def test_golden_embeddings_of_another_kind_are_refused(tmp_path, arrays, words):
+    file = tmp_path / "pins.npz"
+    if arrays is None:
+        file.write_bytes(b"PK no archive")
+    else:
+        np.savez(file, **arrays)
+    with pytest.raises(InputError, match=words) as caught:
+        embeddings.read_golden(file, VISION)
+    assert str(file) in str(caught.value)
+    assert "clipval pin" in str(caught.value)

@@ -113,6 +113,13 @@ def test_a_missing_provider_is_an_error(files):
         OnnxBackend(TEXT, files["text"], ["CUDAExecutionProvider"])
 
 
+@pytest.mark.parametrize("providers", [["AzureExecutionProvider"], ["AzureExecutionProvider", "CPUExecutionProvider"]])
+def test_a_provider_that_computes_nothing_is_an_error(files, providers):
+    """The session says that it runs on this provider, which every build has and which takes no node of a tower."""
+    with pytest.raises(BackendUnavailable, match=r"([0-9]+) of \1 matrix products fell back to CPUExecutionProvider"):
+        OnnxBackend(TEXT, files["text"], providers)
+
+
 def test_a_silent_fall_back_is_an_error(files, monkeypatch):
     import onnxruntime
 

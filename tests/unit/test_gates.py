@@ -6,6 +6,7 @@ import pytest
 from clipval import gates, retrieval, spec
 from clipval.backends import Identity
 from clipval.embeddings import Embeddings
+from clipval.errors import InputError
 from clipval.towers import TEXT, VISION
 
 WHERE = Identity("onnx", "test", "cpu", "fp32")
@@ -148,3 +149,27 @@ def test_nan_never_passes():
     for bound in ("<=", ">=", "within"):
         found = gates.judge("g/x/y", "m", np.nan, bound, 1, unit="u", count=1, where=WHERE, reference=0.0)
         assert (found.verdict, found.measured) == ("fail", None)
+
+
+GOLDEN = spec.GoldenSpec(file="pins.npz", cosine_min=0.99999)
+
+
+def test_the_reference_is_held_to_pinned_embeddings(rows):
+    pinned = Embeddings(IDS[8:4:-1], rows[8:4:-1])  # by id, in any order
+    assert verdicts(gates.golden(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)) == ["pass"]
+    rows = rows.copy()
+    rows[6] += 0.001
+    (found,) = gates.golden(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)
+    assert (found.verdict, found.count) == ("fail", 4)
+    assert "worst samples 6_0" in found.message
+
+
+def test_a_pinned_sample_that_is_not_there_is_an_error(rows):
+    with pytest.raises(InputError, match=r"pins.npz: sample 63_0 is not in the data; run clipval pin again"):
+        gates.golden(Embeddings(IDS, rows), Embeddings(IDS[:-1], rows[:-1]), WHERE, TEXT, GOLDEN)
+
+
+def test_only_a_spec_with_pins_promises_to_hold_to_them():
+    promised = gates.expected(spec.load("shapes"), ("pytorch", "onnx"), (1,), ("accuracy",), trained=True)
+    assert [gate for gate in promised if gate.startswith("golden")] == ["golden/pytorch/vision", "golden/pytorch/text"]
+    assert "golden" not in str(gates.expected(SPEC, ("pytorch", "onnx"), (1,), ("accuracy",), trained=True))
