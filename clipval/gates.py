@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -139,13 +139,12 @@ def prepared_images(
         digests: one per image, equal for equal pixels: [n].
     """
     picked = np.unique(np.linspace(0, len(data) - 1, min(len(data), COMPARED_IMAGES)).round().astype(int))
-    side = data.tower.row_shape[-1]
+    side, stated = data.tower.row_shape[-1], spec.preprocess
 
-    def compare(n: int) -> Any:
+    def compare(n: int) -> Tuple[float, float]:
         found, path = data[[n]][0], dataset.image_paths[n]
-        own = float(np.abs(found - pixels(path, model)).max())
-        stated = np.abs(found - expected_pixels(path, side, spec.preprocess)).max() if spec.preprocess else 0.0
-        return own, float(stated)
+        own = np.abs(found - pixels(path, model)).max()
+        return float(own), float(np.abs(found - expected_pixels(path, side, stated)).max()) if stated else 0.0
 
     off = np.array(each_in_threads(compare, picked.tolist(), "check images", len(picked)))
     ids = [data.ids[n] for n in picked]

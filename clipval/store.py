@@ -17,7 +17,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Set
+from typing import Any, Callable, Dict, Mapping, Optional, Set, Union
 
 from filelock import FileLock
 
@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 Build = Callable[[Path], None]
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Union[str, Path]) -> str:
     """sha256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
@@ -139,11 +139,12 @@ class Store:
 
 
 def _list(folder: Path) -> Dict[str, Dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    walked = os.walk(str(folder))
+    paths = sorted(os.path.join(where, name) for where, _, names in walked for name in names if name != MANIFEST)
 
-    def describe(path: Path) -> Dict[str, Any]:
-        return {"size": path.stat().st_size, "sha256": sha256(path)}
+    def describe(path: str) -> Dict[str, Any]:
+        return {"size": os.path.getsize(path), "sha256": sha256(path)}
 
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
-        found = pool.map(describe, files)
-        return {path.relative_to(folder).as_posix(): entry for path, entry in zip(files, found)}
+        relative = (path[len(str(folder)) + 1 :].replace(os.sep, "/") for path in paths)
+        return dict(zip(relative, pool.map(describe, paths)))

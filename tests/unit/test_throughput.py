@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.signal import lfilter
 
 from clipval import throughput
 from clipval.backends import Identity
@@ -130,6 +129,8 @@ def test_times_that_cannot_be(times):
 def wander(rng, correlation, count):
     """First-order noise of unit variance."""
     drawn = rng.normal(size=count + 200) * np.sqrt(1 - correlation**2)
+    from scipy.signal import lfilter  # half a second, which listing the tests need not take
+
     return lfilter([1], [1, -correlation], drawn)[200:]
 
 
