@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from clipval.errors import InputError
-from clipval.throughput import PROTOCOL
+from clipval.throughput import PROTOCOL, SETTLED
 
 SCHEMA = 1
 MIN_SESSIONS = 5
@@ -34,6 +34,7 @@ LEAST_NOISE = 1e-4  # standard deviation of a row whose sessions agree to the la
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 OK, REGRESSED, IMPROVED, NO_BASELINE, NOT_COMPARABLE = "ok", "regressed", "improved", "no_baseline", "not_comparable"
+SLOW_MACHINE = "slow_machine"
 
 
 class Baseline(msgspec.Struct, frozen=True):
@@ -42,10 +43,12 @@ class Baseline(msgspec.Struct, frozen=True):
     Attributes:
         key: what must be equal for a comparison: processor or chip, versions, model, threads, protocol.
         rows: `backend/tower/batch/scope` -> one figure per session.
+        machine: FLOP/s of the machine's matrix product at its fastest; 0 where no row was computed on it.
     """
 
     key: Dict[str, str]
     rows: Dict[str, List[float]]
+    machine: float = 0.0
     schema: int = SCHEMA
 
 
@@ -100,7 +103,8 @@ def merge(sessions: Sequence[Baseline]) -> Baseline:
         changed = differences(first, other.key)
         if changed or set(other.rows) != set(first.rows):
             raise InputError(f"baseline: sessions differ ({'; '.join(changed) or 'other rows'}); make them in one go")
-    return Baseline(first.key, {name: [value for one in sessions for value in one.rows[name]] for name in first.rows})
+    rows = {name: [value for one in sessions for value in one.rows[name]] for name in first.rows}
+    return Baseline(first.key, rows, max(one.machine for one in sessions))
 
 
 def save(baseline: Baseline, file: Path) -> None:
@@ -188,6 +192,18 @@ def _prior(variances: np.ndarray, degrees: np.ndarray) -> Tuple[float, float]:
         return float("inf"), pooled
     strength = 2 * float(brentq(lambda half: polygamma(1, half) - excess, 1e-3, 1e4))
     return strength, float(np.exp(logs.mean() + digamma(strength / 2) - np.log(strength / 2)))
+
+
+def on_slow_machine(found: Judgement, share: float) -> Judgement:
+    """A loss that the machine itself shows too says nothing of the model: no comparison, and no pass.
+
+    Args:
+        share: of the speed that the machine had when the baseline was made, beside the row; see `throughput.Pace`.
+    """
+    if found.status != REGRESSED or share >= SETTLED:
+        return found
+    why = f"the machine itself runs at {share:.0%} of its speed, neighbours or clocks; run again when it is quiet"
+    return found._replace(status=SLOW_MACHINE, reason=f"{why} ({found.reason})")
 
 
 def judge(baseline: Baseline, key: Mapping[str, str], name: str, measured: float) -> Judgement:

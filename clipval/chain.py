@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import glob
-import itertools
 import os
 import time
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import msgspec
 import numpy as np
 
-from clipval import baseline as baselines
 from clipval import environment, export, preprocess, store
 from clipval import model as models
 from clipval import spec as specs
@@ -22,15 +20,10 @@ from clipval.datasets import RetrievalDataset, karpathy, shapes
 from clipval.embeddings import Embeddings, embed, read_golden
 from clipval.errors import BackendUnavailable, InputError, UsageError
 from clipval.options import Settings
-from clipval.parity import compare
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
-from clipval.throughput import Feed, time_calls
 from clipval.towers import Tower
 
 REFERENCE_BATCH = 32  # fewer calls: torch's threads wait for each other at every operator, the more so on a busy host
-NEW_BATCHES = 3  # untimed batches that are tried before results are called kept
-FRESH = 50.0  # a kept result is thousands of times faster; a busy host makes single calls ten times slower
-CHECKED_ROWS = 8  # of a timed batch that are compared with PyTorch
 PREFERRED_BATCH = 8  # the batch that accuracy is measured with: a tower's OM exists for it in every default run
 
 
@@ -333,93 +326,6 @@ class Chain:
         rows = self.prepared.rows[tower.name]
         ids = tuple(rows.ids[n] for n in picked)
         return embed(self.backend(name, tower, batch_size), ids, rows[picked], batch_size)
-
-    def against_baseline(
-        self, where: Identity, tower: Tower, batch_size: int, judged: Dict[str, Any]
-    ) -> Optional[baselines.Judgement]:
-        """A row's standing against `--baseline`; None where none was given.
-
-        Args:
-            judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
-        """
-        if self.settings.baseline is None:
-            return None
-        scope = "execute" if "execute" in judged else "inference"
-        name = baselines.row_name(where.name, tower.name, batch_size, scope)
-        key = self.baseline_key({where.name: str(where)})
-        return baselines.judge(self._baseline, key, name, judged[scope][0].undisturbed)
-
-    @cached_property
-    def _baseline(self) -> baselines.Baseline:
-        assert self.settings.baseline is not None
-        return baselines.load(self.settings.baseline)
-
-    def baseline_key(self, backends: Dict[str, str]) -> Dict[str, str]:
-        """What must be equal for this run's throughput to be compared; `backends` is name -> identity."""
-        model = f"{self.weights.sha256} opset {self.settings.opset_version}"
-        return baselines.key_of(environment.describe(), model, self.settings.threads, backends)
-
-    def check_outputs(self, backend: Backend, feed: Feed) -> str:
-        """Compare what a backend gives for two different batches with PyTorch; what is wrong, or an empty string.
-
-        A backend that does not compute, or hands out an earlier result, is fast and worth nothing.
-        """
-        reference = self.backend(REFERENCE, backend.tower, 1)
-        bounds = self.bounds(backend.identity)
-        known: List[float] = []
-        for index, batch in zip(feed.indices[:2], feed.batches[:2]):
-            spread = np.unique(np.linspace(0, len(batch) - 1, CHECKED_ROWS).round().astype(int))
-            start = time.perf_counter()
-            found = backend.run(batch)
-            known.append(time.perf_counter() - start)
-            if found.shape != (len(batch), backend.tower.width):
-                return f"gave {found.shape} for a batch of {len(batch)}"
-            wanted = reference.run(np.ascontiguousarray(batch[spread]))
-            ids = tuple(self.prepared.rows[backend.tower.name].ids[n] for n in index[spread])
-            compared = compare(ids, wanted, found[spread])
-            if not (compared.cosine.min() >= bounds.cosine_min and compared.max_abs.max() <= bounds.max_abs):
-                worst = compared.worst(1)[0]
-                return (
-                    f"cosine {worst['cosine']:.6f} with pytorch for sample {worst['id']}, expected {bounds.cosine_min}"
-                )
-        return self._kept_results(backend, feed, min(known))
-
-    def _kept_results(self, backend: Backend, feed: Feed, known: float) -> str:
-        """A batch that was not timed takes as long as those that were, or their results were kept.
-
-        Args:
-            known: seconds of a batch that was timed.
-        """
-        rows, size = self.prepared.rows[backend.tower.name], len(feed.batches[0])
-        ratios: List[float] = []
-        for n in range(NEW_BATCHES):
-            batch = rows[(feed.indices[-1] + 1 + n * size) % len(rows)]
-            ratios += [seconds / known for seconds in time_calls(partial(backend.run, batch), 1)]
-            if ratios[-1] <= FRESH:
-                return ""
-        return f"new inputs take {min(ratios):.1f} times as long as timed ones, allowed {FRESH}: results are kept"
-
-    def end_to_end(self, backend: Backend, batch_size: int) -> Dict[str, float]:
-        """From JPEGs or captions to embeddings, by the host's clock, decoding in threads: batches for half the time
-        that a row's timed calls have, at least one; median seconds of a batch, and how many there were."""
-        name, data = backend.tower.name, self.dataset
-        items: Sequence[Any] = data.image_paths if name == "vision" else data.captions
-        turn = itertools.count()
-
-        def batch() -> None:
-            start = next(turn) * batch_size
-            picked = [items[(start + n) % len(items)] for n in range(batch_size)]
-            if name == "vision":
-                rows = np.stack(preprocess.each_in_threads(lambda path: preprocess.pixels(path, self.model), picked))
-            else:
-                rows = preprocess.tokens(picked, self.model, backend.tower)
-            backend.run(rows)
-
-        times: List[float] = []
-        while not times or sum(times) + times[-1] <= self.settings.perf_min_time / 2:
-            times += time_calls(batch, 1)
-        seconds = float(np.median(times))
-        return {"seconds": seconds, "samples_per_second": batch_size / seconds, "rounds": len(times)}
 
     def busy(self, name: str) -> str:
         """What else runs on the NPU, an empty string for nothing or for a CPU backend.

@@ -309,32 +309,54 @@ def _declare_bench(parser: Parser) -> None:
     )
     parser.add_argument("--loop", type=int, metavar="N", help="timed calls, instead of a time")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the rows as a baseline of one session")
+    parser.add_argument(
+        "--machine",
+        type=at_least(float, 0),
+        default=0.0,
+        metavar="GFLOPS",
+        help="of a matrix product that this machine is known to make; a row of --save waits until it does",
+    )
 
 
 def _bench(args: argparse.Namespace) -> int:
-    """Throughput of one model file, or of every backend, tower and batch size of the spec."""
-    from clipval import baseline
+    """Throughput of one model file, or of every backend, tower and batch size of the spec.
+
+    Exit code 1: --save was given, and a row computes something else, was disturbed, or has too few calls.
+    """
+    from clipval import baseline, bench, perf, throughput
+    from clipval.throughput import BAD_OUTPUT, BUSY, INSUFFICIENT
 
     if args.loop is not None and args.loop < 1:
         raise UsageError(f"bench --loop {args.loop}: at least 1")
     chain = _chain(args)
     rows: Dict[str, List[float]] = {}
     made_by: Dict[str, str] = {}
-    print("row                            samples/s  95 % interval          1000*bs/mean ms  rounds  verdict")
+    pace = throughput.Pace(args.machine * 1e9)
+    useless: List[str] = []
+    print(
+        "row                            samples/s  95 % interval          1000*bs/mean ms  undisturbed  rounds  verdict"
+    )
     for backend, size in _benched(chain, args):
+        if args.save and perf.on_host(backend.identity):
+            pace.settle(args.perf_max_time)
         for scope, (row, verdict, reason) in _bench_row(chain, backend, size, args).items():
             name = baseline.row_name(backend.identity.name, backend.tower.name, size, scope)
             rows[name], made_by[backend.identity.name] = [row.undisturbed], str(backend.identity)
+            useless += [f"{name} is {verdict}: {reason}"] if verdict in (BAD_OUTPUT, BUSY, INSUFFICIENT) else []
             low, high = row.interval
             print(
                 f"{name:30} {row.samples_per_second:9.1f}  {low:9.1f} .. {high:9.1f}  "
-                f"{row.samples_per_second_mean:15.1f}  {row.rounds:6}  {verdict} {reason}".rstrip()
+                f"{row.samples_per_second_mean:15.1f}  {row.undisturbed:11.1f}  {row.rounds:6}  "
+                f"{verdict} {reason}".rstrip()
             )
     chain.close()
     for identity in made_by.values():
         print(f"by {identity}")
+    if args.save and useless:
+        print(f"bench --save: no baseline is made of this session, {useless[0]}", file=sys.stderr)
+        return 1
     if args.save:
-        baseline.save(baseline.Baseline(chain.baseline_key(made_by), rows), args.save)
+        baseline.save(baseline.Baseline(bench.baseline_key(chain, made_by), rows, pace.best), args.save)
     return 0
 
 
@@ -358,7 +380,7 @@ def _benched(chain: Any, args: argparse.Namespace) -> Any:
 
 
 def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace) -> Dict[str, Any]:
-    from clipval import throughput
+    from clipval import bench, throughput
     from clipval.export import example_rows
 
     tower = backend.tower
@@ -367,7 +389,7 @@ def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace) ->
     limits.update(rounds=args.loop, noise=args.perf_noise)
     feed = throughput.Feed(rows, size)
     if args.model is None and chain.spec.parity:  # PyTorch is at hand, and bounds to hold the outputs to it
-        limits["check"] = lambda: chain.check_outputs(backend, feed)
+        limits["check"] = lambda: bench.check_outputs(chain, backend, feed)
     return throughput.measure(backend, feed, size, busy=lambda: chain.busy(backend.identity.name), **limits)
 
 
@@ -385,16 +407,18 @@ def _make_baseline(args: argparse.Namespace) -> int:
 
     if args.save is None or args.sessions < baseline.MIN_SESSIONS:
         raise UsageError(f"baseline: give --save FILE and at least --sessions {baseline.MIN_SESSIONS}")
-    asked = sys.argv[2:]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{n}.json" for n in range(args.sessions)]
+        fixed = [sys.executable, "-m", "clipval", "bench", *_without(args.given[1:], "--sessions")]
+        machine = args.machine
         for number, file in enumerate(files, 1):
             print(f"session {number} of {args.sessions}", file=sys.stderr)
             # the later --save wins
-            command = [sys.executable, "-m", "clipval", "bench", *_without(asked, "--sessions"), "--save", str(file)]
+            command = [*fixed, "--save", str(file), "--machine", str(machine)]
             done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
             if done.returncode:
                 raise InputError(f"baseline: session {number} ended with exit code {done.returncode}, see above")
+            machine = max(machine, baseline.load(file).machine / 1e9)
         made = baseline.merge([baseline.load(file) for file in files])
     baseline.save(made, args.save)
     print(f"{args.save}: {len(made.rows)} rows, {args.sessions} sessions, noise {baseline.noise(made):.2%}")
@@ -461,14 +485,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.declare(commands.add_parser(name, help=command.help, description=command.run.__doc__))
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(given, argparse.Namespace(given=given))
     try:
         return COMMANDS[args.command].run(args)
     except ClipvalError as error:
         print(f"clipval {args.command}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"clipval {args.command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where, what = error.filename or "a file", error.strerror or error
+        print(f"clipval {args.command}: {where}: {what}; check the path, its permissions and its disk", file=sys.stderr)
         return 2
 
 

@@ -39,6 +39,7 @@ DRIFT_BLOCKS = 8  # least points of a trend
 DRIFT = 0.05  # rise of the time of a call over the whole run, as a share of the median
 OTHERS = 0.5  # processor cores kept busy by others; on a large machine, where daemons always run, a share of its cores
 OTHERS_SHARE = 0.02
+SETTLED = 0.9  # of the machine's best speed; its matrix product repeats to 2 %
 PERCENTILES = {"p90": (90, 100), "p95": (95, 100), "p99": (99, 300)}  # name: (percentile, least rounds)
 
 
@@ -315,6 +316,35 @@ class HostLoad:
         ticks = os.sysconf("SC_CLK_TCK")
         own = os.times()
         return (sum(fields[:8]) - idle) / ticks, sum(own[:4]), time.monotonic()
+
+
+class Pace:
+    """How fast this machine's processors are at the moment, as a share of the fastest they were seen.
+
+    Neighbours of a virtual machine and falling clocks slow it down where /proc/stat shows nothing: on one such host the
+    matrix product made 310, 425 or 615 GFLOP/s for ten seconds at a time, and models went with it (correlation 0.8).
+
+    Args:
+        best: FLOP/s that are known to be possible, as from a baseline; 0 for none.
+    """
+
+    def __init__(self, best: float = 0.0, measure: Callable[[], float] = lambda: matmul_peak()) -> None:
+        self.best = best
+        self._measure = measure
+
+    def now(self) -> float:
+        """The share, in (0, 1]."""
+        found = self._measure()
+        self.best = max(self.best, found)
+        return found / self.best
+
+    def settle(self, seconds: float, *, clock: Clock = time.perf_counter) -> float:
+        """Wait until the machine is as fast as it can be, so many seconds at most; the share then."""
+        start = clock()
+        share = self.now()
+        while share < SETTLED and clock() - start < seconds:
+            share = self.now()
+        return share
 
 
 def time_calls(call: Callable[[], Any], rounds: int, *, clock: Clock = time.perf_counter) -> List[float]:

@@ -4,17 +4,21 @@ import time
 
 import pytest
 
-from clipval import baseline, perf, throughput
+from clipval import baseline, bench, perf, throughput
 from clipval.baseline import REGRESSED
-from clipval.throughput import BAD_OUTPUT, VALID, Feed, HostLoad
+from clipval.throughput import BAD_OUTPUT, VALID, Feed, HostLoad, Pace
 
 pytestmark = pytest.mark.perf
+PATIENCE = 3  # times the time of a row that a loss of speed is worth waiting for a quiet machine
 
 
 @pytest.fixture(scope="session")
-def peak():
-    """FLOP/s of this machine's matrix product, measured once."""
-    return throughput.matmul_peak()
+def pace(chain):
+    """How fast this machine is, against its best: of this session, or of the baseline's."""
+    file = chain.settings.baseline
+    found = Pace(baseline.load(file).machine if file else 0.0)
+    found.now()
+    return found
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def timed(benchmark, backend, feed, budget):
     return warm, {"inference": calls, **({"execute": list(benchmark.stats.stats.data)} if device else {})}
 
 
-def test_throughput(chain, record, peak, opened, tower_name, backend_name, batch_size):
+def test_throughput(chain, record, pace, opened, tower_name, backend_name, batch_size):
     tower, settings, (backend, load_seconds, benchmark) = chain.towers[tower_name], chain.settings, opened
     feed = Feed(chain.prepared.rows[tower_name], batch_size)
     budget = {"seconds": settings.perf_min_time, "cap": settings.perf_max_time}
@@ -63,21 +67,26 @@ def test_throughput(chain, record, peak, opened, tower_name, backend_name, batch
     judged = {
         scope: (row, *throughput.verdict(row, busy=busy, noise=settings.perf_noise)) for scope, row in rows.items()
     }
-    earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
+    earlier = bench.against_baseline(chain, backend.identity, tower, batch_size, judged)
+    on_host = perf.on_host(backend.identity)
     doubtful = settings.strict and any(verdict != VALID for _, verdict, _ in judged.values())
-    if doubtful or (earlier is not None and earlier.status == REGRESSED):
+    lost = earlier is not None and earlier.status == REGRESSED
+    if doubtful or lost:
+        share = pace.settle(budget["cap"] * (PATIENCE if lost else 1)) if on_host else 1.0
         judged = throughput.measure(backend, feed, batch_size, estimate=warm.estimate, **budget, **watch)
-        earlier = chain.against_baseline(backend.identity, tower, batch_size, judged)
-    bad = chain.check_outputs(backend, feed)
+        earlier = bench.against_baseline(chain, backend.identity, tower, batch_size, judged)
+        if earlier is not None:
+            earlier = baseline.on_slow_machine(earlier, min(share, pace.now() if on_host else 1.0))
+    bad = bench.check_outputs(chain, backend, feed)
     if bad:
         judged = {scope: (row, BAD_OUTPUT, bad) for scope, (row, _, _) in judged.items()}
 
-    here = peak if perf.on_host(backend.identity) else None
+    here = pace.best if on_host else None
     speed = judged["execute" if "execute" in judged else "inference"][0].samples_per_second
     more = {
         "warm_up": throughput.as_dict(warm),
         "load_seconds": load_seconds,
-        "end_to_end": chain.end_to_end(backend, batch_size),
+        "end_to_end": bench.end_to_end(chain, backend, batch_size),
         "threads": settings.threads,
         **perf.operations(chain.model_key["config"], tower, speed, here),
     }

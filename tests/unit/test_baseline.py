@@ -184,3 +184,19 @@ def test_the_key_names_what_matters():
     assert key["OMP_NUM_THREADS"] == "unset"
     other = baseline.key_of({**described, "variables": {"OMP_NUM_THREADS": "1"}}, "abc", None, {})
     assert baseline.differences(baseline.Baseline(key, {}), other) == ["OMP_NUM_THREADS: baseline unset, now 1"]
+
+
+def test_a_loss_that_the_machine_shows_too_is_no_comparison():
+    found = baseline.judge(made(np.random.default_rng(0)), KEY, NAMES[0], 1.0)
+    assert found.status == "regressed"
+    slow = baseline.on_slow_machine(found, 0.5)
+    assert slow.status == "slow_machine"
+    assert "the machine itself runs at 50% of its speed" in slow.reason
+    assert baseline.on_slow_machine(found, 0.95) == found
+    fine = baseline.judge(made(np.random.default_rng(0)), KEY, NAMES[0], 1e9)
+    assert baseline.on_slow_machine(fine, 0.5) == fine
+
+
+def test_sessions_keep_the_machines_best():
+    sessions = [baseline.Baseline(KEY, {"a": [1.0]}, machine) for machine in (4e11, 6e11, 5e11)]
+    assert baseline.merge(sessions).machine == 6e11

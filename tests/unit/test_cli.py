@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from clipval import cli, embeddings, spec
+from clipval import cli, embeddings, spec, throughput
 from clipval.datasets import karpathy, shapes
 from clipval.spec import FOLDER
 from clipval.towers import TEXT
@@ -102,6 +102,17 @@ def test_bench_writes_a_session_of_a_baseline(recipe, capsys):
     rows = baseline.load(recipe / "session.json").rows
     assert sorted(rows) == ["pytorch/text/4/inference", "pytorch/vision/4/inference"]
     assert all(len(values) == 1 for values in rows.values())
+
+
+@pytest.mark.parametrize("verdict", ["BUSY", "BAD_OUTPUT", "INSUFFICIENT"])
+def test_a_disturbed_session_is_no_baseline(verdict, recipe, capsys, monkeypatch):
+    """A baseline of a busy machine would call every later loss of speed a pass."""
+    row = throughput.summarise([0.1] * 9, 4, "inference")
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: {"inference": (row, verdict, "process 7")})
+    model = ["--model", recipe / "models" / "vit_b_32_text.onnx", "--batchsize", 4]
+    assert run("bench", *model, "--save", recipe / "none.json") == 1
+    assert f"onnx/text/4/inference is {verdict}: process 7" in capsys.readouterr().err
+    assert not (recipe / "none.json").exists()
 
 
 def _spec(folder, more=""):

@@ -381,3 +381,35 @@ def test_a_row_is_plain_json():
 
     found = throughput.as_dict(summarise(noisy(20, 0.01), 8, "inference"))
     assert json.loads(json.dumps(found))["rounds"] == 20
+
+
+class Speeds:
+    """FLOP/s of a machine, one after the other, a second each; the last one stays."""
+
+    def __init__(self, *speeds):
+        self.left, self.now = list(speeds), 0.0
+
+    def __call__(self):
+        self.now += 1
+        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
+
+
+def test_a_slow_machine_is_waited_for():
+    speeds = Speeds(600.0, 300.0, 310.0, 590.0, 600.0)
+    pace = throughput.Pace(measure=speeds)
+    assert pace.now() == 1.0
+    assert pace.settle(10, clock=lambda: speeds.now) == pytest.approx(590 / 600)
+    assert speeds.now == 4
+
+
+def test_the_wait_for_a_slow_machine_ends():
+    speeds = Speeds(300.0)
+    pace = throughput.Pace(600.0, measure=speeds)
+    assert pace.settle(10, clock=lambda: speeds.now) == pytest.approx(0.5)
+    assert speeds.now == 10
+
+
+def test_a_faster_machine_than_known_is_the_new_best():
+    pace = throughput.Pace(500.0, measure=Speeds(600.0, 300.0))
+    assert (pace.now(), pace.best) == (1.0, 600.0)
+    assert pace.now() == 0.5

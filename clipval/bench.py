@@ -1,0 +1,110 @@
+"""What a row of throughput needs of the chain: outputs against PyTorch, from file to embedding, baseline."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+
+from clipval import baseline as baselines
+from clipval import environment, preprocess
+from clipval.backends import REFERENCE, Backend, Identity
+from clipval.chain import Chain
+from clipval.parity import compare
+from clipval.throughput import Feed, time_calls
+from clipval.towers import Tower
+
+NEW_BATCHES = 3  # untimed batches that are tried before results are called kept
+FRESH = 50.0  # a kept result is thousands of times faster; a busy host makes single calls ten times slower
+CHECKED_ROWS = 8  # of a timed batch that are compared with PyTorch
+
+
+def check_outputs(chain: Chain, backend: Backend, feed: Feed) -> str:
+    """Compare what a backend gives for two different batches with PyTorch; what is wrong, or an empty string.
+
+    A backend that does not compute, or hands out an earlier result, is fast and worth nothing.
+    """
+    reference = chain.backend(REFERENCE, backend.tower, 1)
+    bounds = chain.bounds(backend.identity)
+    known: List[float] = []
+    for index, batch in zip(feed.indices[:2], feed.batches[:2]):
+        spread = np.unique(np.linspace(0, len(batch) - 1, CHECKED_ROWS).round().astype(int))
+        start = time.perf_counter()
+        found = backend.run(batch)
+        known.append(time.perf_counter() - start)
+        if found.shape != (len(batch), backend.tower.width):
+            return f"gave {found.shape} for a batch of {len(batch)}"
+        wanted = reference.run(np.ascontiguousarray(batch[spread]))
+        ids = tuple(chain.prepared.rows[backend.tower.name].ids[n] for n in index[spread])
+        compared = compare(ids, wanted, found[spread])
+        if not (compared.cosine.min() >= bounds.cosine_min and compared.max_abs.max() <= bounds.max_abs):
+            worst = compared.worst(1)[0]
+            return f"cosine {worst['cosine']:.6f} with pytorch for sample {worst['id']}, expected {bounds.cosine_min}"
+    return _kept_results(chain, backend, feed, min(known))
+
+
+def _kept_results(chain: Chain, backend: Backend, feed: Feed, known: float) -> str:
+    """A batch that was not timed takes as long as those that were, or their results were kept.
+
+    Args:
+        known: seconds of a batch that was timed.
+    """
+    rows, size = chain.prepared.rows[backend.tower.name], len(feed.batches[0])
+    ratios: List[float] = []
+    for n in range(NEW_BATCHES):
+        batch = rows[(feed.indices[-1] + 1 + n * size) % len(rows)]
+        ratios += [seconds / known for seconds in time_calls(partial(backend.run, batch), 1)]
+        if ratios[-1] <= FRESH:
+            return ""
+    return f"new inputs take {min(ratios):.1f} times as long as timed ones, allowed {FRESH}: results are kept"
+
+
+def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> Dict[str, float]:
+    """From JPEGs or captions to embeddings, by the host's clock, decoding in threads.
+
+    Other images or captions in each batch, for half the time that a row's timed calls have, at least one batch:
+    median seconds of a batch, and how many there were.
+    """
+    name, data = backend.tower.name, chain.dataset
+    items: Sequence[Any] = data.image_paths if name == "vision" else data.captions
+    turn = itertools.count()
+
+    def batch() -> None:
+        start = next(turn) * batch_size
+        picked = [items[(start + n) % len(items)] for n in range(batch_size)]
+        if name == "vision":
+            rows = np.stack(preprocess.each_in_threads(lambda path: preprocess.pixels(path, chain.model), picked))
+        else:
+            rows = preprocess.tokens(picked, chain.model, backend.tower)
+        backend.run(rows)
+
+    times: List[float] = []
+    while not times or sum(times) + times[-1] <= chain.settings.perf_min_time / 2:
+        times += time_calls(batch, 1)
+    seconds = float(np.median(times))
+    return {"seconds": seconds, "samples_per_second": batch_size / seconds, "rounds": len(times)}
+
+
+def against_baseline(
+    chain: Chain, where: Identity, tower: Tower, batch_size: int, judged: Dict[str, Any]
+) -> Optional[baselines.Judgement]:
+    """A row's standing against `--baseline`; None where none was given.
+
+    Args:
+        judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
+    """
+    if chain.settings.baseline is None:
+        return None
+    scope = "execute" if "execute" in judged else "inference"
+    name = baselines.row_name(where.name, tower.name, batch_size, scope)
+    key = baseline_key(chain, {where.name: str(where)})
+    return baselines.judge(baselines.load(chain.settings.baseline), key, name, judged[scope][0].undisturbed)
+
+
+def baseline_key(chain: Chain, backends: Dict[str, str]) -> Dict[str, str]:
+    """What must be equal for this run's throughput to be compared; `backends` is name -> identity."""
+    model = f"{chain.weights.sha256} opset {chain.settings.opset_version}"
+    return baselines.key_of(environment.describe(), model, chain.settings.threads, backends)
