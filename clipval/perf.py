@@ -32,7 +32,7 @@ def row(
     Args:
         judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
         required: the backend was named, so that anything but VALID fails.
-        more: kept with the row: warm-up, load, end to end, threads, operations a second.
+        more: kept with the row: warm-up, load, end to end, threads, operations a second, the machine's own speed.
         earlier: how the row stands against the baseline, where one was given.
     """
     gate = f"throughput/{where.name}/{tower.name}/{batch_size}"

@@ -71,12 +71,13 @@ def test_throughput(chain, record, pace, opened, tower_name, backend_name, batch
     on_host = perf.on_host(backend.identity)
     doubtful = settings.strict and any(verdict != VALID for _, verdict, _ in judged.values())
     lost = earlier is not None and earlier.status == REGRESSED
+    before = pace.settle(PATIENCE * budget["cap"]) if lost and on_host else 1.0
     if doubtful or lost:
-        share = pace.settle(budget["cap"] * (PATIENCE if lost else 1)) if on_host else 1.0
         judged = throughput.measure(backend, feed, batch_size, estimate=warm.estimate, **budget, **watch)
         earlier = bench.against_baseline(chain, backend.identity, tower, batch_size, judged)
-        if earlier is not None:
-            earlier = baseline.on_slow_machine(earlier, min(share, pace.now() if on_host else 1.0))
+    after = pace.now() if on_host else 1.0
+    if earlier is not None:
+        earlier = baseline.on_slow_machine(earlier, min(before, after))
     bad = bench.check_outputs(chain, backend, feed)
     if bad:
         judged = {scope: (row, BAD_OUTPUT, bad) for scope, (row, _, _) in judged.items()}
@@ -88,6 +89,7 @@ def test_throughput(chain, record, pace, opened, tower_name, backend_name, batch
         "load_seconds": load_seconds,
         "end_to_end": bench.end_to_end(chain, backend, batch_size),
         "threads": settings.threads,
+        "machine_share": after,
         **perf.operations(chain.model_key["config"], tower, speed, here),
     }
     wanted = {"spec": chain.spec, "required": settings.strict}
