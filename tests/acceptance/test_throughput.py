@@ -9,7 +9,6 @@ from clipval.baseline import REGRESSED
 from clipval.throughput import BAD_OUTPUT, VALID, Feed, HostLoad, Pace
 
 pytestmark = pytest.mark.perf
-PATIENCE = 3  # times the time of a row that a loss of speed is worth waiting for a quiet machine
 
 
 @pytest.fixture(scope="session")
@@ -58,39 +57,31 @@ def test_throughput(chain, record, pace, opened, tower_name, backend_name, batch
     tower, settings, (backend, load_seconds, benchmark) = chain.towers[tower_name], chain.settings, opened
     feed = Feed(chain.prepared.rows[tower_name], batch_size)
     budget = {"seconds": settings.perf_min_time, "cap": settings.perf_max_time}
-    watch = {"busy": lambda: chain.busy(backend_name), "noise": settings.perf_noise}
-    host, busy = HostLoad(), watch["busy"]()
+    host, busy = HostLoad(), chain.busy(backend_name)
 
     warm, times = timed(benchmark, backend, feed, budget)
-    busy = busy or host.busy() or watch["busy"]()
+    busy = busy or host.busy() or chain.busy(backend_name)
     rows = {scope: throughput.summarise(seconds, batch_size, scope) for scope, seconds in times.items()}
     judged = {
         scope: (row, *throughput.verdict(row, busy=busy, noise=settings.perf_noise)) for scope, row in rows.items()
     }
     earlier = bench.against_baseline(chain, backend.identity, tower, batch_size, judged)
-    on_host = perf.on_host(backend.identity)
+    here = pace if perf.on_host(backend.identity) else None
     doubtful = settings.strict and any(verdict != VALID for _, verdict, _ in judged.values())
-    lost = earlier is not None and earlier.status == REGRESSED
-    before = pace.settle(PATIENCE * budget["cap"]) if lost and on_host else 1.0
-    if doubtful or lost:
-        judged = throughput.measure(backend, feed, batch_size, estimate=warm.estimate, **budget, **watch)
-        earlier = bench.against_baseline(chain, backend.identity, tower, batch_size, judged)
-    after = pace.now() if on_host else 1.0
-    if earlier is not None:
-        earlier = baseline.on_slow_machine(earlier, min(before, after))
+    if doubtful or (earlier is not None and earlier.status == REGRESSED):
+        judged, earlier = bench.second_try(chain, backend, feed, batch_size, estimate=warm.estimate, pace=here)
     bad = bench.check_outputs(chain, backend, feed)
     if bad:
         judged = {scope: (row, BAD_OUTPUT, bad) for scope, (row, _, _) in judged.items()}
 
-    here = pace.best if on_host else None
     speed = judged["execute" if "execute" in judged else "inference"][0].samples_per_second
     more = {
         "warm_up": throughput.as_dict(warm),
         "load_seconds": load_seconds,
         "end_to_end": bench.end_to_end(chain, backend, batch_size),
         "threads": settings.threads,
-        "machine_share": after,
-        **perf.operations(chain.model_key["config"], tower, speed, here),
+        "machine_share": here and here.now(),
+        **perf.operations(chain.model_key["config"], tower, speed, here and here.best),
     }
     wanted = {"spec": chain.spec, "required": settings.strict}
     figures = perf.row(judged, backend.identity, tower, batch_size, more=more, earlier=earlier, **wanted)

@@ -330,6 +330,15 @@ def test_measure_judges(fill, more, wanted, reason):
         assert reason in said
 
 
+@pytest.mark.usefixtures("quiet_host")
+@pytest.mark.parametrize(("whole", "rounds", "looks"), [(False, 40, 0), (True, 120, 2)])
+def test_the_whole_time_is_spent_where_neighbours_matter(whole, rounds, looks):
+    device, seen = Device(), []
+    found = measure(device, whole=whole, between=lambda: seen.append(device.now))
+    assert found["inference"][0].rounds == rounds
+    assert len(seen) == looks
+
+
 @pytest.mark.parametrize(
     ("all_cores", "own", "cores", "busy"),
     [(4.2, 4.0, 4, False), (4.0, 3.0, 4, True), (10.0, 8.0, 192, False), (20.0, 8.0, 192, True)],
@@ -392,21 +401,6 @@ class Speeds:
     def __call__(self):
         self.now += 1
         return self.left.pop(0) if len(self.left) > 1 else self.left[0]
-
-
-def test_a_slow_machine_is_waited_for():
-    speeds = Speeds(600.0, 300.0, 310.0, 590.0, 600.0)
-    pace = throughput.Pace(measure=speeds)
-    assert pace.now() == 1.0
-    assert pace.settle(10, clock=lambda: speeds.now) == pytest.approx(590 / 600)
-    assert speeds.now == 4
-
-
-def test_the_wait_for_a_slow_machine_ends():
-    speeds = Speeds(300.0)
-    pace = throughput.Pace(600.0, measure=speeds)
-    assert pace.settle(10, clock=lambda: speeds.now) == pytest.approx(0.5)
-    assert speeds.now == 10
 
 
 def test_a_faster_machine_than_known_is_the_new_best():

@@ -1,0 +1,45 @@
+"""What the subcommands share: their shape, the chain behind them, and what a file's name tells."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+from clipval.options import Settings, add_options
+from clipval.towers import Tower
+
+Parser = argparse.ArgumentParser
+
+
+class Command(NamedTuple):
+    """A subcommand: declares its options, runs, returns the exit code."""
+
+    declare: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int]
+    help: str
+
+
+def chain_of(args: argparse.Namespace) -> Any:
+    """The chain of a command's options."""
+    from clipval.chain import Chain
+
+    return Chain(Settings.of(args))
+
+
+def model_options(parser: Parser) -> None:
+    """Options that say which model."""
+    add_options(parser.add_argument, ["--spec", "--model-name", "--pretrained", "--workdir", "--threads"])
+
+
+def tower_of_onnx(file: Path) -> Tower:
+    """The tower that an ONNX file holds."""
+    from clipval import export
+
+    return export.tower_of(file)
+
+
+def batch_of_name(file: Optional[Path]) -> int:
+    """Batch size in the name of an OM file, 0 for none."""
+    digits = file.stem.rpartition("_bs")[2] if file is not None and file.suffix == ".om" else ""
+    return int(digits) if digits.isdigit() else 0

@@ -1,0 +1,101 @@
+"""What stands around the chain: a run's report, the host, published figures, embeddings to hold a model to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from clipval.commands import Command, Parser, chain_of, model_options
+from clipval.errors import InputError, UsageError
+from clipval.options import add_options, at_least
+
+
+def _declare_report(parser: Parser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="report.json", help="one to show, two to compare")
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Show a run's table, or compare two runs: last night's and tonight's."""
+    from clipval import report
+
+    runs = [report.load(file) for file in args.runs]
+    if len(runs) > 2:
+        raise UsageError(f"report: {len(runs)} files, expected one or two")
+    print(report.summary_table(runs[0]) if len(runs) == 1 else report.compare(runs[0], runs[1]))
+    return 0
+
+
+def _declare_doctor(parser: Parser) -> None:
+    add_options(parser.add_argument, ["--device-id", "--backends"])
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Say line by line what this machine lacks; exit 1 when something required is missing."""
+    from clipval import doctor
+
+    findings = doctor.check(args.backends, args.device_id[0])
+    for finding in findings:
+        mark = "ok " if finding.ok else "MISSING" if finding.required else "warning"
+        print(f"{mark:8} {finding.name:14} {finding.detail}" + (f"; {finding.advice}" if not finding.ok else ""))
+    return int(any(finding.required and not finding.ok for finding in findings))
+
+
+def _declare_pin(parser: Parser) -> None:
+    model_options(parser)
+    add_options(parser.add_argument, ["--data-dir", "--captions-format"])
+    parser.add_argument("--samples", type=at_least(int, 1), default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="the .npz file to write")
+
+
+def _pin(args: argparse.Namespace) -> int:
+    """A few of PyTorch's embeddings into a file; prints the lines of a spec that hold later runs to them."""
+    import hashlib
+
+    from clipval import embeddings
+
+    chain = chain_of(args)
+    chain.check_inputs()
+    found = {}
+    for name, tower in chain.towers.items():
+        count = len(chain.prepared.rows[name])
+        picked = np.unique(np.linspace(0, count - 1, min(count, args.samples)).round().astype(int))
+        found[name] = chain.embed_some("pytorch", tower, picked, 1)
+    embeddings.write_golden(args.save, found)
+    captions = "".join(f"{caption}\n" for caption in chain.dataset.captions)
+    print(f'[data]\ncaptions_sha256 = "{hashlib.sha256(captions.encode()).hexdigest()}"')
+    if chain.spec.data.kind == "karpathy":  # drawn images are files of this machine's JPEG coder
+        print(f'fingerprint = "{chain.dataset.fingerprint()}"')
+    print(f'\n[golden]\nfile = "{args.save.name}"\ncosine_min = 0.9999')
+    print(f'because = "PyTorch by {len(found["vision"].ids)} images and {len(found["text"].ids)} captions"')
+    return 0
+
+
+def _declare_reference(parser: Parser) -> None:
+    parser.add_argument("--model-name", default="", metavar="NAME", help="open_clip architecture, as ViT-B-32")
+    parser.add_argument("--pretrained", default="", metavar="TAG", help="weight tag, as laion2b_s34b_b79k")
+    parser.add_argument("--dataset", default="", metavar="NAME", help="flickr30k, flickr8k or mscoco_captions")
+
+
+def _reference(args: argparse.Namespace) -> int:
+    """Published recall of open_clip models on Flickr30k, Flickr8k and COCO."""
+    from clipval import spec
+
+    rows = spec.published(args.model_name, args.pretrained, args.dataset)
+    if not rows:
+        raise InputError("reference: no published figures for that model, weights and data set")
+    print(f"{'model':34} {'weights':30} {'data':10} {'image R@1 / 5 / 10':22} {'text R@1 / 5 / 10':22} source")
+    for row in rows:
+        cells = ["-" if value is None else f"{value:.4f}" for value in row.recalls.values()]
+        image, text = " ".join(cells[:3]), " ".join(cells[3:])
+        print(f"{row.model:34} {row.pretrained:30} {row.dataset:10} {image:22} {text:22} {row.source}")
+    return 0
+
+
+COMMANDS = {
+    "report": Command(_declare_report, _report, "show a run, or compare two"),
+    "doctor": Command(_declare_doctor, _doctor, "what this machine lacks"),
+    "pin": Command(_declare_pin, _pin, "embeddings that later runs are held to"),
+    "reference": Command(_declare_reference, _reference, "published recall figures"),
+}

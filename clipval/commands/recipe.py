@@ -1,0 +1,221 @@
+"""The recipe's own steps under its own flags: preprocess, export, compile, embed, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Optional, Sequence, Tuple
+
+import numpy as np
+
+from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
+from clipval.errors import InputError, UsageError
+from clipval.options import add_options, at_least
+
+
+def _declare_preprocess(parser: Parser) -> None:
+    model_options(parser)
+    add_options(parser.add_argument, ["--data-dir", "--captions-format"])
+    parser.add_argument("--save-dir", type=Path, default=Path("prep_data"), metavar="DIR", help="default: %(default)s")
+
+
+def _preprocess(args: argparse.Namespace) -> int:
+    """Images and captions to arrays: prep_data/images/<id>.npy, prep_data/texts/<id>_<k>.npy."""
+    from clipval import preprocess
+    from clipval.datasets import karpathy
+
+    if args.pretrained is None:
+        args.pretrained = "random"  # the transform and the tokenizer need no weights
+    chain = chain_of(args)
+    if args.data_dir is None and args.model_name is not None:
+        raise UsageError("preprocess --model-name: say which images with --data-dir")
+    given = args.data_dir is not None
+    dataset = karpathy.read(args.data_dir, captions_format=args.captions_format) if given else chain.dataset
+    wanted = {"images": set(dataset.image_ids), "texts": set(dataset.caption_ids)}
+    for folder, ids in wanted.items():
+        foreign = sorted(path.name for path in (args.save_dir / folder).glob("*.npy") if path.stem not in ids)
+        if foreign:
+            raise InputError(
+                f"{args.save_dir / folder}: holds {len(foreign)} arrays of other data ({foreign[0]}); "
+                f"empty it or give another --save-dir"
+            )
+    preprocess.prepare(dataset, chain.model, chain.towers, args.save_dir)
+    print(f"{args.save_dir}: {len(dataset.image_ids)} images, {len(dataset.caption_ids)} texts")
+    return 0
+
+
+def _declare_export(parser: Parser) -> None:
+    model_options(parser)
+    add_options(parser.add_argument, ["--opset-version"])
+    parser.add_argument(
+        "--onnx-prefix",
+        type=Path,
+        default=Path("models/vit_b_32"),
+        metavar="PREFIX",
+        help="files are PREFIX_vision.onnx, PREFIX_text.onnx (default: %(default)s)",
+    )
+    parser.add_argument("--image", help="accepted as the recipe's; the graph does not depend on the example")
+    parser.add_argument("--text", help="accepted as the recipe's; the graph does not depend on the example")
+
+
+def _export(args: argparse.Namespace) -> int:
+    """Both towers to ONNX: <prefix>_vision.onnx and <prefix>_text.onnx."""
+    import shutil
+
+    chain = chain_of(args)
+    args.onnx_prefix.parent.mkdir(parents=True, exist_ok=True)
+    for tower in chain.towers.values():
+        file = args.onnx_prefix.with_name(f"{args.onnx_prefix.name}_{tower.name}.onnx")
+        shutil.copyfile(chain.onnx(tower), file)
+        print(f"{file}: {tower.input_name} -> {tower.output_name}, opset {args.opset_version}")
+    return 0
+
+
+def _declare_compile(parser: Parser) -> None:
+    add_options(
+        parser.add_argument, ["--precision-mode", "--keep-dtype", "--atc-flags", "--device-id", "--batch-sizes"]
+    )
+    parser.add_argument("--soc-version", "--soc_version", metavar="SOC", help="without it npu-smi is asked")
+    parser.add_argument("--model", type=Path, help="one ONNX file")
+    parser.add_argument("--output", type=Path, help="OM file without its ending; needs one batch size")
+    parser.add_argument("--onnx-prefix", type=Path, metavar="PREFIX", help="both towers: PREFIX_{vision,text}.onnx")
+    parser.add_argument("--input-shape", "--input_shape", metavar="SHAPE", help="as image:8,3,224,224")
+    for flag in ("--framework", "--input_format", "--log"):
+        parser.add_argument(flag, help="accepted as atc's; clipval sets it by the tower")
+
+
+def _compile(args: argparse.Namespace) -> int:
+    """ONNX to OM with atc: <prefix>_<tower>_bs<n>.om."""
+    from clipval.ascend import atc, npu_smi
+
+    files = [args.model] if args.model else []
+    if args.onnx_prefix:
+        files += [args.onnx_prefix.with_name(f"{args.onnx_prefix.name}_{name}.onnx") for name in ("vision", "text")]
+    sizes = args.batch_sizes or _batch_of_shape(args.input_shape)
+    if not files or not sizes or (args.output and (len(files) > 1 or len(sizes) > 1)):
+        raise UsageError("compile: give --model FILE or --onnx-prefix PREFIX, and --batch-sizes (one with --output)")
+    chosen = atc.AtcOptions(
+        soc_version=args.soc_version or npu_smi.npu(args.device_id[0]).soc_version,
+        precision_mode=args.precision_mode,
+        keep_dtype=str(args.keep_dtype) if args.keep_dtype else "",
+        extra=args.atc_flags,
+    )
+    for file in files:
+        tower = tower_of_onnx(file)
+        for size in sizes:
+            target = args.output or file.with_name(f"{file.stem}_bs{size}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = atc.compile_om(file, target.parent, target.name, tower, size, chosen, logs_folder=target.parent)
+            print(f"{made}: {tower.name}, batch {size}, {chosen.soc_version}")
+    return 0
+
+
+def _batch_of_shape(shape: Optional[str]) -> Tuple[int, ...]:
+    if not shape:
+        return ()
+    first = shape.partition(":")[2].split(",")[0]
+    if not first.isdigit():
+        raise UsageError(f"--input_shape {shape!r}: expected NAME:BATCH,... such as image:8,3,224,224")
+    return (int(first),)
+
+
+def _declare_embed(parser: Parser) -> None:
+    add_options(parser.add_argument, ["--device-id", "--threads", "--onnx-providers", "--precision-mode"])
+    add_options(parser.add_argument, ["--model-name", "--pretrained", "--spec", "--workdir"])
+    parser.add_argument("--backend", choices=("pytorch", "onnx", "om"), help="without it the model file's ending tells")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="prep_data/images or prep_data/texts")
+    parser.add_argument("--output", type=Path, default=Path("om_outputs"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--output-dirname", "--output_dirname", metavar="NAME", help="folder inside --output")
+    parser.add_argument(
+        "--batch-size", "--batchsize", type=at_least(int, 1), metavar="N", help="default: the OM file's, else 8"
+    )
+    parser.add_argument("--outfmt", choices=("NPY",), default="NPY", help="default: %(default)s")
+
+
+def _embed(args: argparse.Namespace) -> int:
+    """Prepared arrays to embeddings: <output>/<dirname>/<id>_0.npy."""
+    from clipval import embeddings, preprocess
+
+    name = args.backend or {".onnx": "onnx", ".om": "om"}.get(args.model.suffix if args.model else "", "pytorch")
+    chain = chain_of(args)
+    tower = chain.towers[_tower_of_input(args.input)]
+    rows = preprocess.listed(args.input, tower)
+    size = args.batch_size or batch_of_name(args.model) or 8
+    backend = chain.open_file(name, tower, args.model, size)
+    try:
+        found = embeddings.embed(backend, rows.ids, rows, size)
+    finally:
+        backend.close()
+    target = args.output / (args.output_dirname or f"{tower.name}_embed_bs{size}")
+    embeddings.write(target, found)
+    print(f"{target}: {len(found.ids)} embeddings of the {tower.name} tower by {backend.identity}, batch {size}")
+    return 0
+
+
+def _tower_of_input(folder: Path) -> str:
+    """A folder of token arrays is the text tower's, one of pixels the vision tower's."""
+    first = next(iter(sorted(folder.glob("*.npy"))), None)
+    if first is None:
+        raise InputError(f"--input {folder}: no .npy files; give the images or texts folder that preprocess made")
+    from clipval import embeddings
+
+    return "text" if embeddings.load_array(first).dtype == np.int64 else "vision"
+
+
+def _declare_evaluate(parser: Parser) -> None:
+    add_options(parser.add_argument, ["--data-dir", "--captions-format"])
+    parser.add_argument("--vision-embeds", type=Path, required=True, metavar="DIR", help="<id>_0.npy files")
+    parser.add_argument("--text-embeds", type=Path, required=True, metavar="DIR", help="<id>_<k>_0.npy files")
+    parser.add_argument("--spec", metavar="NAME", help="hold the recall to this spec's figures; else it is only shown")
+    parser.add_argument("--backend", default="om", help="whose figures of the spec (default: %(default)s)")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    """Embeddings to recall@k both ways; prints the recipe's Metrics line."""
+    from clipval import embeddings, gates, retrieval, spec
+    from clipval.backends import Identity
+
+    vision, text = (embeddings.read(folder, width=None) for folder in (args.vision_embeds, args.text_embeds))
+    if args.data_dir is not None:
+        from clipval.datasets import karpathy
+
+        dataset = karpathy.read(args.data_dir, captions_format=args.captions_format)
+        vision, text = embeddings.align(vision, dataset.image_ids), embeddings.align(text, dataset.caption_ids)
+    row = {name: n for n, name in enumerate(vision.ids)}
+    owners = [embeddings.image_id_of(name) for name in text.ids]
+    stray = [name for name, owner in zip(text.ids, owners) if owner not in row]
+    if stray:
+        raise InputError(
+            f"{args.text_embeds}: caption {stray[0]} belongs to image {embeddings.image_id_of(stray[0])}, which is not "
+            f"in {args.vision_embeds} ({len(stray)} such captions)"
+        )
+    owner = np.array([row[name] for name in owners])
+    found = retrieval.evaluate(vision.ids, vision.values, text.ids, text.values, owner)
+    recipe = found.metrics((retrieval.GATED_K,))
+    print(f"Metrics: {recipe}")
+    for direction in found.directions:
+        shown = ", ".join(f"R@{k} {direction.recall(k):.4f} ({direction.hits(k)})" for k in retrieval.KS)
+        print(f"{direction.name}: {shown}, median rank {np.median(direction.ranks):g}, {len(direction.ranks)} queries")
+    if args.spec is None:
+        return 0
+    wanted, where = spec.load(args.spec), Identity(args.backend, "saved embeddings", str(args.vision_embeds), "unknown")
+    figures = [one for metric in gates.gated_metrics(wanted) for one in gates.recall(found, where, wanted, metric)]
+    return _judged(figures)
+
+
+def _judged(figures: Sequence[Any]) -> int:
+    for figure in figures:
+        print(f"{figure.verdict.upper():4}  {figure.metric} {figure.measured:.4f}, reference {figure.reference}")
+        if figure.message:
+            print(f"      {figure.message}")
+    return int(any(figure.verdict == "fail" for figure in figures))
+
+
+COMMANDS = {
+    "preprocess": Command(_declare_preprocess, _preprocess, "images and captions to arrays"),
+    "export": Command(_declare_export, _export, "both towers to ONNX"),
+    "compile": Command(_declare_compile, _compile, "ONNX to OM with atc"),
+    "embed": Command(_declare_embed, _embed, "arrays to embeddings, by any backend"),
+    "evaluate": Command(_declare_evaluate, _evaluate, "embeddings to recall"),
+}

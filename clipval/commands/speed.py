@@ -1,0 +1,147 @@
+"""Throughput without a test runner: rows of one process, and a baseline of several."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
+from clipval.errors import InputError, UsageError
+from clipval.options import add_options, at_least
+
+
+def _declare_bench(parser: Parser) -> None:
+    model_options(parser)
+    names = ["--data-dir", "--backends", "--batch-sizes", "--onnx-providers", "--device-id", "--precision-mode"]
+    names += ["--soc-version", "--om-dir", "--allow-simulated", "--perf-min-time", "--perf-max-time", "--perf-noise"]
+    add_options(parser.add_argument, names)
+    parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as ais_bench takes it")
+    parser.add_argument(
+        "--batchsize", "--batch-size", type=at_least(int, 1), metavar="N", help="of --model; default: the OM file's"
+    )
+    parser.add_argument("--loop", type=int, metavar="N", help="timed calls, instead of a time")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the rows as a baseline of one session")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """Throughput of one model file, or of every backend, tower and batch size of the spec.
+
+    Exit code 1: --save was given, and a row computes something else, was disturbed, or has too few calls.
+    """
+    from clipval import baseline, bench, throughput
+    from clipval.throughput import BAD_OUTPUT, BUSY, INSUFFICIENT
+
+    if args.loop is not None and args.loop < 1:
+        raise UsageError(f"bench --loop {args.loop}: at least 1")
+    chain = chain_of(args)
+    rows: Dict[str, List[float]] = {}
+    made_by: Dict[str, str] = {}
+    pace = throughput.Pace()
+    useless: List[str] = []
+    print(
+        "row                            samples/s  95 % interval          1000*bs/mean ms  undisturbed  rounds  verdict"
+    )
+    for backend, size in _benched(chain, args):
+        for scope, (row, verdict, reason) in _bench_row(chain, backend, size, args, pace).items():
+            name = baseline.row_name(backend.identity.name, backend.tower.name, size, scope)
+            rows[name], made_by[backend.identity.name] = [row.undisturbed], str(backend.identity)
+            useless += [f"{name} is {verdict}: {reason}"] if verdict in (BAD_OUTPUT, BUSY, INSUFFICIENT) else []
+            low, high = row.interval
+            print(
+                f"{name:30} {row.samples_per_second:9.1f}  {low:9.1f} .. {high:9.1f}  "
+                f"{row.samples_per_second_mean:15.1f}  {row.undisturbed:11.1f}  {row.rounds:6}  "
+                f"{verdict} {reason}".rstrip()
+            )
+    chain.close()
+    for identity in made_by.values():
+        print(f"by {identity}")
+    if args.save and useless:
+        print(f"bench --save: no baseline is made of this session, {useless[0]}", file=sys.stderr)
+        return 1
+    if args.save:
+        baseline.save(baseline.Baseline(bench.baseline_key(chain, made_by), rows, pace.best), args.save)
+    return 0
+
+
+def _benched(chain: Any, args: argparse.Namespace) -> Any:
+    """Open backends one after the other, with the batch size to measure."""
+    if args.model is None:
+        for name in chain.settings.validated:
+            for tower in chain.towers.values():
+                for size in chain.batch_sizes:
+                    yield chain.backend(name, tower, size), size
+        return
+    kind = {".onnx": "onnx", ".om": "om"}.get(args.model.suffix)
+    size = args.batchsize or batch_of_name(args.model) or 1
+    if kind is None or not args.model.is_file():
+        raise UsageError(f"bench --model {args.model}: no such .onnx or .om file")
+    name = "text" if "text" in args.model.stem else "vision"
+    tower = tower_of_onnx(args.model) if kind == "onnx" else chain.towers[name]
+    backend = chain.open_file(kind, tower, args.model, size)
+    yield backend, size
+    backend.close()
+
+
+def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace, pace: Any) -> Dict[str, Any]:
+    """One row; for a baseline timed for all of `--perf-max-time`, beside the machine's own speed."""
+    from clipval import bench, perf, throughput
+    from clipval.export import example_rows
+
+    tower = backend.tower
+    rows = chain.prepared.rows[tower.name] if args.model is None else example_rows(tower, 2 * size)
+    limits: Dict[str, Any] = {"seconds": args.perf_min_time, "cap": args.perf_max_time}
+    limits.update(rounds=args.loop, noise=args.perf_noise, whole=args.save is not None)
+    feed = throughput.Feed(rows, size)
+    if args.model is None and chain.spec.parity:  # PyTorch is at hand, and bounds to hold the outputs to it
+        limits["check"] = lambda: bench.check_outputs(chain, backend, feed)
+    if args.save and perf.on_host(backend.identity):
+        pace.now()
+        limits["between"] = pace.now
+    return throughput.measure(backend, feed, size, busy=lambda: chain.busy(backend.identity.name), **limits)
+
+
+def _declare_baseline(parser: Parser) -> None:
+    _declare_bench(parser)
+    parser.add_argument("--sessions", type=int, default=5, metavar="N", help="fresh processes (default: %(default)s)")
+
+
+def _make_baseline(args: argparse.Namespace) -> int:
+    """Throughput of several fresh processes into one file, for pytest --baseline FILE."""
+    import subprocess
+    import tempfile
+
+    from clipval import baseline
+
+    if args.save is None or args.sessions < baseline.MIN_SESSIONS:
+        raise UsageError(f"baseline: give --save FILE and at least --sessions {baseline.MIN_SESSIONS}")
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{n}.json" for n in range(args.sessions)]
+        fixed = [sys.executable, "-m", "clipval", "bench", *_without(args.given[1:], "--sessions")]
+        for number, file in enumerate(files, 1):
+            print(f"session {number} of {args.sessions}", file=sys.stderr)
+            done = subprocess.run(
+                [*fixed, "--save", str(file)], stdout=subprocess.DEVNULL, check=False
+            )  # the last wins
+            if done.returncode:
+                raise InputError(f"baseline: session {number} ended with exit code {done.returncode}, see above")
+        made = baseline.merge([baseline.load(file) for file in files])
+    baseline.save(made, args.save)
+    print(f"{args.save}: {len(made.rows)} rows, {args.sessions} sessions, noise {baseline.noise(made):.2%}")
+    return 0
+
+
+def _without(arguments: Sequence[str], flag: str) -> List[str]:
+    """Arguments less one flag and its value."""
+    kept = [one for one in arguments if not one.startswith(f"{flag}=")]
+    if flag in kept:
+        place = kept.index(flag)
+        del kept[place : place + 2]
+    return kept
+
+
+COMMANDS = {
+    "bench": Command(_declare_bench, _bench, "throughput"),
+    "baseline": Command(_declare_baseline, _make_baseline, "throughput of several processes, to compare with"),
+}
