@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import numpy as np
 
+from clipval import environment
 from clipval.errors import BackendUnavailable, InputError, UsageError, one_line
 from clipval.store import sha256
 from clipval.towers import Tower, towers
@@ -123,10 +124,14 @@ def architecture(name: str) -> str:
         return path.stem
     if name not in open_clip.list_models():
         raise InputError(
-            f"model {name!r}: open_clip {open_clip.__version__} knows no such architecture; "
+            f"model {name!r}: open_clip {_open_clip_version()} knows no such architecture; "
             f"see open_clip.list_models(), or give a .json config file"
         )
     return name
+
+
+def _open_clip_version() -> Optional[str]:
+    return environment.version("open_clip_torch")  # the module itself has none in 2.20.0
 
 
 def find_weights(name: str, pretrained: str) -> Weights:
@@ -144,7 +149,7 @@ def find_weights(name: str, pretrained: str) -> Weights:
     if pretrained == RANDOM:
         import torch
 
-        identity = f"random seed {RANDOM_SEED} torch {torch.__version__} open_clip {open_clip.__version__}"
+        identity = f"random seed {RANDOM_SEED} torch {torch.__version__} open_clip {_open_clip_version()}"
         return Weights(RANDOM, None, hashlib.sha256(identity.encode()).hexdigest())
     path = Path(pretrained)
     tags = open_clip.list_pretrained_tags_by_model(arch)

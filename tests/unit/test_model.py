@@ -55,6 +55,15 @@ def test_random_weights_are_the_same_every_time(seeded):
     assert np.array_equal(text_embedding(again), text_embedding(seeded))
 
 
+def test_an_open_clip_that_does_not_know_its_version(monkeypatch):
+    """2.20.0, the recipe's own, has no `__version__`."""
+    wanted = model.find_weights(CONFIG, model.RANDOM)
+    monkeypatch.delattr(model.import_open_clip(), "__version__", raising=False)
+    assert model.find_weights(CONFIG, model.RANDOM) == wanted
+    with pytest.raises(InputError, match=r"open_clip \d+\.\d+.* knows no such architecture"):
+        model.find_weights("ViT-B-33", "random")
+
+
 class Harm:
     def __init__(self, file):
         self.file = file
