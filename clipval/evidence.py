@@ -97,6 +97,11 @@ def detail(figure: Figure, *keys: str) -> Any:
     return found
 
 
+def row_verdict(figure: Figure) -> str:
+    """What a row of throughput is worth: VALID, NOISY, ...; empty for any other figure."""
+    return str(detail(figure, "verdict") or "") if part(figure, 0) == "throughput" else ""
+
+
 class Gallery:
     """Small pictures and captions of samples, each made once."""
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Sequence
 
 from clipval import environment
 from clipval.chain import Chain
+from clipval.evidence import row_verdict
 from clipval.gates import ACCURACY, PERF
 from clipval.report import Run
-from clipval.results import FAIL, PASS, Figure, append
+from clipval.results import FAIL, INFO, PASS, Figure, append
 
 KEPT_RUNS = 20
 
@@ -92,9 +94,15 @@ class Ledger:
             figures=self.figures,
             expected=self.expected,
             missing=self.missing,
-            not_validated=[*chain.not_validated(), *self.notes],
+            not_validated=[*chain.not_validated(), *self.notes, *self._not_gated()],
             failures=self.failures,
         )
+
+    def _not_gated(self) -> List[str]:
+        verdicts = Counter(row_verdict(figure) for figure in self.figures if figure.verdict == INFO)
+        verdicts.pop("", None)
+        said = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+        return [f"throughput: rows ({said}) gate nothing; name --backends to gate them"] if said else []
 
     @property
     def failed(self) -> bool:

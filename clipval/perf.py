@@ -31,7 +31,7 @@ def row(
 
     Args:
         judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
-        required: the backend was named, so that anything but VALID fails.
+        required: the backend was named, so that anything but VALID fails; a row of another run is information.
         more: kept with the row: warm-up, load, end to end, threads, operations a second, the machine's own speed.
         earlier: how the row stands against the baseline, where one was given.
     """
@@ -54,7 +54,7 @@ def row(
         unit="samples/s",
         measured=found.samples_per_second,
         count=found.rounds,
-        verdict=FAIL if failed else INFO,
+        verdict=FAIL if failed else PASS if required else INFO,
         failure=("model" if verdict == BAD_OUTPUT else "perf") if failed else "",
         message=f"{gate}: the row is {verdict}, expected VALID: {reason}. Made by {where}" if failed else "",
         context=context(where, batch_size=batch_size, scope=scope),

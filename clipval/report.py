@@ -236,10 +236,15 @@ def _flat(table: Dict[str, Any], above: str = "") -> Dict[str, str]:
 
 
 def summary_table(run: Run) -> str:
-    """The table for a terminal: check, measured, reference, difference, verdict; one line a figure that gates."""
+    """The table for a terminal: check, measured, reference, difference, verdict.
+
+    One line a figure that gates, and one a row of throughput.
+    """
     judged = [figure for figure in run.figures if figure.verdict != INFO]
     rows = [("check", "measured", "reference", "difference", "verdict")]
-    for one in judged:
+    for one in run.figures:
+        if one.verdict == INFO and not evidence.row_verdict(one):
+            continue
         measured = evidence.number(one.measured, one.unit)
         rows.append((_name(one), measured, evidence.wanted(one), evidence.difference(one), _word(one)))
     rows += [(gate, "", "", "", "MISSING") for gate in run.missing[:NAMED]]
@@ -274,7 +279,7 @@ def _name(figure: Figure) -> str:
 
 def _word(figure: Figure) -> str:
     """The verdict as it is shown, with what must always stand beside it."""
-    verdict = {PASS: "pass", FAIL: "FAIL"}.get(figure.verdict, figure.verdict)
+    verdict = {PASS: "pass", FAIL: "FAIL"}.get(figure.verdict, evidence.row_verdict(figure) or figure.verdict)
     return f"{verdict} simulated" if figure.context.get("simulated") else verdict
 
 

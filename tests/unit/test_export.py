@@ -120,6 +120,7 @@ def test_a_provider_that_computes_nothing_is_an_error(files, providers):
         OnnxBackend(TEXT, files["text"], providers)
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_silent_fall_back_is_an_error(files, monkeypatch):
     import onnxruntime
 

@@ -1,11 +1,15 @@
 """The account of a run: what a -m expression promises, what is missing, what survives a crash."""
 
+import msgspec
 import pytest
 
 from clipval import ledger, results
+from clipval.chain import Chain
 from clipval.errors import InputError
 from clipval.ledger import Ledger
+from clipval.options import Settings
 from clipval.results import Figure
+from tests.unit.runs import throughput
 
 
 def figure(gate="parity/onnx/vision", verdict="pass"):
@@ -57,6 +61,14 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path):
     file.write_bytes(b"{broken\n" + file.read_bytes())
     with pytest.raises(InputError, match="r.jsonl, line 1"):
         results.read(file)
+
+
+def test_rows_of_throughput_that_gate_nothing_are_counted(tmp_path):
+    account = Ledger([], tmp_path / "r.jsonl")
+    rows = [throughput("onnx", "text", 8, 10.0, verdict) for verdict in ("NOISY", "VALID", "NOISY")]
+    account.add([*rows, msgspec.structs.replace(rows[0], verdict="pass"), figure(verdict="info")])
+    (line,) = account.run(Chain(Settings())).not_validated[-1:]
+    assert line.startswith("throughput: rows (2 NOISY, 1 VALID) gate nothing; name --backends")
 
 
 def test_figures_travel_as_json():

@@ -196,16 +196,19 @@ def test_the_terminal_table():
     ]
 
 
-def test_the_terminal_table_is_narrow_and_leaves_out_what_gates_nothing():
+def test_the_terminal_table_is_narrow_and_leaves_out_what_gates_nothing_but_throughput():
     long = Figure(gate="values/onnx/vision", metric="embeddings " * 20, unit="share", verdict="pass", measured=1.0)
-    run = make(figures=[*make().figures, long, throughput("onnx", "vision", 1, 20.0)], not_validated=[])
+    beside = Figure(gate="paired/onnx/x", metric="flips", unit="share", verdict="info", measured=1.0)
+    row = throughput("onnx", "vision", 1, 20.0, "NOISY")
+    run = make(figures=[*make().figures, long, beside, row], not_validated=[])
 
     table = report.summary_table(run)
 
     assert max(map(len, table.splitlines())) < 100
     assert "values/onnx/vision embeddings" in table
     assert ".. " in table
-    assert "throughput" not in table
+    assert table.splitlines()[-2].split() == ["throughput/onnx/vision/1", "samples/s", "20.0", "NOISY"]
+    assert "flips" not in table
     assert table.isascii()
 
 
@@ -257,7 +260,7 @@ def test_two_runs_side_by_side():
 | figure                               | before |  after |    difference | verdict      |
 | :----------------------------------- | -----: | -----: | ------------: | :----------- |
 | recall/onnx/text_retrieval_recall@5  | 0.9620 | 0.9500 | -1.20 pt, -12 | pass -> FAIL |
-| throughput/onnx/text/8 samples/s     |    100 |    110 |       +10.0 % | info         |
+| throughput/onnx/text/8 samples/s     |    100 |    110 |       +10.0 % | VALID        |
 | recall/onnx/image_retrieval_recall@1 | 0.5000 | 0.2500 |     -25.00 pt | pass         |
 
 ## What else differs

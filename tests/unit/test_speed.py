@@ -1,0 +1,60 @@
+"""The command that makes a baseline of several processes."""
+
+import argparse
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from clipval import baseline
+from clipval.commands.speed import COMMANDS
+from clipval.errors import InputError
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """Processes that end with the given exit codes; of each, the arguments."""
+    codes, started = [], []
+
+    def run(command, **_):
+        started.append(command)
+        code = codes.pop(0) if codes else 0
+        if code == 0:
+            rows = {"onnx/text/8/inference": [100.0 + len(started)]}
+            baseline.save(baseline.Baseline({"cpu": "x"}, rows, machine=1e9), Path(command[-1]))
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return codes, started
+
+
+def make(file):
+    given = ["baseline", "--save", str(file), "--sessions=5", "--batch-sizes", "8"]
+    return COMMANDS["baseline"].run(argparse.Namespace(save=file, sessions=5, given=given))
+
+
+def test_a_baseline_is_made_of_fresh_processes(sessions, tmp_path, capsys):
+    assert make(tmp_path / "b.json") == 0
+    _, started = sessions
+    assert len({command[-1] for command in started}) == 5
+    assert all("--sessions=5" not in command and "--batch-sizes" in command for command in started)
+    assert baseline.load(tmp_path / "b.json").rows == {"onnx/text/8/inference": [101.0, 102.0, 103.0, 104.0, 105.0]}
+    assert "1 rows, 5 sessions" in capsys.readouterr().out
+
+
+def test_a_session_that_was_disturbed_is_made_a_second_time(sessions, tmp_path, capsys):
+    codes, started = sessions
+    codes.extend([0, 1, 0, 0, 1])
+    assert make(tmp_path / "b.json") == 0
+    assert len(started) == 7
+    assert capsys.readouterr().err.count("once more") == 2
+
+
+@pytest.mark.parametrize(("ended", "tries"), [([0, 1, 1], 3), ([2], 1)])
+def test_a_session_that_fails_is_no_baseline(sessions, tmp_path, ended, tries):
+    codes, started = sessions
+    codes.extend(ended)
+    with pytest.raises(InputError, match=f"exit code {ended[-1]}, see above"):
+        make(tmp_path / "b.json")
+    assert len(started) == tries
+    assert not (tmp_path / "b.json").exists()
