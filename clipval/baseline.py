@@ -51,7 +51,7 @@ class Baseline(msgspec.Struct, frozen=True):
     Attributes:
         key: what must be equal for a comparison: processor or chip, versions, model, threads, protocol.
         rows: `backend/tower/batch/scope` -> one figure per session.
-        machine: FLOP/s of the machine's matrix product at its fastest; 0 where no row was computed on it.
+        machine: small matrix products a second at the fastest, see `throughput.Pace`; 0 for rows of other devices.
     """
 
     key: Dict[str, str]
@@ -102,7 +102,7 @@ def merge(sessions: Sequence[Baseline]) -> Baseline:
     """One baseline of all sessions of several.
 
     Raises:
-        InputError: no sessions, or they were not made alike.
+        InputError: no sessions, or they were not made alike: other settings, other rows, or on a slower machine.
     """
     if not sessions:
         raise InputError("baseline: no sessions to merge")
@@ -111,8 +111,17 @@ def merge(sessions: Sequence[Baseline]) -> Baseline:
         changed = differences(first, other.key)
         if changed or set(other.rows) != set(first.rows):
             raise InputError(f"baseline: sessions differ ({'; '.join(changed) or 'other rows'}); make them in one go")
+    slow = slow_sessions(sessions)
+    if slow:
+        raise InputError(f"baseline: the machine was slow in session {slow[0] + 1}; make it when the machine is quiet")
     rows = {name: [value for one in sessions for value in one.rows[name]] for name in first.rows}
     return Baseline(first.key, rows, max(one.machine for one in sessions))
+
+
+def slow_sessions(sessions: Sequence[Baseline]) -> List[int]:
+    """Indices of the sessions in which the machine never ran at the speed that it had in another."""
+    best = max(one.machine for one in sessions)
+    return [n for n, one in enumerate(sessions) if one.machine < SETTLED * best]
 
 
 def save(baseline: Baseline, file: Path) -> None:

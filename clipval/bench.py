@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from clipval.towers import Tower
 
 NEW_BATCHES = 3  # untimed batches that are tried before results are called kept
 FRESH = 50.0  # a kept result is thousands of times faster; a busy host makes single calls ten times slower
-PATIENCE = 3  # tries of a row that lost speed on a slow machine
+PATIENCE = 3  # tries of a row on a slow machine
 CHECKED_ROWS = 8  # of a timed batch that are compared with PyTorch
+
+Judged = Dict[str, Any]
 
 
 def check_outputs(chain: Chain, backend: Backend, feed: Feed) -> str:
@@ -65,38 +67,61 @@ def _kept_results(chain: Chain, backend: Backend, feed: Feed, known: float) -> s
 
 def second_try(
     chain: Chain, backend: Backend, feed: Feed, batch_size: int, *, estimate: float, pace: Optional[Pace]
-) -> Tuple[Dict[str, Any], Optional[baselines.Judgement]]:
+) -> Tuple[Judged, Optional[baselines.Judgement]]:
     """Measure a row again, warm, and hold it to the baseline where there is one.
 
-    A loss is only believed of a machine that was seen at its speed while it was measured, so that one with slow
-    neighbours gets `PATIENCE` tries.
+    A loss is only believed of a machine that was at its speed while it was measured.
 
     Args:
         estimate: seconds of a call; pace: of the processor that the backend computes on, None for another device.
     """
-    settings, shares = chain.settings, [0.0 if pace else 1.0]
-    limits: Dict[str, Any] = {"seconds": settings.perf_min_time, "cap": settings.perf_max_time}
+    settings = chain.settings
+    again = partial(
+        measure,
+        backend,
+        feed,
+        batch_size,
+        seconds=settings.perf_min_time,
+        cap=settings.perf_max_time,
+        estimate=estimate,
+        noise=settings.perf_noise,
+        whole=settings.baseline is not None,
+        busy=lambda: chain.busy(backend.identity.name),
+    )
 
-    def look() -> None:
-        shares.append(pace.now() if pace else 1.0)
+    def standing(judged: Judged) -> Optional[baselines.Judgement]:
+        return against_baseline(chain, backend.identity, backend.tower, batch_size, judged)
 
+    def no_loss(judged: Judged) -> bool:
+        earlier = standing(judged)
+        return earlier is None or earlier.status != baselines.REGRESSED
+
+    judged, share = settled(again, pace, no_loss)
+    earlier = standing(judged)
+    return judged, earlier and baselines.on_slow_machine(earlier, share)
+
+
+def settled(
+    again: Callable[..., Judged], pace: Optional[Pace], enough: Callable[[Judged], bool] = lambda judged: False
+) -> Tuple[Judged, float]:
+    """Measure until the machine was at its speed meanwhile, `PATIENCE` times at most: the last rows, and the share.
+
+    The share is the lower one of two looks in a row at the machine's speed, where it was highest: between those two it
+    was that fast all the time, which one look alone does not say.
+
+    Args:
+        again: measures once, and looks by `between` from time to time; pace: None for a device that is not the
+            processor. enough: rows that are good whatever the machine did.
+    """
+    look = pace.now if pace else lambda: 1.0
     for _ in range(PATIENCE):
-        judged = measure(
-            backend,
-            feed,
-            batch_size,
-            estimate=estimate,
-            noise=settings.perf_noise,
-            whole=settings.baseline is not None,
-            busy=lambda: chain.busy(backend.identity.name),
-            between=look,
-            **limits,
-        )
-        look()
-        earlier = against_baseline(chain, backend.identity, backend.tower, batch_size, judged)
-        if earlier is None or earlier.status != baselines.REGRESSED or max(shares) >= SETTLED:
+        shares = [look()]
+        judged = again(between=lambda seen=shares: seen.append(look()))
+        shares.append(look())
+        share = max(map(min, shares, shares[1:]))
+        if share >= SETTLED or enough(judged):
             break
-    return judged, earlier and baselines.on_slow_machine(earlier, max(shares))
+    return judged, share
 
 
 def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> Dict[str, float]:
@@ -126,7 +151,7 @@ def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> Dict[str, flo
 
 
 def against_baseline(
-    chain: Chain, where: Identity, tower: Tower, batch_size: int, judged: Dict[str, Any]
+    chain: Chain, where: Identity, tower: Tower, batch_size: int, judged: Judged
 ) -> Optional[baselines.Judgement]:
     """A row's standing against `--baseline`; None where none was given.
 

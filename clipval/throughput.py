@@ -20,7 +20,7 @@ import numpy as np
 
 from clipval.backends import Backend
 
-PROTOCOL = 3  # figures of another protocol are never compared
+PROTOCOL = 4  # figures of another protocol are never compared
 VALID, NOISY, THROTTLED, BUSY = "VALID", "NOISY", "THROTTLED", "BUSY"
 INSUFFICIENT, BAD_OUTPUT = "INSUFFICIENT", "BAD_OUTPUT"
 
@@ -39,7 +39,10 @@ DRIFT_BLOCKS = 8  # least points of a trend
 DRIFT = 0.05  # rise of the time of a call over the whole run, as a share of the median
 OTHERS = 0.5  # processor cores kept busy by others; on a large machine, where daemons always run, a share of its cores
 OTHERS_SHARE = 0.02
-SETTLED = 0.9  # of the machine's best speed; its matrix product repeats to 2 %
+SETTLED = 0.9  # of the machine's best speed, which repeats to 2 %
+PEAK_SIDE = 1536  # of a square matrix whose product keeps every core busy
+MEETING_SIDE = 192  # of one whose product is about 0.1 ms, so that threads wait for each other as a model's do
+MEETINGS = 64  # such products that are timed together
 PERCENTILES = {"p90": (90, 100), "p95": (95, 100), "p99": (99, 300)}  # name: (percentile, least rounds)
 
 
@@ -322,20 +325,27 @@ class HostLoad:
 class Pace:
     """How fast this machine's processors are at the moment, as a share of the fastest they were seen.
 
-    Neighbours of a virtual machine and falling clocks slow it down where /proc/stat shows nothing: on one such host the
-    matrix product made 310, 425 or 615 GFLOP/s for ten seconds at a time, and models went with it (correlation 0.8).
+    Told by small matrix products: they show what a large one and /proc/stat do not. On a virtual machine of two
+    processors that the host moves apart and together again, every few seconds or for minutes, threads that must meet
+    are slow while they are apart: the small products make 0.59 of their speed, models 0.6 to 0.85, a large product
+    0.92, and one thread 1.00.
 
     Args:
-        best: FLOP/s that are known to be possible, as from a baseline; 0 for none.
+        best: small products a second that are known to be possible, as from a baseline; 0 for none.
+        threads: of the backends; None for as many as the libraries take.
+
+    Attributes:
+        best: small products a second at the fastest; peak: FLOP/s of a large product at its fastest.
     """
 
-    def __init__(self, best: float = 0.0, measure: Callable[[], float] = lambda: matmul_peak(0.1)) -> None:
-        self.best = best
-        self._measure = measure
+    def __init__(self, best: float = 0.0, threads: Optional[int] = None) -> None:
+        self.best, self.peak = best, 0.0
+        self._threads = threads
 
     def now(self) -> float:
         """The share, in (0, 1]."""
-        found = self._measure()
+        self.peak = max(self.peak, matmul_peak(0.1))
+        found = small_products(0.1, self._threads)
         self.best = max(self.best, found)
         return found / self.best
 
@@ -437,11 +447,29 @@ def matmul_peak(seconds: float = 0.3, *, clock: Clock = time.perf_counter) -> fl
     Args:
         seconds: of products; the best of them counts.
     """
-    square = np.ones((1536, 1536), np.float32)
+    return 2 * PEAK_SIDE**3 * _products(PEAK_SIDE, 1, seconds, clock)
+
+
+def small_products(seconds: float, threads: Optional[int] = None, *, clock: Clock = time.perf_counter) -> float:
+    """Small float32 matrix products a second, on so many threads that must meet after each of them.
+
+    Args:
+        seconds: of products; the best `MEETINGS` in a row count. threads: None for those that numpy's BLAS takes.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=threads, user_api="blas"):
+        return _products(MEETING_SIDE, MEETINGS, seconds, clock)
+
+
+def _products(side: int, together: int, seconds: float, clock: Clock) -> float:
+    """Products a second of two square matrices, the best of those that were timed together."""
+    square = np.ones((side, side), np.float32)
     best, spent = math.inf, 0.0
     while spent < seconds:
         start = clock()
-        square @ square
+        for _ in range(together):
+            square @ square
         elapsed = clock() - start
         best, spent = min(best, elapsed), spent + elapsed
-    return 2 * 1536**3 / best
+    return together / best

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.perf
 def pace(chain):
     """How fast this machine is, against its best: of this session, or of the baseline's."""
     file = chain.settings.baseline
-    found = Pace(baseline.load(file).machine if file else 0.0)
+    found = Pace(baseline.load(file).machine if file else 0.0, chain.settings.threads)
     found.now()
     return found
 
@@ -81,7 +81,7 @@ def test_throughput(chain, record, pace, opened, tower_name, backend_name, batch
         "end_to_end": bench.end_to_end(chain, backend, batch_size),
         "threads": settings.threads,
         "machine_share": here and here.now(),
-        **perf.operations(chain.model_key["config"], tower, speed, here and here.best),
+        **perf.operations(chain.model_key["config"], tower, speed, here and here.peak),
     }
     wanted = {"spec": chain.spec, "required": settings.strict}
     figures = perf.row(judged, backend.identity, tower, batch_size, more=more, earlier=earlier, **wanted)

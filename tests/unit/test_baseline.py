@@ -210,5 +210,11 @@ def test_a_loss_that_the_machine_shows_too_is_no_comparison():
 
 
 def test_sessions_keep_the_machines_best():
-    sessions = [baseline.Baseline(KEY, {"a": [1.0]}, machine) for machine in (4e11, 6e11, 5e11)]
-    assert baseline.merge(sessions).machine == 6e11
+    sessions = [baseline.Baseline(KEY, {"a": [1.0]}, machine) for machine in (5.5e4, 6e4, 5.8e4)]
+    assert baseline.merge(sessions).machine == 6e4
+
+
+def test_a_session_of_a_slow_machine_is_not_merged():
+    sessions = [baseline.Baseline(KEY, {"a": [1.0]}, machine) for machine in (6e4, 3.6e4, 6e4)]
+    with pytest.raises(InputError, match="slow in session 2; make it when"):
+        baseline.merge(sessions)

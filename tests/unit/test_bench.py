@@ -19,7 +19,7 @@ class Backend:
 
 
 class Speeds:
-    """Shares of the machine's speed, one a try."""
+    """Shares of the machine's speed, one a look: two a try."""
 
     best = 1.0
 
@@ -59,20 +59,20 @@ def tried(monkeypatch, tmp_path):
 
 
 def test_a_loss_on_a_machine_at_its_speed_is_believed(tried):
-    _, earlier, made = tried([800.0], Speeds(1.0))
+    _, earlier, made = tried([800.0], Speeds(1.0, 0.95))
     assert (earlier.status, len(made)) == ("regressed", 1)
     assert made[0]["whole"]
 
 
 def test_a_loss_that_goes_away_was_the_machine(tried):
-    speed, earlier, made = tried([800.0, 1000.0], Speeds(0.5, 0.6))
+    speed, earlier, made = tried([800.0, 1000.0], Speeds(0.5, 0.6, 0.6, 0.6))
     assert (speed, earlier.status, len(made)) == (pytest.approx(1000), "ok", 2)
 
 
 def test_a_machine_that_stays_slow_allows_no_comparison(tried):
-    _, earlier, made = tried([800.0] * 3, Speeds(0.5, 0.7, 0.6))
+    _, earlier, made = tried([800.0] * 3, Speeds(0.5, 0.5, 1.0, 0.7, 0.6, 1.0))
     assert (earlier.status, len(made)) == ("slow_machine", bench.PATIENCE)
-    assert "70% of its speed" in earlier.reason
+    assert "60% of its speed" in earlier.reason  # of the last try, at its faster end
 
 
 def test_another_device_does_not_wait_for_the_processor(tried):
@@ -81,6 +81,23 @@ def test_another_device_does_not_wait_for_the_processor(tried):
 
 
 def test_without_a_baseline_one_try_ends_when_it_is_valid(tried):
-    _, earlier, made = tried([800.0], Speeds(0.5), file=False)
+    _, earlier, made = tried([800.0], Speeds(0.5, 0.5), file=False)
     assert (earlier, len(made)) == (None, 1)
     assert not made[0]["whole"]
+
+
+@pytest.mark.parametrize(
+    ("looks", "share"),
+    [
+        ([1.0, 0.5, 0.6, 0.7], 0.6),  # no two looks in a row at its speed
+        ([0.5, 0.92, 0.94, 0.5], 0.92),
+        ([0.5, 0.5, 0.5, 1.0], 0.5),
+    ],
+)
+def test_a_machine_was_at_its_speed_between_two_looks_that_say_so(looks, share):
+    def again(between):
+        between()
+        between()
+        return {}
+
+    assert bench.settled(again, Speeds(*looks), lambda judged: True) == ({}, share)

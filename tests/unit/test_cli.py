@@ -117,6 +117,16 @@ def test_a_disturbed_session_is_no_baseline(verdict, recipe, capsys, monkeypatch
     assert not (recipe / "none.json").exists()
 
 
+def test_a_session_on_a_slow_machine_is_no_baseline(recipe, capsys, monkeypatch):
+    row = throughput.summarise([0.1] * 9, 4, "inference")
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: {"inference": (row, "VALID", "")})
+    monkeypatch.setattr(throughput.Pace, "now", lambda pace: 0.61)
+    model = ["--model", recipe / "models" / "vit_b_32_text.onnx", "--batchsize", 4]
+    assert run("bench", *model, "--save", recipe / "none.json") == 1
+    assert "onnx/text/4/inference is BUSY: the machine ran at 61% of its speed" in capsys.readouterr().err
+    assert not (recipe / "none.json").exists()
+
+
 def _spec(folder, more=""):
     file = folder / "any.toml"
     text = 'name = "any"\ntitle = "any"\n[model]\nname = "x"\n[data]\nname = "any"\n'

@@ -392,18 +392,34 @@ def test_a_row_is_plain_json():
     assert json.loads(json.dumps(found))["rounds"] == 20
 
 
-class Speeds:
-    """FLOP/s of a machine, one after the other, a second each; the last one stays."""
-
-    def __init__(self, *speeds):
-        self.left, self.now = list(speeds), 0.0
-
-    def __call__(self):
-        self.now += 1
-        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
+def test_small_products_are_those_of_the_best_row_of_them():
+    ticks = iter([0.0, 0.4, 1.0, 1.2, 2.0, 2.5])
+    found = throughput.small_products(1.0, clock=lambda: next(ticks))
+    assert found == pytest.approx(throughput.MEETINGS / 0.2)
 
 
-def test_a_faster_machine_than_known_is_the_new_best():
-    pace = throughput.Pace(500.0, measure=Speeds(600.0, 300.0))
-    assert (pace.now(), pace.best) == (1.0, 600.0)
-    assert pace.now() == 0.5
+def test_small_products_take_the_threads_of_the_backends():
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    def clock():
+        seen.append(threads())
+        return float(len(seen))
+
+    before, seen = threads(), []
+    throughput.small_products(1.0, 1, clock=clock)
+    assert before
+    assert seen == [[1] * len(before)] * 2
+    assert threads() == before
+
+
+def test_the_pace_is_a_share_of_the_best(monkeypatch):
+    asked, speeds, peaks = [], iter([600.0, 300.0]), iter([4e9, 3e9])
+    monkeypatch.setattr(throughput, "small_products", lambda seconds, threads: asked.append(threads) or next(speeds))
+    monkeypatch.setattr(throughput, "matmul_peak", lambda seconds: next(peaks))
+    pace = throughput.Pace(500.0, threads=3)
+    assert (pace.now(), pace.best) == (1.0, 600.0)  # faster than was known
+    assert (pace.now(), pace.best) == (0.5, 600.0)
+    assert (pace.peak, asked) == (4e9, [3, 3])
