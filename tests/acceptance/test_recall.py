@@ -2,14 +2,14 @@
 
 import pytest
 
-from clipval import gates
+from clipval import accuracy
 
 pytestmark = pytest.mark.accuracy
 
 
 def test_recall(chain, record, backend_name, metric):
     where = chain.embeddings(backend_name, chain.towers["text"]).identity
-    record(gates.recall(chain.retrieval(backend_name), where, chain.spec, metric))
+    record(accuracy.recall(chain.retrieval(backend_name), where, chain.spec, metric))
 
 
 def test_recall_beside_pytorch(chain, record, candidate_name, paired_metric):
@@ -19,4 +19,4 @@ def test_recall_beside_pytorch(chain, record, candidate_name, paired_metric):
     def retrieved(direction, query_id):
         return chain.retrieved(candidate_name, direction, query_id)
 
-    record(gates.paired(chain.retrieval("pytorch"), chain.retrieval(candidate_name), where, bounds, retrieved))
+    record(accuracy.paired(chain.retrieval("pytorch"), chain.retrieval(candidate_name), where, bounds, retrieved))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipval import gates, parity, spec
+from clipval import accuracy, parity, spec
 from clipval.backends import Identity
 from clipval.embeddings import Embeddings
 from clipval.errors import InputError
@@ -22,7 +22,7 @@ def rows():
 
 
 def failed(reference, candidate):
-    found = gates.agreement(Embeddings(IDS, reference), Embeddings(IDS, candidate), WHERE, VISION, BOUNDS)
+    found = accuracy.agreement(Embeddings(IDS, reference), Embeddings(IDS, candidate), WHERE, VISION, BOUNDS)
     return [figure for figure in found if figure.verdict == "fail"]
 
 
