@@ -25,7 +25,8 @@ import msgspec
 import numpy as np
 
 from clipval.errors import InputError
-from clipval.throughput import PROTOCOL, SETTLED
+from clipval.machine import SETTLED
+from clipval.throughput import PROTOCOL
 
 SCHEMA = 1
 MIN_SESSIONS = 5
@@ -51,7 +52,7 @@ class Baseline(msgspec.Struct, frozen=True):
     Attributes:
         key: what must be equal for a comparison: processor or chip, versions, model, threads, protocol.
         rows: `backend/tower/batch/scope` -> one figure per session.
-        machine: small matrix products a second at the fastest, see `throughput.Pace`; 0 for rows of other devices.
+        machine: small matrix products a second at the fastest, see `machine.Pace`; 0 for rows of other devices.
     """
 
     key: Dict[str, str]
@@ -226,7 +227,7 @@ def on_slow_machine(found: Judgement, share: float) -> Judgement:
 
     Args:
         share: most of the speed that the machine had when the baseline was made, while the row was measured; see
-            `throughput.Pace`.
+            `machine.Pace`.
     """
     if found.status != REGRESSED or share >= SETTLED:
         return found

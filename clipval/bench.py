@@ -13,8 +13,9 @@ from clipval import baseline as baselines
 from clipval import environment, preprocess
 from clipval.backends import REFERENCE, Backend, Identity
 from clipval.chain import Chain
+from clipval.machine import SETTLED, Pace
 from clipval.parity import compare
-from clipval.throughput import SETTLED, Feed, Pace, measure, time_calls
+from clipval.throughput import Feed, measure, time_calls
 from clipval.towers import Tower
 
 NEW_BATCHES = 3  # untimed batches that are tried before results are called kept

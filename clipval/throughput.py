@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import msgspec
 import numpy as np
 
 from clipval.backends import Backend
+from clipval.machine import Clock, HostLoad
 
 PROTOCOL = 4  # figures of another protocol are never compared
 VALID, NOISY, THROTTLED, BUSY = "VALID", "NOISY", "THROTTLED", "BUSY"
@@ -37,12 +36,6 @@ STABLE = 0.02  # warm when the median of the last calls is within 2 % of the cal
 NOISE = {"inference": 0.05, "execute": 0.025}
 DRIFT_BLOCKS = 8  # least points of a trend
 DRIFT = 0.05  # rise of the time of a call over the whole run, as a share of the median
-OTHERS = 0.5  # processor cores kept busy by others; on a large machine, where daemons always run, a share of its cores
-OTHERS_SHARE = 0.02
-SETTLED = 0.9  # of the machine's best speed, which repeats to 2 %
-PEAK_SIDE = 1536  # of a square matrix whose product keeps every core busy
-MEETING_SIDE = 192  # of one whose product is about 0.1 ms, so that threads wait for each other as a model's do
-MEETINGS = 64  # such products that are timed together
 PERCENTILES = {"p90": (90, 100), "p95": (95, 100), "p99": (99, 300)}  # name: (percentile, least rounds)
 
 
@@ -74,9 +67,6 @@ class WarmUp(msgspec.Struct, frozen=True):
     first_call: float
     estimate: float
     stable: bool
-
-
-Clock = Callable[[], float]
 
 
 def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock = time.perf_counter) -> WarmUp:
@@ -294,62 +284,6 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-class HostLoad:
-    """Processor time that others use while something is measured, from Linux's /proc/stat."""
-
-    def __init__(self) -> None:
-        self._start = self._read()
-
-    def busy(self) -> str:
-        """Why the host is not idle, empty where it is or where this system does not tell."""
-        now, start = self._read(), self._start
-        if now is None or start is None or now[2] - start[2] < 0.2:
-            return ""
-        others = ((now[0] - start[0]) - (now[1] - start[1])) / (now[2] - start[2])
-        allowed = max(OTHERS, OTHERS_SHARE * (os.cpu_count() or 1))
-        return f"other processes kept {others:.1f} cores busy, allowed {allowed:.1f}" if others > allowed else ""
-
-    @staticmethod
-    def _read() -> Optional[Tuple[float, float, float]]:
-        """Seconds of processor time used by all, by this process and its children, and of the wall clock."""
-        try:
-            fields = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]]
-        except (OSError, ValueError):
-            return None
-        idle = fields[3] + fields[4]
-        ticks = os.sysconf("SC_CLK_TCK")
-        own = os.times()
-        return (sum(fields[:8]) - idle) / ticks, sum(own[:4]), time.monotonic()
-
-
-class Pace:
-    """How fast this machine's processors are at the moment, as a share of the fastest they were seen.
-
-    Told by small matrix products: they show what a large one and /proc/stat do not. On a virtual machine of two
-    processors that the host moves apart and together again, every few seconds or for minutes, threads that must meet
-    are slow while they are apart: the small products make 0.59 of their speed, models 0.6 to 0.85, a large product
-    0.92, and one thread 1.00.
-
-    Args:
-        best: small products a second that are known to be possible, as from a baseline; 0 for none.
-        threads: of the backends; None for as many as the libraries take.
-
-    Attributes:
-        best: small products a second at the fastest; peak: FLOP/s of a large product at its fastest.
-    """
-
-    def __init__(self, best: float = 0.0, threads: Optional[int] = None) -> None:
-        self.best, self.peak = best, 0.0
-        self._threads = threads
-
-    def now(self) -> float:
-        """The share, in (0, 1]."""
-        self.peak = max(self.peak, matmul_peak(0.1))
-        found = small_products(0.1, self._threads)
-        self.best = max(self.best, found)
-        return found / self.best
-
-
 def time_calls(call: Callable[[], Any], rounds: int, *, clock: Clock = time.perf_counter) -> List[float]:
     """Seconds of each of `rounds` calls, garbage collection off."""
     times = []
@@ -439,37 +373,3 @@ def flops_per_sample(config: Dict[str, Any], tower: str) -> Optional[float]:
         tokens = part.get("context_length", 77)
     layer = (4 + 2 * ratio) * width**2 * tokens + 2 * tokens**2 * width
     return float(2 * (stem + part["layers"] * layer + width * config["embed_dim"]))
-
-
-def matmul_peak(seconds: float = 0.3, *, clock: Clock = time.perf_counter) -> float:
-    """FLOP/s of this machine's float32 matrix product as numpy has it, on the threads that its BLAS takes.
-
-    Args:
-        seconds: of products; the best of them counts.
-    """
-    return 2 * PEAK_SIDE**3 * _products(PEAK_SIDE, 1, seconds, clock)
-
-
-def small_products(seconds: float, threads: Optional[int] = None, *, clock: Clock = time.perf_counter) -> float:
-    """Small float32 matrix products a second, on so many threads that must meet after each of them.
-
-    Args:
-        seconds: of products; the best `MEETINGS` in a row count. threads: None for those that numpy's BLAS takes.
-    """
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(limits=threads, user_api="blas"):
-        return _products(MEETING_SIDE, MEETINGS, seconds, clock)
-
-
-def _products(side: int, together: int, seconds: float, clock: Clock) -> float:
-    """Products a second of two square matrices, the best of those that were timed together."""
-    square = np.ones((side, side), np.float32)
-    best, spent = math.inf, 0.0
-    while spent < seconds:
-        start = clock()
-        for _ in range(together):
-            square @ square
-        elapsed = clock() - start
-        best, spent = min(best, elapsed), spent + elapsed
-    return together / best

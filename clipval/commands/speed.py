@@ -31,7 +31,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     Exit code 1: --save was given, and a row computes something else, was disturbed, or has too few calls.
     """
-    from clipval import baseline, bench, throughput
+    from clipval import baseline, bench, machine
     from clipval.throughput import BAD_OUTPUT, BUSY, INSUFFICIENT
 
     if args.loop is not None and args.loop < 1:
@@ -39,7 +39,7 @@ def _bench(args: argparse.Namespace) -> int:
     chain = chain_of(args)
     rows: Dict[str, List[float]] = {}
     made_by: Dict[str, str] = {}
-    pace = throughput.Pace(threads=args.threads)
+    pace = machine.Pace(threads=args.threads)
     useless: List[str] = []
     print(
         "row                            samples/s  95 % interval          1000*bs/mean ms  undisturbed  rounds  verdict"
@@ -87,7 +87,7 @@ def _benched(chain: Any, args: argparse.Namespace) -> Any:
 
 def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace, pace: Any) -> Dict[str, Any]:
     """One row; for a baseline timed for all of `--perf-max-time`, beside the machine's own speed."""
-    from clipval import bench, perf, throughput
+    from clipval import bench, machine, perf, throughput
     from clipval.export import example_rows
 
     tower = backend.tower
@@ -102,7 +102,7 @@ def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace, pa
     if not args.save:
         return dict(again())
     rows, share = bench.settled(again, pace if perf.on_host(backend.identity) else None)
-    if share < throughput.SETTLED:
+    if share < machine.SETTLED:
         slow = (throughput.BUSY, f"the machine ran at {share:.0%} of its speed at best")
         return {
             scope: found if found[1] == throughput.BAD_OUTPUT else (found[0], *slow) for scope, found in rows.items()

@@ -6,7 +6,8 @@ import pytest
 
 from clipval import baseline, bench, perf, throughput
 from clipval.baseline import REGRESSED
-from clipval.throughput import BAD_OUTPUT, VALID, Feed, HostLoad, Pace
+from clipval.machine import HostLoad, Pace
+from clipval.throughput import BAD_OUTPUT, VALID, Feed
 
 pytestmark = pytest.mark.perf
 
@@ -60,7 +61,7 @@ def test_throughput(chain, record, pace, opened, tower_name, backend_name, batch
     host, busy = HostLoad(), chain.busy(backend_name)
 
     warm, times = timed(benchmark, backend, feed, budget)
-    busy = busy or host.busy() or chain.busy(backend_name)
+    cores, busy = host.cores(), busy or host.busy() or chain.busy(backend_name)
     rows = {scope: throughput.summarise(seconds, batch_size, scope) for scope, seconds in times.items()}
     judged = {
         scope: (row, *throughput.verdict(row, busy=busy, noise=settings.perf_noise)) for scope, row in rows.items()
@@ -80,6 +81,7 @@ def test_throughput(chain, record, pace, opened, tower_name, backend_name, batch
         "load_seconds": load_seconds,
         "end_to_end": bench.end_to_end(chain, backend, batch_size),
         "threads": settings.threads,
+        "cores": cores,
         "machine_share": here and here.now(),
         **perf.operations(chain.model_key["config"], tower, speed, here and here.peak),
     }

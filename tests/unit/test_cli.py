@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from clipval import cli, embeddings, spec, throughput
+from clipval import cli, embeddings, machine, spec, throughput
 from clipval.datasets import karpathy, shapes
 from clipval.spec import FOLDER
 from clipval.towers import TEXT
@@ -99,7 +99,8 @@ def test_bench_writes_a_session_of_a_baseline(recipe, monkeypatch):
     given = ["--model-name", CONFIG, "--pretrained", WEIGHTS, "--workdir", recipe / "work", "--backends", "pytorch"]
     given += ["--data-dir", recipe / "data", "--batch-sizes", "4", "--perf-min-time", "0.02", "--spec", _spec(recipe)]
     given += ["--perf-max-time", "1"]
-    monkeypatch.setattr(throughput.HostLoad, "_read", staticmethod(lambda: None))  # other workers may be busy
+    monkeypatch.setattr(machine.HostLoad, "_read", staticmethod(lambda: None))  # other workers may be busy
+    monkeypatch.setattr(machine.Pace, "now", lambda pace: 1.0)
     assert run("bench", *given, "--save", recipe / "session.json") == 0
     rows = baseline.load(recipe / "session.json").rows
     assert sorted(rows) == ["pytorch/text/4/inference", "pytorch/vision/4/inference"]
@@ -120,7 +121,7 @@ def test_a_disturbed_session_is_no_baseline(verdict, recipe, capsys, monkeypatch
 def test_a_session_on_a_slow_machine_is_no_baseline(recipe, capsys, monkeypatch):
     row = throughput.summarise([0.1] * 9, 4, "inference")
     monkeypatch.setattr(throughput, "measure", lambda *_, **__: {"inference": (row, "VALID", "")})
-    monkeypatch.setattr(throughput.Pace, "now", lambda pace: 0.61)
+    monkeypatch.setattr(machine.Pace, "now", lambda pace: 0.61)
     model = ["--model", recipe / "models" / "vit_b_32_text.onnx", "--batchsize", 4]
     assert run("bench", *model, "--save", recipe / "none.json") == 1
     assert "onnx/text/4/inference is BUSY: the machine ran at 61% of its speed" in capsys.readouterr().err
