@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from clipval import gates, ledger, options, report
+from clipval import baseline, evidence, gates, ledger, options, perf, report
 from clipval.chain import Chain
 from clipval.errors import ClipvalError
 from clipval.results import FAIL, from_json, to_json
@@ -78,14 +78,27 @@ def _promise(config):
     chain, settings = config.stash[CHAIN], config.stash[CHAIN].settings
     spec = chain.spec  # read here, so that a mistake in it is a usage error of any run
     narrowed = config.option.keyword or config.getoption("lf", False) or _selected_paths(config)
-    if hasattr(config, "workerinput") or config.option.collectonly or (narrowed and not settings.strict):
+    if hasattr(config, "workerinput") or config.option.collectonly:
         return []
     kinds = ledger.kinds(config.option.markexpr)
+    compared = _compared(settings, kinds)
+    if narrowed and not settings.strict:
+        return compared
     if _distributed(config) and gates.PERF in kinds:
-        if settings.strict or gates.ACCURACY not in kinds:
+        if settings.strict or compared or gates.ACCURACY not in kinds:
             raise pytest.UsageError("throughput cannot be measured by several workers at once; run perf without -n")
         kinds.remove(gates.PERF)
-    return gates.expected(spec, settings.validated, chain.batch_sizes, kinds, chain.trained)
+    return gates.expected(spec, settings.validated, chain.batch_sizes, kinds, chain.trained) + compared
+
+
+def _compared(settings, kinds):
+    """The gate that a baseline promises, which is read now: a comparison that was asked for is made, or fails."""
+    if settings.baseline is None:
+        return []
+    baseline.load(settings.baseline)
+    if gates.PERF not in kinds:
+        raise pytest.UsageError("--baseline compares throughput, which -m leaves out; add perf to it")
+    return [perf.BASELINE_ROWS]
 
 
 def _selected_paths(config):
@@ -159,6 +172,8 @@ def record(request):
     def record(figures):
         request.node.stash.setdefault(FIGURES, []).extend(figures)
         request.node.user_properties.extend((f"{one.gate} {one.metric}", one.measured) for one in figures)
+        rows = [(f"{one.gate} is", evidence.row_verdict(one)) for one in figures]
+        request.node.user_properties.extend(row for row in rows if row[1])
         failed = [one.message for one in figures if one.verdict == FAIL]
         assert figures, "a gate without a figure"
         if failed:
@@ -224,6 +239,9 @@ class Keeper:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session, exitstatus):
         """A promised gate without a figure fails the run, whatever pytest makes of it (no tests ran, all passed)."""
+        if exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR) and not self.account.failures:
+            message = "the run ended before its tests did"
+            self.account.failures.append({"class": "error", "test": "session", "message": message})
         if self.account.failed and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -62,11 +62,11 @@ class Baseline(msgspec.Struct, frozen=True):
 
 
 class Judgement(NamedTuple):
-    """What a row is against the baseline: status, expected samples/s, the bound, and a sentence."""
+    """What a row is against the baseline: status, expected samples/s and the bound where there are any, a sentence."""
 
     status: str
-    expected: float
-    bound: float
+    expected: Optional[float]
+    bound: Optional[float]
     reason: str
 
 
@@ -76,13 +76,13 @@ def row_name(backend: str, tower: str, batch_size: int, scope: str) -> str:
 
 
 def key_of(
-    environment: Mapping[str, Any], model: str, threads: Optional[int], backends: Mapping[str, str]
+    environment: Mapping[str, Any], model: str, threads: Optional[int], backends: Mapping[str, str], om: str = ""
 ) -> Dict[str, str]:
     """What makes two runs comparable.
 
     Args:
         environment: of `clipval.environment.describe`; model: hash of the weights; backends: name -> identity,
-            which holds version, device and precision, and for OM chip, driver and CANN.
+            which holds version, device and precision, and for OM chip, driver and CANN. om: what else OM files are of.
     """
     packages = environment["packages"]
     versions = {name: packages.get(name, "absent") for name in ("torch", "onnxruntime", "numpy")}
@@ -95,6 +95,7 @@ def key_of(
         "threads": str(threads),
         **{name: str(environment.get("variables", {}).get(name, "unset")) for name in THREAD_VARIABLES},
         "protocol": str(PROTOCOL),
+        **({"om": om} if om else {}),
         **{f"backend {name}": identity for name, identity in backends.items()},
     }
 
@@ -250,10 +251,12 @@ def judge(baseline: Baseline, key: Mapping[str, str], name: str, measured: float
 
     changed = differences(baseline, key)
     if changed:
-        return Judgement(NOT_COMPARABLE, 0.0, 0.0, f"the baseline is of another setting: {changed[0]}")
+        return Judgement(NOT_COMPARABLE, None, None, f"the baseline is of another setting: {changed[0]}")
     values = baseline.rows.get(name, [])
     if len(values) < MIN_SESSIONS:
-        return Judgement(NO_BASELINE, 0.0, 0.0, f"{len(values)} sessions of {name}, at least {MIN_SESSIONS} are needed")
+        return Judgement(
+            NO_BASELINE, None, None, f"{len(values)} sessions of {name}, at least {MIN_SESSIONS} are needed"
+        )
     deviation, degrees = row_noise(baseline, name)
     spread = deviation * np.sqrt(1 + np.pi / 2 / len(values))  # pi / 2: a median is that much less sure than a mean
     near, far = t.ppf([1 - FALSE_ALARM, 1 - RARE_ALARM], degrees) * spread

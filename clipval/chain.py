@@ -34,6 +34,14 @@ class Opened(NamedTuple):
     embeddings: Embeddings
 
 
+class ColdStart(NamedTuple):
+    """A backend that was opened anew: seconds from its file to ready, and of its first call, at a batch size."""
+
+    load_seconds: float
+    first_inference_seconds: float
+    batch_size: int
+
+
 class Chain:
     """One run's artifacts. Nothing is built before it is asked for.
 
@@ -50,6 +58,7 @@ class Chain:
         self._backends: Dict[Tuple[str, str, Optional[int]], Backend] = {}
         self._embeddings: Dict[Tuple[str, str], Opened] = {}
         self._retrievals: Dict[str, Retrieval] = {}
+        self._cold: Dict[Tuple[str, str, Optional[int]], ColdStart] = {}
         self._npu_before: Dict[int, Any] = {}
         self._own_pids: Set[int] = set()
 
@@ -228,9 +237,19 @@ class Chain:
             raise InputError(f"--om-dir {folder}: expected one file {pattern}, found {listed}")
         return found[0]
 
+    @cached_property
+    def om_origin(self) -> str:
+        """What OM files depend on beside model, chip and precision: atc's other options, or the ready files."""
+        chosen = self.settings
+        if chosen.om_dir is not None:
+            files = sorted(chosen.om_dir.glob("*.om"))
+            return " ".join(["ready", *(f"{file.name} {store.sha256(file)}" for file in files)])
+        kept = [f"keep {store.sha256(chosen.keep_dtype)}"] if chosen.keep_dtype else []
+        return " ".join([*kept, *chosen.atc_flags])
+
     def backend(self, name: str, tower: Tower, batch_size: int) -> Backend:
         """An open backend; for OM, one that takes just this batch size."""
-        key = (name, tower.name, batch_size if kind_of(name) == "om" else None)
+        key = _opened_key(name, tower, batch_size)
         if key not in self._backends:
             if kind_of(name) == "om":
                 self.close(name)  # one session alive per device
@@ -239,10 +258,33 @@ class Chain:
             self._backends[key] = backend
         return self._backends[key]
 
+    def cold_start(self, name: str, tower: Tower, batch_size: int) -> ColdStart:
+        """How long a backend takes to open from what lies on the disk, and for its first call.
+
+        Measured once a backend and tower, for OM once a batch size; the libraries are imported and the artifacts built
+        before.
+        """
+        key = _opened_key(name, tower, batch_size)
+        if key not in self._cold:
+            rows = self.prepared.rows[tower.name]
+            batch = np.ascontiguousarray(rows[np.arange(batch_size) % len(rows)])
+            self._file(name, tower, batch_size)
+            self.close(name)
+            if name == REFERENCE:
+                del self.model  # it is this backend's file
+            backend = self.backend(name, tower, batch_size)
+            started = time.perf_counter()
+            backend.run(batch)
+            self._cold[key] = ColdStart(backend.load_seconds, time.perf_counter() - started, batch_size)
+        return self._cold[key]
+
     def _open(self, name: str, tower: Tower, batch_size: int) -> Backend:
+        return self.open_file(name, tower, self._file(name, tower, batch_size), batch_size)
+
+    def _file(self, name: str, tower: Tower, batch_size: int) -> Optional[Path]:
+        """The artifact that a backend opens; None for pytorch, which opens the weights."""
         files = {"onnx": lambda: self.onnx(tower), "om": lambda: self.om(tower, batch_size)}
-        file = files.get(kind_of(name), lambda: None)()
-        return self.open_file(name, tower, file, batch_size)
+        return files.get(kind_of(name), lambda: None)()
 
     def open_file(self, name: str, tower: Tower, file: Optional[Path], batch_size: int) -> Backend:
         """A backend on a given ONNX or OM file; pytorch needs none.
@@ -254,7 +296,8 @@ class Chain:
         if name == "pytorch":
             from clipval.backends.pytorch import PytorchBackend
 
-            return PytorchBackend(tower, models.encoder(self.model, tower), threads)
+            encoder = models.encoder(self.model, tower)
+            return PytorchBackend(tower, encoder, threads, load_seconds=self.model.load_seconds)
         if file is None:
             raise UsageError(f"backend {name} needs --model with an .{name} file")
         if name == "onnx":
@@ -398,3 +441,8 @@ class Chain:
             if self.drawn and self.spec.data.kind != "shapes":
                 left.append(f"data: drawn scenes stand in for {self.spec.data.name}, as no --data-dir was given")
         return left
+
+
+def _opened_key(name: str, tower: Tower, batch_size: int) -> Tuple[str, str, Optional[int]]:
+    """What one open backend serves: for OM one batch size, else any."""
+    return name, tower.name, batch_size if kind_of(name) == "om" else None

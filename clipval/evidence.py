@@ -51,7 +51,7 @@ def backend(figure: Figure) -> str:
 
 
 def number(value: Optional[float], unit: str) -> str:
-    """A value in its unit, never rounded to the other side of a bound that it is near to."""
+    """A value in its unit, with as many digits as tell it from a bound that it is near to: of a rate at least three."""
     if value is None or not math.isfinite(value):
         return "none"
     if unit == "cosine":
@@ -59,7 +59,8 @@ def number(value: Optional[float], unit: str) -> str:
     if unit == "share":
         return f"{value:.4f}"
     if unit in ("samples/s", "ms"):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+        whole = value >= 1000 or (value >= 100 and value == round(value))
+        return f"{value:,.0f}" if whole else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
     return f"{value:,.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.3g}"
 
 
@@ -314,11 +315,12 @@ def rates(figures: Sequence[Figure]) -> List[Rate]:
         if not size.isdigit() or (figure.gate in measured and not detail(figure, "samples_per_second")):
             continue  # no row, or the same row again, held to another bound
         for scope, clock in _clocks(figure):
-            # published curves are made of means, and of the device's clock
-            value = (scope == "execute" and clock.get("samples_per_second_mean")) or clock.get("samples_per_second")
+            # published curves are made of means, and of the device's clock; the interval is the median's
+            mean = clock.get("samples_per_second_mean") if scope == "execute" else None
+            value = mean or clock.get("samples_per_second")
             if value:
                 name = backend(figure) + ("" if scope == "inference" else f" {scope}")
-                low, high = clock.get("interval") or (value, value)
+                low, high = (value, value) if mean else clock.get("interval") or (value, value)
                 verdict = str(clock.get("verdict") or detail(figure, "verdict") or "")
                 rate = Rate(name, part(figure, 2), int(size), value, low, high, verdict, figure, clock)
                 found[rate.name, rate.tower, rate.size] = rate

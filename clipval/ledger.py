@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 from clipval import environment
+from clipval.baseline import IMPROVED
 from clipval.chain import Chain
-from clipval.evidence import row_verdict
+from clipval.evidence import detail, row_verdict
 from clipval.gates import ACCURACY, PERF
 from clipval.report import Run
 from clipval.results import FAIL, INFO, PASS, Figure, append
@@ -96,6 +97,7 @@ class Ledger:
             missing=self.missing,
             not_validated=[*chain.not_validated(), *self.notes, *self._not_gated()],
             failures=self.failures,
+            advice=self._advice(),
         )
 
     def _not_gated(self) -> List[str]:
@@ -103,6 +105,11 @@ class Ledger:
         verdicts.pop("", None)
         said = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
         return [f"throughput: rows ({said}) gate nothing; name --backends to gate them"] if said else []
+
+    def _advice(self) -> List[str]:
+        standings = [(figure.gate, detail(figure, "baseline", "status")) for figure in self.figures]
+        faster = [gate for gate, status in standings if status == IMPROVED]
+        return [f"{len(faster)} rows are faster than the baseline ({faster[0]}); make a new one"] if faster else []
 
     @property
     def failed(self) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import pickle
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -41,11 +42,13 @@ class Model(NamedTuple):
         module: the open_clip CLIP module.
         transform: PIL image -> float32 tensor [3, size, size], open_clip's own evaluation transform.
         tokenize: captions -> int64 tensor [n, context].
+        load_seconds: what loading took, from the weights' file to ready.
     """
 
     module: Any
     transform: Callable[[Any], Any]
     tokenize: Callable[[List[str]], Any]
+    load_seconds: float
 
 
 def import_open_clip() -> Any:
@@ -174,6 +177,7 @@ def load(name: str, weights: Weights, contract: Dict[str, Tower]) -> Model:
     open_clip = import_open_clip()
     import torch
 
+    started = time.perf_counter()
     arch = architecture(name)
     by_tag = weights.file is not None and weights.asked in open_clip.list_pretrained_tags_by_model(arch)
     torch.manual_seed(RANDOM_SEED)
@@ -187,7 +191,7 @@ def load(name: str, weights: Weights, contract: Dict[str, Tower]) -> Model:
     if weights.file is not None and not by_tag:
         _fill(module, weights.file, arch)
     module.eval()
-    model = Model(module, transform, open_clip.get_tokenizer(arch))
+    model = Model(module, transform, open_clip.get_tokenizer(arch), time.perf_counter() - started)
     _check_sizes(model, arch, contract)
     return model
 

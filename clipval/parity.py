@@ -50,8 +50,8 @@ class Parity:
 
     def detail(self) -> Dict[str, Any]:
         """What a report draws: percentiles, a histogram of the cosine distance's decades, norms, worst samples."""
-        distance = -np.log10(np.clip(1 - self.cosine, 1e-16, 2))
-        counts, edges = np.histogram(distance[np.isfinite(distance)], bins=66, range=(-0.5, 16))
+        far = np.where(np.isnan(self.cosine), 2, 1 - self.cosine)  # a destroyed sample is drawn as the farthest
+        counts, edges = np.histogram(-np.log10(np.clip(far, 1e-16, 2)), bins=66, range=(-0.5, 16))
         return {
             "cosine_percentiles": {str(p): float(np.percentile(self.cosine, p)) for p in PERCENTILES},
             "cosine_mean": float(self.cosine.mean()),

@@ -13,6 +13,8 @@ from clipval.spec import Spec
 from clipval.throughput import BAD_OUTPUT, PROTOCOL, VALID, as_dict, flops_per_sample
 from clipval.towers import Tower
 
+BASELINE_ROWS = "baseline/rows"
+
 Judged = Dict[str, Any]
 
 
@@ -32,7 +34,7 @@ def row(
     Args:
         judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
         required: the backend was named, so that anything but VALID fails; a row of another run is information.
-        more: kept with the row: warm-up, load, end to end, threads, operations a second, the machine's own speed.
+        more: kept with the row: warm-up, cold start, end to end, threads, operations a second, the machine's speed.
         earlier: how the row stands against the baseline, where one was given.
     """
     gate = f"throughput/{where.name}/{tower.name}/{batch_size}"
@@ -106,7 +108,7 @@ def baseline_rows(wanted: Sequence[str], measured: Sequence[str], file: Path) ->
     where = Identity("baseline", str(file), "file", "samples/s")
     return [
         judge(
-            "baseline/rows",
+            BASELINE_ROWS,
             "rows of the baseline that are not measured",
             len(lost),
             "<=",

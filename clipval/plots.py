@@ -191,6 +191,7 @@ def _curve(axes: Any, curve: Curve) -> None:
     style = (0, (1, 1.5)) if series is None else (0, (5, 2)) if curve.dashed else "-"
     points = sorted(curve.points)
     sizes, rates = [point[0] for point in points], [point[1] for point in points]
+    marker = marker or ("_" if len(points) == 1 else "")  # a line of one point is none
     axes.plot(sizes, rates, marker=marker, color=colour, linestyle=style, linewidth=1.7, markersize=6, label=curve.name)
     for size, rate, low, high, valid in points:
         if high > low > 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple
 
 import msgspec
 
@@ -37,6 +37,7 @@ class Run(msgspec.Struct, kw_only=True):
         expected: gates that the run promised; missing: those of them that were not evaluated.
         not_validated: what the run says nothing about, one line each.
         failures: one entry a failed test: `class`, `test`, `message`.
+        advice: what to do though nothing failed, one line each.
     """
 
     schema: int = SCHEMA
@@ -52,6 +53,7 @@ class Run(msgspec.Struct, kw_only=True):
     missing: List[str] = []
     not_validated: List[str] = []
     failures: List[Dict[str, str]] = []
+    advice: List[str] = []
 
 
 class _Head(msgspec.Struct):
@@ -238,13 +240,11 @@ def _flat(table: Dict[str, Any], above: str = "") -> Dict[str, str]:
 def summary_table(run: Run) -> str:
     """The table for a terminal: check, measured, reference, difference, verdict.
 
-    One line a figure that gates, and one a row of throughput.
+    One line a gate that passed, with its first figure; every figure that failed, and every one of throughput.
     """
     judged = [figure for figure in run.figures if figure.verdict != INFO]
     rows = [("check", "measured", "reference", "difference", "verdict")]
-    for one in run.figures:
-        if one.verdict == INFO and not evidence.row_verdict(one):
-            continue
+    for one in _in_short(run.figures):
         measured = evidence.number(one.measured, one.unit)
         rows.append((_name(one), measured, evidence.wanted(one), evidence.difference(one), _word(one)))
     rows += [(gate, "", "", "", "MISSING") for gate in run.missing[:NAMED]]
@@ -252,11 +252,25 @@ def summary_table(run: Run) -> str:
         rows.append((f"... and {len(run.missing) - NAMED} more gates", "", "", "", "MISSING"))
     lines = _aligned(rows)
     lines += [f"not validated: {line}" for line in run.not_validated]
+    lines += [f"advice: {line}" for line in run.advice]
     gates = {one.gate for one in judged}
     failed = {one.gate for one in judged if one.verdict == FAIL}
     missing = f", {len(run.missing)} not evaluated" if run.missing else ""
     counts = f"{len(gates - failed)} gates passed, {len(failed)} failed{missing}"
     return "\n".join([*lines, f"{run.verdict.upper()}: {counts}"])
+
+
+def _in_short(figures: Sequence[Figure]) -> List[Figure]:
+    failed = {one.gate for one in figures if one.verdict == FAIL}
+    shown: List[Figure] = []
+    seen: Set[str] = set()
+    for one in figures:
+        is_row = evidence.part(one, 0) == "throughput"
+        gates = one.verdict != INFO or bool(evidence.row_verdict(one))
+        if gates and (is_row or one.verdict == FAIL or one.gate not in failed | seen):
+            shown.append(one)
+            seen.add(one.gate)
+    return shown
 
 
 def _aligned(rows: Sequence[Tuple[str, ...]]) -> List[str]:
@@ -291,7 +305,7 @@ def compare(a: Run, b: Run) -> str:
     """
     was, now = _by_name(a), _by_name(b)
     both = [_Both(name, was[name], now[name]) for name in was if name in now]
-    changed = [one for one in both if one.was.verdict != one.now.verdict]
+    changed = [one for one in both if _word(one.was) != _word(one.now)]
     lines = ["# Comparison", "", f"- before: {_described(a)}", f"- after: {_described(b)}"]
     lines += ["", "## Verdicts that changed", "", *(_changes(changed) if changed else ["none"])]
     if changed:

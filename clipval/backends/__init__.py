@@ -53,11 +53,15 @@ class Backend(Protocol):
         identity: what it is.
         tower: the tower that was loaded.
         batch_size: rows that `run` insists on (an OM file has one); None takes any number.
+        load_seconds: what opening it took, from its file to ready, the libraries imported already.
+        threads: of the processor that a call takes; None on another device, or where the system does not tell.
     """
 
     identity: Identity
     tower: Tower
     batch_size: Optional[int]
+    load_seconds: float
+    threads: Optional[int]
 
     def run(self, rows: np.ndarray) -> np.ndarray:
         """Embed one batch.

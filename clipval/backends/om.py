@@ -53,6 +53,7 @@ class OmBackend:
     """
 
     batch_size: Optional[int]
+    threads: Optional[int] = None
 
     def __init__(self, tower: Tower, om: Path, batch_size: int, device_id: int, precision: str) -> None:
         _refuse_fork()
@@ -86,12 +87,14 @@ class OmBackend:
         options.log_level = LOG_WARNINGS
         _remember(self._runtime)
         captured = acl.Captured()
+        started = time.perf_counter()
         try:
             with acl.captured_stdout() as captured:
                 # All three arguments are required, and must be positional.
                 self._session = self._runtime.InferenceSession(str(self._file), self._device_id, options)
         except (RuntimeError, ValueError, TypeError, OSError) as error:
             raise self._load_error(error, captured) from error
+        self.load_seconds = time.perf_counter() - started
         self._opened_at = time.monotonic()
         self._check_at_ms = FIRST_CHECK_MS
         self._runs = 0
@@ -223,14 +226,6 @@ class OmBackend:
             return list(summary().exec_time_list)
         except (AttributeError, RuntimeError, TypeError) as error:
             raise BackendUnavailable(f"{self._where}: aclruntime does not tell execute times ({error})") from error
-
-    def timing_resolution_seconds(self) -> float:
-        """Step of the runtime's clock for a call made now: the spacing of float32 at the session's age."""
-        with _lock:
-            recorded = self._recorded()
-            if recorded and not _is_pair(recorded[-1]):
-                return float(np.spacing(np.float32(max(recorded)))) / 1000  # durations do not age
-            return float(np.spacing(np.float32(self._age_ms()))) / 1000
 
     def refresh(self) -> None:
         """Open the session anew, so that the clock is as fine as it can be; times so far are kept."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, List, Optional, Sequence
@@ -53,7 +55,11 @@ class OnnxBackend:
         self._file = file
         if providers[0] != CPU:
             self._require_provider(onnxruntime, threads, list(providers))
+        started, running = time.perf_counter(), _threads_running()
         self._session: Any = self._load(onnxruntime, self._options(onnxruntime, threads), list(providers))
+        self.load_seconds = time.perf_counter() - started
+        # the session does not tell how many it started beside the caller's own
+        self.threads: Optional[int] = threads or (1 + _threads_running() - running if running else None)
         self._check_contract()
         self.identity = Identity("onnx", f"onnxruntime {onnxruntime.__version__}", self._device(providers), "fp32")
 
@@ -130,3 +136,11 @@ class OnnxBackend:
 
     def close(self) -> None:
         self._session = None
+
+
+def _threads_running() -> int:
+    """Threads of this process; 0 where the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return 0

@@ -17,16 +17,19 @@ class PytorchBackend:
         tower: the tower's contract.
         encoder: a torch module, inputs to unit-length embeddings; see `clipval.model.encoder`.
         threads: intra-op threads; None leaves torch's own choice.
+        load_seconds: what loading the model of the encoder took.
     """
 
     batch_size: Optional[int] = None
 
-    def __init__(self, tower: Tower, encoder: Any, threads: Optional[int] = None) -> None:
+    def __init__(self, tower: Tower, encoder: Any, threads: Optional[int] = None, *, load_seconds: float = 0.0) -> None:
         import torch
 
         if threads is not None:
             torch.set_num_threads(threads)
         self.tower = tower
+        self.load_seconds = load_seconds
+        self.threads: Optional[int] = torch.get_num_threads()
         self.identity = Identity("pytorch", f"torch {torch.__version__}", "cpu", "fp32")
         self._torch = torch
         self._encoder = encoder

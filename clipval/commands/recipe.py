@@ -86,6 +86,8 @@ def _declare_compile(parser: Parser) -> None:
 
 def _compile(args: argparse.Namespace) -> int:
     """ONNX to OM with atc: <prefix>_<tower>_bs<n>.om."""
+    from tqdm import tqdm
+
     from clipval.ascend import atc, npu_smi
 
     files = [args.model] if args.model else []
@@ -100,13 +102,12 @@ def _compile(args: argparse.Namespace) -> int:
         keep_dtype=str(args.keep_dtype) if args.keep_dtype else "",
         extra=args.atc_flags,
     )
-    for file in files:
-        tower = tower_of_onnx(file)
-        for size in sizes:
-            target = args.output or file.with_name(f"{file.stem}_bs{size}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            made = atc.compile_om(file, target.parent, target.name, tower, size, chosen, logs_folder=target.parent)
-            print(f"{made}: {tower.name}, batch {size}, {chosen.soc_version}")
+    wanted = [(file, tower_of_onnx(file), size) for file in files for size in sizes]
+    for file, tower, size in tqdm(wanted, desc="atc", disable=None, leave=False):
+        target = args.output or file.with_name(f"{file.stem}_bs{size}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = atc.compile_om(file, target.parent, target.name, tower, size, chosen, logs_folder=target.parent)
+        print(f"{made}: {tower.name}, batch {size}, {chosen.soc_version}")
     return 0
 
 

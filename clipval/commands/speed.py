@@ -36,6 +36,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.loop is not None and args.loop < 1:
         raise UsageError(f"bench --loop {args.loop}: at least 1")
+    if args.save and args.model:
+        raise UsageError("bench --save: a baseline is of the spec's model; leave out --model")
     chain = chain_of(args)
     rows: Dict[str, List[float]] = {}
     made_by: Dict[str, str] = {}
@@ -101,7 +103,8 @@ def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace, pa
     again = partial(throughput.measure, backend, feed, size, **limits)
     if not args.save:
         return dict(again())
-    rows, share = bench.settled(again, pace if perf.on_host(backend.identity) else None)
+    here = pace if perf.on_host(backend.identity) else None
+    rows, share = bench.watched(again, here, lambda _, share: share >= machine.SETTLED)
     if share < machine.SETTLED:
         slow = (throughput.BUSY, f"the machine ran at {share:.0%} of its speed at best")
         return {
@@ -124,11 +127,13 @@ def _make_baseline(args: argparse.Namespace) -> int:
 
     from clipval import baseline
 
-    if args.save is None or args.sessions < baseline.MIN_SESSIONS:
+    if args.save is None or args.save.is_dir() or args.sessions < baseline.MIN_SESSIONS:
         raise UsageError(f"baseline: give --save FILE and at least --sessions {baseline.MIN_SESSIONS}")
+    args.save.absolute().parent.mkdir(parents=True, exist_ok=True)
     # of two --save the last one counts
     fixed = [sys.executable, "-m", "clipval", "bench", *_without(args.given[1:], "--sessions")]
-    with tempfile.TemporaryDirectory() as folder:
+    # beside the file, so that a folder that cannot be written is found before anything is measured
+    with tempfile.TemporaryDirectory(dir=args.save.absolute().parent) as folder:
         commands = [[*fixed, "--save", str(Path(folder) / f"{n}.json")] for n in range(args.sessions)]
         sessions = [_session(command, f"{n} of {args.sessions}") for n, command in enumerate(commands, 1)]
         for n in baseline.slow_sessions(sessions):
@@ -147,7 +152,8 @@ def _session(command: Sequence[str], name: str) -> Any:
 
     for said in (name, f"{name}, once more"):
         print(f"session {said}", file=sys.stderr)
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        rows = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # shown as they come, to a person
+        code = subprocess.run(command, stdout=rows, check=False).returncode
         if code != 1:
             break
     if code:

@@ -93,39 +93,51 @@ def test_bench_of_a_file(recipe, capsys):
     assert float(found[1]) > 0
 
 
-def test_bench_writes_a_session_of_a_baseline(recipe, monkeypatch):
-    from clipval import baseline
-
-    given = ["--model-name", CONFIG, "--pretrained", WEIGHTS, "--workdir", recipe / "work", "--backends", "pytorch"]
-    given += ["--data-dir", recipe / "data", "--batch-sizes", "4", "--perf-min-time", "0.02", "--spec", _spec(recipe)]
-    given += ["--perf-max-time", "1"]
+@pytest.fixture
+def session(recipe, monkeypatch):
+    """Measure a session of a baseline into a file, on a machine that is at its speed; the exit code."""
     monkeypatch.setattr(machine.HostLoad, "_read", staticmethod(lambda: None))  # other workers may be busy
     monkeypatch.setattr(machine.Pace, "now", lambda pace: 1.0)
-    assert run("bench", *given, "--save", recipe / "session.json") == 0
-    rows = baseline.load(recipe / "session.json").rows
+    given = ["--model-name", CONFIG, "--pretrained", WEIGHTS, "--workdir", recipe / "work", "--backends", "pytorch"]
+    given += ["--data-dir", recipe / "data", "--batch-sizes", "4", "--perf-min-time", "0.02", "--spec", _spec(recipe)]
+    return lambda file: run("bench", *given, "--perf-max-time", "1", "--save", file)
+
+
+def test_bench_writes_a_session_of_a_baseline(session, tmp_path):
+    from clipval import baseline
+
+    assert session(tmp_path / "session.json") == 0
+    rows = baseline.load(tmp_path / "session.json").rows
     assert sorted(rows) == ["pytorch/text/4/inference", "pytorch/vision/4/inference"]
     assert all(len(values) == 1 for values in rows.values())
 
 
 @pytest.mark.parametrize("verdict", ["BUSY", "BAD_OUTPUT", "INSUFFICIENT"])
-def test_a_disturbed_session_is_no_baseline(verdict, recipe, capsys, monkeypatch):
+def test_a_disturbed_session_is_no_baseline(verdict, session, tmp_path, capsys, monkeypatch):
     """A baseline of a busy machine would call every later loss of speed a pass."""
     row = throughput.summarise([0.1] * 9, 4, "inference")
     monkeypatch.setattr(throughput, "measure", lambda *_, **__: {"inference": (row, verdict, "process 7")})
-    model = ["--model", recipe / "models" / "vit_b_32_text.onnx", "--batchsize", 4]
-    assert run("bench", *model, "--save", recipe / "none.json") == 1
-    assert f"onnx/text/4/inference is {verdict}: process 7" in capsys.readouterr().err
-    assert not (recipe / "none.json").exists()
+    assert session(tmp_path / "none.json") == 1
+    assert f"pytorch/vision/4/inference is {verdict}: process 7" in capsys.readouterr().err
+    assert not (tmp_path / "none.json").exists()
 
 
-def test_a_session_on_a_slow_machine_is_no_baseline(recipe, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("verdict", "said"), [("VALID", "BUSY: the machine ran at 61%"), ("BAD_OUTPUT", "BAD_OUTPUT: ")]
+)
+def test_a_session_on_a_slow_machine_is_no_baseline(verdict, said, session, tmp_path, capsys, monkeypatch):
     row = throughput.summarise([0.1] * 9, 4, "inference")
-    monkeypatch.setattr(throughput, "measure", lambda *_, **__: {"inference": (row, "VALID", "")})
+    monkeypatch.setattr(throughput, "measure", lambda *_, **__: {"inference": (row, verdict, "")})
     monkeypatch.setattr(machine.Pace, "now", lambda pace: 0.61)
-    model = ["--model", recipe / "models" / "vit_b_32_text.onnx", "--batchsize", 4]
-    assert run("bench", *model, "--save", recipe / "none.json") == 1
-    assert "onnx/text/4/inference is BUSY: the machine ran at 61% of its speed" in capsys.readouterr().err
-    assert not (recipe / "none.json").exists()
+    assert session(tmp_path / "none.json") == 1
+    assert f"pytorch/vision/4/inference is {said}" in capsys.readouterr().err
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_a_baseline_is_of_the_specs_model(recipe, tmp_path, capsys):
+    model = recipe / "models" / "vit_b_32_text.onnx"
+    assert run("bench", "--model", model, "--save", tmp_path / "none.json") == 2
+    assert "leave out --model" in capsys.readouterr().err
 
 
 def _spec(folder, more=""):

@@ -71,6 +71,16 @@ def test_rows_of_throughput_that_gate_nothing_are_counted(tmp_path):
     assert line.startswith("throughput: rows (2 NOISY, 1 VALID) gate nothing; name --backends")
 
 
+def test_rows_that_became_faster_suggest_a_new_baseline(tmp_path):
+    account = Ledger([], tmp_path / "r.jsonl")
+    standings = [throughput("onnx", "text", n, 10.0, baseline={"status": s}) for n, s in ((1, "ok"), (8, "improved"))]
+    account.add(standings[:1])
+    assert account.run(Chain(Settings())).advice == []
+    account.add(standings)
+    (line,) = account.run(Chain(Settings())).advice
+    assert line == "1 rows are faster than the baseline (throughput/onnx/text/8); make a new one"
+
+
 def test_figures_travel_as_json():
     assert results.from_json(results.to_json(figure())) == figure()
 

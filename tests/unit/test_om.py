@@ -283,10 +283,8 @@ def test_a_session_with_a_coarse_clock_is_opened_anew(host, build, generation):
     backend.run(rows)
     session = backend._session
     backend._opened_at -= 4000
-    assert 0.0002 < backend.timing_resolution_seconds() < 0.0003
     backend.run(rows)
     assert backend._session is not session
-    assert backend.timing_resolution_seconds() < 1e-5
     assert len(backend.execute_seconds()) == 2
 
 
@@ -297,7 +295,6 @@ def test_durations_do_not_age(host, build):
     backend.run(rows)
     session = backend._session
     backend._opened_at -= 4000
-    assert backend.timing_resolution_seconds() < 1e-6
     backend.run(rows)
     assert backend._session is session
 
@@ -339,7 +336,7 @@ def test_threads_take_turns(host, build):
 
 
 LIFE = """
-import os, sys
+import atexit, os, sys
 from pathlib import Path
 from clipval.backends import om
 from clipval.towers import TEXT
@@ -358,7 +355,8 @@ if child == 0:
         except Exception as error:
             print(type(error).__name__, error, flush=True)
     backend.close()
-    sys.exit(0)
+    atexit._run_exitfuncs()
+    os._exit(0)  # without destructors: those of onnxruntime, in the simulator, wait for threads that a fork left behind
 os.waitpid(child, 0)
 backend.run(rows)
 """
@@ -375,6 +373,7 @@ def life(file, more, tmp_path, generation):
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr

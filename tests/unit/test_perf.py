@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipval import perf, spec, throughput
+from clipval import evidence, perf, spec, throughput
 from clipval.backends import Identity
 from clipval.baseline import Judgement
 from clipval.towers import VISION
@@ -59,12 +59,20 @@ def test_no_floor_on_another_or_a_simulated_chip(where):
 
 @pytest.mark.parametrize(
     ("status", "verdict"),
-    [("ok", "pass"), ("improved", "pass"), ("regressed", "fail"), ("no_baseline", "fail"), ("not_comparable", "fail")],
+    [("ok", "pass"), ("improved", "pass"), ("regressed", "fail"), ("slow_machine", "fail")],
 )
 def test_the_baseline_decides(status, verdict):
     _, found = figures(judged(), earlier=Judgement(status, 310.0, 290.0, "because"))
     assert found.verdict == verdict
     assert ("because" in found.message) == (verdict == "fail")
+
+
+@pytest.mark.parametrize("status", ["no_baseline", "not_comparable"])
+def test_without_a_comparison_there_is_no_bound(status):
+    _, found = figures(judged(), earlier=Judgement(status, None, None, "because"))
+    assert (found.verdict, found.reference, found.limit) == ("fail", None, None)
+    assert evidence.wanted(found) == ""
+    assert f"{status}: because" in found.message
 
 
 def test_a_row_that_vanished_fails():

@@ -270,6 +270,46 @@ def test_two_runs_side_by_side():
     assert report.compare(first, second) == expected
 
 
+def test_a_row_that_is_no_longer_valid_is_a_changed_verdict():
+    first, second = (
+        make(figures=[throughput("onnx", "text", 8, 100.0, verdict)]) for verdict in ("VALID", "THROTTLED")
+    )
+    changed = report.compare(first, second).split("## ")[1]
+    assert "VALID -> THROTTLED" in changed
+
+
+def test_advice_is_given_everywhere():
+    run = make(advice=["2 rows are faster"])
+    assert "advice: 2 rows are faster" in report.summary_table(run)
+    assert "## Advice\n\n- 2 rows are faster" in report.markdown(run)
+    assert "Advice 2 rows are faster" in open_page(run).text
+    assert "Advice" not in open_page(make()).text + report.markdown(make())
+
+
+def test_the_terminal_table_has_a_line_a_gate():
+    def figure(gate, metric, verdict="pass"):
+        return Figure(gate=gate, metric=metric, unit="share", verdict=verdict, measured=1.0)
+
+    good = [figure("values/onnx/text", name) for name in ("count", "NaN", "norm")]
+    bad = [figure("values/onnx/vision", name, verdict) for name, verdict in (("count", "pass"), ("NaN", "fail"))]
+    rows = [figure("throughput/onnx/text/8", name) for name in ("samples/s", "against the baseline")]
+    lines = report.summary_table(make(figures=[*good, *bad, *rows], not_validated=[])).splitlines()
+    assert [" ".join(line.split()[:2]) for line in lines[1:-1]] == [
+        "values/onnx/text count",
+        "values/onnx/vision NaN",
+        "throughput/onnx/text/8 samples/s",
+        "throughput/onnx/text/8 against",
+    ]
+    assert lines[-1] == "FAIL: 2 gates passed, 1 failed"
+
+
+def test_norms_that_are_not_numbers_are_said():
+    norms = {"min": None, "mean": None, "max": None}
+    lost = msgspec.structs.replace(parity(), detail={**parity().detail, "norms": norms})
+    assert "norms not a number" in open_page(make(figures=[lost])).text
+    assert "norms 0.5 to 1.5" in open_page(make(figures=[parity()])).text
+
+
 def test_a_run_against_itself_differs_in_nothing():
     text = report.compare(make(), make())
 
