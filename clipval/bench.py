@@ -15,7 +15,7 @@ from clipval.backends import REFERENCE, Backend, Identity, kind_of
 from clipval.chain import Chain
 from clipval.machine import Pace
 from clipval.parity import compare
-from clipval.throughput import Feed, measure, time_calls
+from clipval.throughput import Feed, Judged, measure, time_calls
 from clipval.towers import Tower
 
 NEW_BATCHES = 3  # untimed batches that are tried before results are called kept
@@ -25,8 +25,6 @@ FRESH = 50.0  # a kept result is thousands of times faster; a busy host makes si
 PATIENCE = 6
 ONE = 1e-6  # |difference| of one element below which two embeddings are one: a constant output, by pytorch too
 CHECKED_ROWS = 8  # of a timed batch that are compared with PyTorch
-
-Judged = Dict[str, Any]
 
 
 def check_outputs(chain: Chain, backend: Backend, feed: Feed) -> str:
@@ -141,7 +139,7 @@ def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> Dict[str, flo
     """From JPEGs or captions to embeddings, by the host's clock, decoding in threads.
 
     Other images or captions in each batch, for half the time that a row's timed calls have, at least one batch:
-    median seconds of a batch, and how many there were.
+    median seconds of a batch, how many there were, and the threads that decoded.
     """
     name, data = backend.tower.name, chain.dataset
     items: Sequence[Any] = data.image_paths if name == "vision" else data.captions
@@ -160,7 +158,8 @@ def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> Dict[str, flo
     while not times or sum(times) + times[-1] <= chain.settings.perf_min_time / 2:
         times += time_calls(batch, 1)
     seconds = float(np.median(times))
-    return {"seconds": seconds, "samples_per_second": batch_size / seconds, "rounds": len(times)}
+    per_second = batch_size / seconds
+    return {"seconds": seconds, "samples_per_second": per_second, "rounds": len(times), "threads": preprocess.THREADS}
 
 
 def against_baseline(

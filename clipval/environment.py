@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "onnx", "onnxruntime", "numpy", "pillow", "ftfy")
 RUNNERS = ("aclruntime", "pytest", "pytest-benchmark", "scipy")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
 def version(package: str) -> Optional[str]:
@@ -36,7 +36,7 @@ def describe() -> Dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "variables": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "git": git_commit(Path(__file__).parent),
     }
 

@@ -10,12 +10,10 @@ from clipval.baseline import IMPROVED, OK, Judgement
 from clipval.gates import context, judge
 from clipval.results import FAIL, INFO, PASS, Figure
 from clipval.spec import Spec
-from clipval.throughput import BAD_OUTPUT, PROTOCOL, VALID, as_dict, flops_per_sample
+from clipval.throughput import BAD_OUTPUT, PROTOCOL, VALID, Judged, as_dict, flops_per_sample
 from clipval.towers import Tower
 
 BASELINE_ROWS = "baseline/rows"
-
-Judged = Dict[str, Any]
 
 
 def row(

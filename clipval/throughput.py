@@ -144,6 +144,9 @@ class Throughput(msgspec.Struct, frozen=True):
     p99: Optional[float] = None
 
 
+Judged = Dict[str, Tuple[Throughput, str, str]]  # scope -> figures, verdict, reason
+
+
 def summarise(times: Sequence[float], batch_size: int, scope: str) -> Throughput:
     """Statistics of the seconds of each call.
 
@@ -310,7 +313,7 @@ def measure(
     check: Callable[[], str] = lambda: "",
     between: Callable[[], Any] = lambda: None,
     clock: Clock = time.perf_counter,
-) -> Dict[str, Tuple[Throughput, str, str]]:
+) -> Judged:
     """Measure one row without a test runner: scope -> (figures, verdict, reason).
 
     Calls are timed for `seconds` at a time, until all of them together are VALID or `cap` is spent.

@@ -1,0 +1,54 @@
+"""What the chain opens anew: how a backend starts from cold."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from clipval.chain import Chain
+from clipval.options import Settings
+from clipval.towers import TEXT
+
+
+class Recorded(Chain):
+    """A chain that notes what is loaded, opened and run, in order."""
+
+    def __init__(self):
+        super().__init__(Settings())
+        self.seen = []
+        rows = np.zeros((5, 77), np.int64)
+        self.prepared = SimpleNamespace(rows={"text": rows})
+        self.model = "loaded before"
+
+    def _file(self, name, tower, batch_size):
+        self.seen.append("built")
+
+    def _open(self, name, tower, batch_size):
+        self.seen.append(f"opened {name}, model {self.__dict__.get('model')}")
+
+        def run(rows):
+            assert rows.flags.c_contiguous
+            self.seen.append(f"ran {len(rows)}")
+
+        identity = SimpleNamespace(simulated=False)
+        close = lambda: self.seen.append("closed")  # noqa: E731
+        return SimpleNamespace(identity=identity, load_seconds=1.5, run=run, close=close)
+
+
+@pytest.mark.parametrize(("name", "model"), [("onnx", "loaded before"), ("om", "loaded before"), ("pytorch", "None")])
+def test_a_cold_start_is_of_a_backend_that_is_opened_anew(name, model):
+    chain = Recorded()
+    chain.backend(name, TEXT, 8).run(np.zeros((8, 77), np.int64))  # as the gates of accuracy do
+    chain.seen.clear()
+    found = chain.cold_start(name, TEXT, 8)
+    assert chain.seen == ["built", "closed", f"opened {name}, model {model}", "ran 8"]
+    assert (found.load_seconds, found.batch_size) == (1.5, 8)
+    assert found.first_inference_seconds >= 0
+
+
+@pytest.mark.parametrize(("name", "starts"), [("onnx", 1), ("om", 2)])
+def test_it_is_measured_once_a_file(name, starts):
+    chain = Recorded()
+    for size in (1, 8, 8):
+        chain.cold_start(name, TEXT, size)
+    assert sum(one.startswith("opened") for one in chain.seen) == starts
