@@ -109,7 +109,7 @@ class Ledger:
     def _advice(self) -> List[str]:
         standings = [(figure.gate, detail(figure, "baseline", "status")) for figure in self.figures]
         faster = [gate for gate, status in standings if status == IMPROVED]
-        return [f"{len(faster)} rows are faster than the baseline ({faster[0]}); make a new one"] if faster else []
+        return [f"faster than the baseline: {len(faster)} rows, as {faster[0]}; make a new one"] if faster else []
 
     @property
     def failed(self) -> bool:

@@ -35,6 +35,16 @@ def test_the_recall_table_is_the_recipes():
     assert expected in text
 
 
+def test_a_published_figure_of_one_batch_size_is_drawn():
+    """A line of one point is none."""
+
+    def marks(*sizes):
+        (panel,) = evidence.throughput_panels([throughput("onnx", "text", size, 1000.0) for size in sizes])
+        return len(re.findall(r"<use[^>]*var\(--muted\)", panel["svg"]))
+
+    assert (marks(8), marks(1, 8)) == (2, 0)  # in the plot and in the legend
+
+
 def test_backends_with_one_reference_share_its_column():
     table = evidence.recall_table(make().figures)
 

@@ -78,7 +78,7 @@ def test_rows_that_became_faster_suggest_a_new_baseline(tmp_path):
     assert account.run(Chain(Settings())).advice == []
     account.add(standings)
     (line,) = account.run(Chain(Settings())).advice
-    assert line == "1 rows are faster than the baseline (throughput/onnx/text/8); make a new one"
+    assert line == "faster than the baseline: 1 rows, as throughput/onnx/text/8; make a new one"
 
 
 def test_figures_travel_as_json():

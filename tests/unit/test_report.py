@@ -278,6 +278,17 @@ def test_a_row_that_is_no_longer_valid_is_a_changed_verdict():
     assert "VALID -> THROTTLED" in changed
 
 
+def test_the_page_says_how_a_row_was_measured():
+    cold = {"load_seconds": 1.234, "first_inference_seconds": 0.0567, "batch_size": 1}
+    more = {"cold_start": cold, "cores": 1.96, "samples_per_second_mean": 98.7}
+    page = open_page(make(figures=[throughput("onnx", "text", n, 100.0, **more) for n in (1, 8)]))
+    for once in ("1.23", "56.7"):  # where it was measured
+        assert page.text.count(f" {once} ") == 1
+    assert page.text.count(" 98.7 ") == 2
+    assert page.text.count(" 2.0 ") == 2
+    assert page.text.count(" 100, 200 ") == 2  # p90 and p95, in ms; too few rounds for p99
+
+
 def test_advice_is_given_everywhere():
     run = make(advice=["2 rows are faster"])
     assert "advice: 2 rows are faster" in report.summary_table(run)
