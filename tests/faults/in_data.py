@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from clipval import model, preprocess, retrieval
+from clipval import accuracy, model, preprocess, retrieval
 from clipval.datasets import karpathy
 from tests.faults.table import REBUILD, fault
 
@@ -63,8 +63,9 @@ def constant_images() -> None:
 
 
 def prepared_tokens(change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change the tokens that preprocessing writes."""
+    """Change the tokens that preprocessing writes, not those that the gate holds them to."""
     real = preprocess.tokens
+    assert accuracy.tokens is real
 
     def tokens(*arguments: Any) -> np.ndarray:
         return change(real(*arguments))
