@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 import msgspec
 
@@ -261,15 +261,14 @@ def summary_table(run: Run) -> str:
 
 
 def _in_short(figures: Sequence[Figure]) -> List[Figure]:
-    failed = {one.gate for one in figures if one.verdict == FAIL}
+    told = {one.gate for one in figures if one.verdict == FAIL}
     shown: List[Figure] = []
-    seen: Set[str] = set()
     for one in figures:
-        is_row = evidence.part(one, 0) == "throughput"
-        gates = one.verdict != INFO or bool(evidence.row_verdict(one))
-        if gates and (is_row or one.verdict == FAIL or one.gate not in failed | seen):
+        if one.verdict == INFO and not evidence.row_verdict(one):
+            continue
+        if one.verdict == FAIL or evidence.part(one, 0) == "throughput" or one.gate not in told:
             shown.append(one)
-            seen.add(one.gate)
+            told.add(one.gate)
     return shown
 
 

@@ -102,7 +102,8 @@ def _compile(args: argparse.Namespace) -> int:
         keep_dtype=str(args.keep_dtype) if args.keep_dtype else "",
         extra=args.atc_flags,
     )
-    wanted = [(file, tower_of_onnx(file), size) for file in files for size in sizes]
+    towers = [(file, tower_of_onnx(file)) for file in files]
+    wanted = [(file, tower, size) for file, tower in towers for size in sizes]
     for file, tower, size in tqdm(wanted, desc="atc", disable=None, leave=False):
         target = args.output or file.with_name(f"{file.stem}_bs{size}")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -31,8 +31,7 @@ class Recorded(Chain):
             self.seen.append(f"ran {len(rows)}")
 
         identity = SimpleNamespace(simulated=False)
-        close = lambda: self.seen.append("closed")  # noqa: E731
-        return SimpleNamespace(identity=identity, load_seconds=1.5, run=run, close=close)
+        return SimpleNamespace(identity=identity, load_seconds=1.5, run=run, close=lambda: self.seen.append("closed"))
 
 
 @pytest.mark.parametrize(("name", "model"), [("onnx", "loaded before"), ("om", "loaded before"), ("pytorch", "None")])
