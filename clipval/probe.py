@@ -1,0 +1,116 @@
+"""Fresh inputs from a seed: token rows and pictures that no data set holds and no backend has seen.
+
+A data set shows a backend few of the inputs that it will meet: captions are short and use a small part of the
+vocabulary, photographs are neither black nor saturated. A backend that hands out stored results passes on the data set
+too. It cannot pass here, since every run draws other inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from clipval.towers import Tower
+
+SHORTEST = 3  # tokens: start, one word, end
+
+
+class Probe(NamedTuple):
+    """Inputs of one tower: names that say what each is, and rows [n, *row_shape] in the tower's dtype."""
+
+    ids: Tuple[str, ...]
+    rows: np.ndarray
+
+
+class TokenLayout(NamedTuple):
+    """How a tokenizer lays out a caption: `prefix`, the words, `suffix`, then `pad` up to the context length.
+
+    Attributes:
+        prefix: ids before the first word, `(49406,)` in CLIP's; suffix: ids after the last one, `(49407,)` in CLIP's,
+            where the tower pools.
+        pad: fills the rest of the row.
+        vocabulary: number of ids that the text tower has an embedding for.
+    """
+
+    prefix: Tuple[int, ...]
+    suffix: Tuple[int, ...]
+    pad: int
+    vocabulary: int
+
+    @property
+    def words(self) -> np.ndarray:
+        """Ids that may stand for a word: no special one, and none above the suffix, which is CLIP's highest id."""
+        special = [*self.prefix, *self.suffix, self.pad]
+        top = min(self.vocabulary, max(self.suffix)) if _is_highest(self) else self.vocabulary
+        return np.setdiff1d(np.arange(top), special)
+
+
+def _is_highest(layout: TokenLayout) -> bool:
+    """The tower may pool at the highest id of a row: no word may be higher than the suffix then."""
+    return bool(layout.suffix) and max(layout.suffix) >= layout.vocabulary - 16
+
+
+def token_layout(tokenize: Callable[[List[str]], Any], vocabulary: int) -> TokenLayout:
+    """Read the layout off a tokenizer: what captions of different words and lengths have in common.
+
+    Args:
+        tokenize: captions -> int64 [n, context]; vocabulary: ids that the text tower has an embedding for.
+    """
+    rows = [np.asarray(tokenize([text])[0]) for text in ("dog", "two cats on a red chair", "an old bridge")]
+    pad = int(rows[0][-1])
+    used = [row[: _length(row, pad)] for row in rows]
+    prefix = _common(used)
+    suffix = _common([row[::-1] for row in used])[::-1]
+    return TokenLayout(tuple(map(int, prefix)), tuple(map(int, suffix)), pad, vocabulary)
+
+
+def _length(row: np.ndarray, pad: int) -> int:
+    """Tokens before the padding."""
+    other = np.flatnonzero(row != pad)
+    return int(other[-1]) + 1 if len(other) else 0
+
+
+def _common(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The ids with which every row begins."""
+    count = min(map(len, rows))
+    same = np.all([row[:count] == rows[0][:count] for row in rows], axis=0)
+    return rows[0][: count if same.all() else int(np.argmin(same))]
+
+
+def captions(tower: Tower, layout: TokenLayout, seed: int) -> Probe:
+    """One row of tokens of each length, from the shortest to a full context, words drawn from the whole vocabulary."""
+    rng = np.random.default_rng([seed, 0])
+    context, fixed = tower.row_shape[0], len(layout.prefix) + len(layout.suffix)
+    lengths = range(max(SHORTEST, fixed + 1), context + 1)
+    rows = np.full((len(lengths), context), layout.pad, tower.dtype)
+    for row, length in zip(rows, lengths):
+        words = rng.choice(layout.words, length - fixed)
+        row[:length] = [*layout.prefix, *words, *layout.suffix]
+    return Probe(tuple(f"{length} tokens" for length in lengths), rows)
+
+
+def pictures(tower: Tower, normalise: Callable[[np.ndarray], np.ndarray], seed: int) -> Probe:
+    """Noise, black, white, saturated and low-contrast pictures of the input's size.
+
+    Args:
+        normalise: uint8 [side, side, 3], RGB -> float32 [3, side, side], the model's own transform.
+    """
+    rng = np.random.default_rng([seed, 1])
+    side = tower.row_shape[-1]
+    shape = (side, side, 3)
+    coarse = rng.integers(0, 256, (8, 8, 3))
+    drawn = {
+        "noise": rng.integers(0, 256, shape),
+        "noise, other": rng.integers(0, 256, shape),
+        "black": np.zeros(shape),
+        "white": np.full(shape, 255),
+        "one saturated colour": np.broadcast_to(rng.integers(0, 2, 3) * 255, shape),
+        "saturated pixels": rng.integers(0, 2, shape) * 255,
+        "saturated grey": np.broadcast_to(rng.integers(0, 2, (side, side, 1)) * 255, shape),
+        "low contrast": rng.integers(0, 250) + rng.integers(0, 5, shape),
+        "blocks": np.kron(coarse, np.ones((-(-side // 8),) * 2 + (1,)))[:side, :side],
+        "gradient": np.broadcast_to(np.linspace(0, 255, side)[:, None, None], shape),
+    }
+    rows = np.stack([normalise(np.ascontiguousarray(picture, np.uint8)) for picture in drawn.values()])
+    return Probe(tuple(drawn), rows.astype(tower.dtype))
