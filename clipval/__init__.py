@@ -3,7 +3,7 @@
 Data flows one way, and a module imports only from its left:
 
 errors -> towers -> results, store, environment -> ascend -> backends -> options -> spec -> datasets -> embeddings
--> model -> preprocess -> export -> parity, retrieval, machine -> throughput -> baseline, doctor
+-> model -> preprocess, probe -> export -> parity, retrieval, machine -> throughput -> baseline, doctor
 -> chain -> bench, gates -> accuracy, perf -> plots -> evidence -> report -> ledger
 -> train_shapes, commands -> cli -> __main__
 

@@ -209,7 +209,7 @@ class Chain:
         options = self.atc_options
         name = f"{tower.name}_bs{batch_size}"
         logs = self.store.root / "logs"
-        key = {"onnx": store.sha256(onnx_file), **atc.key(tower, batch_size, options)}
+        key = {"onnx": export.digest(onnx_file), **atc.key(tower, batch_size, options)}
 
         def build(folder: Path) -> None:
             atc.compile_om(onnx_file, folder, name, tower, batch_size, options, logs_folder=logs)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import shutil
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 
 from clipval.errors import InputError, UsageError, one_line
 from clipval.model import Model, encoder
+from clipval.store import sha256
 from clipval.towers import TEXT, VISION, Tower
 
 # 14 is the least that torch 2's exporter can do (scaled_dot_product_attention), and keeps LayerNormalization
@@ -19,6 +23,7 @@ from clipval.towers import TEXT, VISION, Tower
 OPSET = 14
 OPSETS = range(14, 19)
 BATCH = "batch"
+ALIGNMENT = 4096  # bytes: the page size, so that a runtime can map each tensor
 
 
 def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metadata: Dict[str, str]) -> None:
@@ -35,7 +40,6 @@ def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metada
         UsageError: the opset is out of range.
         InputError: the exporter failed or its graph breaks the contract.
     """
-    import onnx
     import torch
 
     if opset not in OPSETS:
@@ -50,35 +54,123 @@ def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metada
     # The fused attention of the vision tower has no ONNX form, in any opset.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), tempfile.TemporaryDirectory(dir=file.parent) as scratch:
             warnings.simplefilter("ignore")
+            traced = Path(scratch) / file.name
             torch.onnx.export(
                 encoder(model, tower),
                 (example,),
-                str(file),
+                str(traced),
                 input_names=[tower.input_name],
                 output_names=[tower.output_name],
                 dynamic_axes={tower.input_name: {0: BATCH}, tower.output_name: {0: BATCH}},
                 opset_version=opset,
                 **options,
             )
+            _finish(traced, file, tower, metadata)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    graph = onnx.load(str(file))
+    check(file, tower)
+
+
+def _finish(traced: Path, file: Path, tower: Tower, metadata: Dict[str, str]) -> None:
+    """Add the metadata, and gather the weights that the exporter wrote to many files into one."""
+    import onnx
+
+    graph = onnx.load(str(traced), load_external_data=False)
     _fix_output_shape(graph, tower)
     for name, value in {**metadata, "clipval.normalized": "true", "clipval.tower": tower.name}.items():
         entry = graph.metadata_props.add()
         entry.key, entry.value = name, value
+    outside = [tensor for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        _gather(outside, traced.parent, file.with_name(f"{file.name}.data"))
     onnx.save(graph, str(file))
-    check(file, tower)
+
+
+def _gather(tensors: List[Any], folder: Path, data: Path) -> None:
+    """Copy external tensors into one file and point each at its place there.
+
+    torch writes a file a tensor where a model is larger than protobuf's 2 GiB. Each is deleted once it is copied, so
+    that no more than the largest lies on the disk twice.
+    """
+    from onnx.external_data_helper import set_external_data
+
+    with open(data, "wb") as gathered:
+        for tensor in tensors:
+            part = folder / next(entry.value for entry in tensor.external_data if entry.key == "location")
+            gathered.seek(-(-gathered.tell() // ALIGNMENT) * ALIGNMENT)
+            offset = gathered.tell()
+            with open(part, "rb") as stream:
+                shutil.copyfileobj(stream, gathered, 1 << 24)
+            length = gathered.tell() - offset
+            part.unlink()
+            tensor.raw_data = b""  # `set_external_data` wants the field there; the bytes are in the file
+            set_external_data(tensor, data.name, offset, length)
+            tensor.ClearField("raw_data")
+
+
+def data_files(file: Path) -> List[Path]:
+    """Files that hold the external data of an ONNX file, in order; they must lie next to it.
+
+    Raises:
+        InputError: the file cannot be read, or one of them is missing or lies elsewhere.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception as error:
+        raise InputError(f"ONNX {file}: cannot be read ({one_line(error)}). Export it again") from error
+    names = {
+        entry.value
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise InputError(f"ONNX {file}: its weights are in {name!r}, expected a file in the same folder")
+        if not (file.parent / name).is_file():
+            raise InputError(f"ONNX {file}: its weights are in {name}, which is missing; copy it there too")
+    return [file.parent / name for name in sorted(names)]
+
+
+def copy(file: Path, target: Path) -> None:
+    """Copy an ONNX file together with its external data, which follows the new name where it is one file."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    outside = data_files(file)
+    if not outside:
+        shutil.copyfile(file, target)
+        return
+    model = onnx.load(str(file), load_external_data=False)
+    for part in outside:
+        name = f"{target.name}.data" if len(outside) == 1 else f"{target.name}.{part.name}"
+        shutil.copyfile(part, target.with_name(name))
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data if uses_external_data(tensor) else ():
+                if entry.key == "location" and entry.value == part.name:
+                    entry.value = name
+    onnx.save(model, str(target))
+
+
+def digest(file: Path) -> str:
+    """sha256 of an ONNX file with its external data; of the file alone where it has none."""
+    outside = data_files(file)
+    if not outside:
+        return sha256(file)
+    return hashlib.sha256("".join(sha256(part) for part in (file, *outside)).encode()).hexdigest()
 
 
 def example_rows(tower: Tower, count: int) -> np.ndarray:
-    """Inputs of the right shape, dtype and range: tokens must be real ids, for random ones leave the vocabulary."""
+    """Inputs of the right shape, dtype and range: token ids that every vocabulary has."""
     if tower.dtype == "float32":
         return np.zeros(tower.shape(count), np.float32)
     rows = np.zeros(tower.shape(count), np.int64)
-    rows[:, :3] = (49406, 320, 49407)  # start, "a", end of text
+    rows[:, :3] = (2, 1, 3)  # start, a word and the highest id, where CLIP pools
     return rows
 
 

@@ -308,3 +308,15 @@ def sizes(name: str) -> Dict[str, Tower]:
     image_size = found["vision_cfg"]["image_size"]
     side = image_size if isinstance(image_size, int) else image_size[0]
     return towers(side, found["text_cfg"].get("context_length", 77), found["embed_dim"])
+
+
+def vocabulary(model: Model) -> int:
+    """How many token ids the text tower has an embedding for: 49408 for CLIP's tokenizer, 32000 for SigLIP's."""
+    import torch
+
+    tables = [
+        part.num_embeddings
+        for name, part in model.module.named_modules()
+        if isinstance(part, torch.nn.Embedding) and not name.startswith("visual.")
+    ]
+    return max(tables)  # towers of transformers also embed positions and token types, which are fewer

@@ -60,13 +60,13 @@ def _declare_export(parser: Parser) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     """Both towers to ONNX: <prefix>_vision.onnx and <prefix>_text.onnx."""
-    import shutil
+    from clipval import export
 
     chain = chain_of(args)
     args.onnx_prefix.parent.mkdir(parents=True, exist_ok=True)
     for tower in chain.towers.values():
         file = args.onnx_prefix.with_name(f"{args.onnx_prefix.name}_{tower.name}.onnx")
-        shutil.copyfile(chain.onnx(tower), file)
+        export.copy(chain.onnx(tower), file)
         print(f"{file}: {tower.input_name} -> {tower.output_name}, opset {args.opset_version}")
     return 0
 

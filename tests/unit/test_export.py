@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipval import export, model
+from clipval import export, model, store
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.errors import BackendUnavailable, InputError, UsageError
@@ -129,3 +129,72 @@ def test_a_silent_fall_back_is_an_error(files, monkeypatch):
     )
     with pytest.raises((BackendUnavailable, InputError), match="fell back to CPUExecutionProvider|cannot load"):
         OnnxBackend(TEXT, files["text"], ["CUDAExecutionProvider"])
+
+
+@pytest.fixture
+def scattered(files, tmp_path):
+    """What torch writes where a tower is larger than 2 GiB: a graph, and a file for each of its weights."""
+    import onnx
+
+    folder = tmp_path / "traced"
+    folder.mkdir()
+    graph = onnx.load(str(files["text"]))
+    del graph.metadata_props[:]
+    onnx.save(
+        graph, str(folder / "text.onnx"), save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=1024
+    )
+    assert len(list(folder.iterdir())) > 10
+    return folder / "text.onnx"
+
+
+def test_weights_of_a_large_tower_are_gathered_into_one_file(files, scattered, tmp_path):
+    file = tmp_path / "large.onnx"
+    export._finish(scattered, file, TEXT, {"clipval.weights": "abc"})
+    export.check(file, TEXT)
+    assert [part.name for part in export.data_files(file)] == ["large.onnx.data"]
+    assert export.read_metadata(file)["clipval.weights"] == "abc"
+    assert file.stat().st_size < 300_000
+    batch = rows(TEXT, 3)
+    assert np.array_equal(OnnxBackend(TEXT, file).run(batch), OnnxBackend(TEXT, files["text"]).run(batch))
+
+
+def test_a_copy_takes_its_weights_along(scattered, tmp_path):
+    file, target = tmp_path / "large.onnx", tmp_path / "models" / "b_text.onnx"
+    export._finish(scattered, file, TEXT, {})
+    target.parent.mkdir()
+    export.copy(file, target)
+    assert sorted(path.name for path in target.parent.iterdir()) == ["b_text.onnx", "b_text.onnx.data"]
+    batch = rows(TEXT, 2)
+    wanted = OnnxBackend(TEXT, file).run(batch)
+    (tmp_path / "large.onnx.data").unlink()
+    assert np.array_equal(OnnxBackend(TEXT, target).run(batch), wanted)
+    with pytest.raises(InputError, match=r"large\.onnx\.data, which is missing"):
+        export.data_files(file)
+
+
+def test_a_digest_is_of_the_weights_too(files, scattered, tmp_path):
+    file = tmp_path / "large.onnx"
+    export._finish(scattered, file, TEXT, {})
+    before = export.digest(file)
+    data = tmp_path / "large.onnx.data"
+    changed = bytearray(data.read_bytes())
+    changed[-1] ^= 1
+    data.write_bytes(changed)
+    assert export.digest(file) != before
+    assert export.digest(files["text"]) == store.sha256(files["text"])
+
+
+def test_weights_in_another_folder_are_refused(files, tmp_path):
+    import onnx
+
+    graph = onnx.load(str(files["text"]))
+    onnx.external_data_helper.convert_model_to_external_data(graph, location="weights.bin", size_threshold=1024)
+    file = tmp_path / "moved.onnx"
+    onnx.save(graph, str(file))
+    graph = onnx.load(str(file), load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../weights.bin" if entry.key == "location" else entry.value
+    file.write_bytes(graph.SerializeToString())
+    with pytest.raises(InputError, match="expected a file in the same folder"):
+        export.data_files(file)
