@@ -83,10 +83,9 @@ def captions(tower: Tower, layout: TokenLayout, seed: int) -> Probe:
     rng = np.random.default_rng([seed, 0])
     context, fixed = tower.row_shape[0], len(layout.prefix) + len(layout.suffix)
     lengths = range(max(SHORTEST, fixed + 1), context + 1)
-    rows = np.full((len(lengths), context), layout.pad, tower.dtype)
+    rows, words = np.full((len(lengths), context), layout.pad, tower.dtype), layout.words
     for row, length in zip(rows, lengths):
-        words = rng.choice(layout.words, length - fixed)
-        row[:length] = [*layout.prefix, *words, *layout.suffix]
+        row[:length] = [*layout.prefix, *rng.choice(words, length - fixed), *layout.suffix]
     return Probe(tuple(f"{length} tokens" for length in lengths), rows)
 
 
