@@ -121,6 +121,7 @@ class Chain:
         if folder is not None:
             self.dataset  # noqa: B018  reads the annotations and finds every image
         self.weights  # noqa: B018  resolves the tag or file
+        models.tokenizer(self.spec.model.name)(["a"])  # may have to be fetched
 
     @cached_property
     def dataset(self) -> RetrievalDataset:

@@ -67,10 +67,16 @@ def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metada
                 opset_version=opset,
                 **options,
             )
-            _finish(traced, file, tower, metadata)
+            _finish(traced, file, tower, {**_logits(model), **metadata})
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     check(file, tower)
+
+
+def _logits(model: Model) -> Dict[str, str]:
+    """What turns a cosine into a logit, which embeddings alone have lost: cosine * scale + bias."""
+    scale, bias = model.module.logit_scale.exp().item(), getattr(model.module, "logit_bias", None)
+    return {"clipval.logit_scale": repr(scale), **({} if bias is None else {"clipval.logit_bias": repr(bias.item())})}
 
 
 def _finish(traced: Path, file: Path, tower: Tower, metadata: Dict[str, str]) -> None:

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import logging
 import pickle
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from clipval import environment
-from clipval.errors import BackendUnavailable, InputError, UsageError, one_line
+from clipval.errors import BackendUnavailable, ClipvalError, InputError, UsageError, one_line
 from clipval.store import sha256
 from clipval.towers import Tower, towers
 
 RANDOM = "random"
 RANDOM_SEED = 0
+CONTEXT = 77  # tokens; what open_clip takes where a config names no context length
 
 
 class Weights(NamedTuple):
@@ -181,19 +184,68 @@ def load(name: str, weights: Weights, contract: Dict[str, Tower]) -> Model:
     arch = architecture(name)
     by_tag = weights.file is not None and weights.asked in open_clip.list_pretrained_tags_by_model(arch)
     torch.manual_seed(RANDOM_SEED)
-    # With a tag, open_clip also applies the tag's own mean, std, interpolation and activation.
-    logging.disable(logging.WARNING)  # it warns of random weights, which are filled in below or were asked for
-    try:
-        created = open_clip.create_model_and_transforms(arch, pretrained=weights.asked if by_tag else None)
-    finally:
-        logging.disable(logging.NOTSET)
-    module, _, transform = created
+    module, transform = _create(open_clip, arch, weights.asked if by_tag else None)
     if weights.file is not None and not by_tag:
         _fill(module, weights.file, arch)
     module.eval()
-    model = Model(module, transform, open_clip.get_tokenizer(arch), time.perf_counter() - started)
+    model = Model(module, transform, tokenizer(arch), time.perf_counter() - started)
     _check_sizes(model, arch, contract)
     return model
+
+
+def _create(open_clip: Any, arch: str, tag: Optional[str]) -> Tuple[Any, Any]:
+    """The module with a tag's weights, or with seeded ones, and its transform.
+
+    With a tag, open_clip also applies the tag's own mean, std, interpolation and activation. Without one, the weights
+    of a text tower from a hub are not fetched either: they would be replaced.
+    """
+    logging.disable(logging.WARNING)  # it warns of random weights, which are filled in later or were asked for
+    try:
+        module, _, transform = open_clip.create_model_and_transforms(
+            arch, pretrained=tag, **({} if tag else {"pretrained_hf": False})
+        )
+    except Exception as error:  # transformers and the hub's client raise their own
+        raise _lacking(open_clip, arch, error) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return module, transform
+
+
+def tokenizer(name: str) -> Callable[[List[str]], Any]:
+    """The tokenizer of an architecture, loaded when it is first used: captions -> int64 tensor [n, context].
+
+    Towers are exported and timed without captions, and a tokenizer may have to be fetched from a hub.
+
+    Raises:
+        BackendUnavailable, InputError: on the first use; a package is missing, or its files cannot be fetched.
+    """
+    return lambda captions: _loaded_tokenizer(name)(captions)
+
+
+@lru_cache(maxsize=None)
+def _loaded_tokenizer(name: str) -> Any:
+    open_clip, arch = import_open_clip(), architecture(name)
+    try:
+        return open_clip.get_tokenizer(arch)
+    except Exception as error:  # transformers and the hub's client raise their own
+        raise _lacking(open_clip, arch, error) from error
+
+
+def _lacking(open_clip: Any, arch: str, error: Exception) -> ClipvalError:
+    """What a text tower or tokenizer from a hub lacks: the package, or files that cannot be fetched."""
+    text = (open_clip.get_model_config(arch) or {}).get("text_cfg", {})
+    source = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if source is None:
+        return InputError(f"model {arch}: open_clip cannot build it ({one_line(error)})")
+    if importlib.util.find_spec("transformers") is None:
+        return BackendUnavailable(
+            f"model {arch}: its text tower needs the package transformers, which is not installed: "
+            f"pip install 'clipval[transformers]'"
+        )
+    return InputError(
+        f"model {arch}: the files of {source!r} are neither in the hub's cache nor can they be fetched "
+        f"({one_line(error)}). Connect to the hub once, or copy its cache folder (HF_HOME) from another machine"
+    )
 
 
 def encoder(model: Model, tower: Tower) -> Any:
@@ -274,13 +326,13 @@ def _check_sizes(model: Model, arch: str, contract: Dict[str, Tower]) -> None:
     vision, text = contract["vision"], contract["text"]
     size: Any = model.module.visual.image_size
     side: Tuple[int, ...] = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    tokens = model.tokenize(["a"])
+    context = config(arch)["text_cfg"].get("context_length", CONTEXT)
     if side != vision.row_shape[1:]:
         raise InputError(f"model {arch}: takes images of {side}, the spec says {vision.row_shape[1:]}; set image_size")
-    if tuple(tokens.shape[1:]) != text.row_shape:
-        raise InputError(f"model {arch}: takes {tokens.shape[1]} tokens, the spec says {text.row_shape[0]}")
+    if (context,) != text.row_shape:
+        raise InputError(f"model {arch}: takes {context} tokens, the spec says {text.row_shape[0]}; set context_length")
     with torch.no_grad():
-        width = model.module.encode_text(tokens).shape[1]
+        width = model.module.encode_text(torch.ones((1, context), dtype=torch.int64)).shape[1]
     if width != text.width:
         raise InputError(f"model {arch}: embeddings are {width} wide, the spec says {text.width}; set embed_dim")
 
@@ -307,7 +359,7 @@ def sizes(name: str) -> Dict[str, Tower]:
     found = config(name)
     image_size = found["vision_cfg"]["image_size"]
     side = image_size if isinstance(image_size, int) else image_size[0]
-    return towers(side, found["text_cfg"].get("context_length", 77), found["embed_dim"])
+    return towers(side, found["text_cfg"].get("context_length", CONTEXT), found["embed_dim"])
 
 
 def vocabulary(model: Model) -> int:

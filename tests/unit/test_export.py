@@ -1,9 +1,12 @@
 """ONNX files: the contract, and what the check must refuse."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from clipval import export, model, store
+from clipval import export, model, probe, store
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.errors import BackendUnavailable, InputError, UsageError
@@ -198,3 +201,29 @@ def test_weights_in_another_folder_are_refused(files, tmp_path):
     file.write_bytes(graph.SerializeToString())
     with pytest.raises(InputError, match="expected a file in the same folder"):
         export.data_files(file)
+
+
+def test_a_sigmoid_model_of_another_vocabulary(tmp_path):
+    """As SigLIP: 1000 ids, 32 tokens, pooled at the last one, no causal mask, and a tokenizer that is not here."""
+    text = {"context_length": 32, "vocab_size": 1000, "hf_tokenizer_name": "nobody/none", "pool_type": "last"}
+    text.update(no_causal_mask=True, width=64, heads=2, layers=1)
+    vision = {"image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 32}
+    config = {"embed_dim": 48, "init_logit_bias": -10, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    name = str(tmp_path / "small-sigmoid.json")
+    Path(name).write_text(json.dumps(config), encoding="utf-8")
+    sizes = model.sizes(name)
+    loaded = model.load(name, model.find_weights(name, model.RANDOM), sizes)
+    layout = probe.TokenLayout((), (), 1, model.vocabulary(loaded))
+    assert layout.vocabulary == 1000
+    inputs = {
+        "vision": np.random.default_rng(0).normal(size=(3, 3, 64, 64)).astype(np.float32),
+        "text": probe.captions(sizes["text"], layout, seed=0).rows,
+    }
+    for tower in sizes.values():
+        file = tmp_path / f"{tower.name}.onnx"
+        export.export(loaded, tower, file, metadata={})
+        found = OnnxBackend(tower, file).run(inputs[tower.name])
+        wanted = PytorchBackend(tower, model.encoder(loaded, tower)).run(inputs[tower.name])
+        assert np.abs(found - wanted).max() < 2e-6
+        assert export.read_metadata(file)["clipval.logit_bias"] == "-10.0"
+        assert float(export.read_metadata(file)["clipval.logit_scale"]) == pytest.approx(1 / 0.07)

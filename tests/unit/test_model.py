@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipval import model
-from clipval.errors import InputError, UsageError
+from clipval.errors import BackendUnavailable, InputError, UsageError
 from clipval.towers import TEXT, VISION, towers
 
 from .conftest import CONFIG
@@ -147,3 +147,29 @@ def test_padding_behind_the_end_does_not_matter(seeded):
     with torch.no_grad():
         one, two = (model.encoder(seeded, TEXT)(rows).numpy() for rows in (tokens, other))
     assert np.allclose(one, two, atol=1e-6)
+
+
+@pytest.fixture
+def siglip(monkeypatch):
+    """A hub that cannot be reached, whose client says so in a class of its own."""
+
+    def get_tokenizer(arch):
+        raise OSError("We couldn't connect to the hub to load this file")
+
+    monkeypatch.setattr(model.import_open_clip(), "get_tokenizer", get_tokenizer)
+    model._loaded_tokenizer.cache_clear()
+    yield "ViT-B-16-SigLIP"
+    model._loaded_tokenizer.cache_clear()
+
+
+def test_a_tokenizer_that_cannot_be_fetched_names_its_source(siglip, monkeypatch):
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: "found")
+    with pytest.raises(InputError, match="files of 'timm/ViT-B-16-SigLIP' are neither in the hub's cache nor") as error:
+        model.tokenizer(siglip)(["a"])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_missing_package_is_named_with_the_way_to_get_it(siglip, monkeypatch):
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match=r"pip install 'clipval\[transformers\]'"):
+        model.tokenizer(siglip)(["a"])
