@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from clipval import baseline, evidence, gates, ledger, options, perf, report
+from clipval.backends import REFERENCE, kind
 from clipval.chain import Chain
 from clipval.errors import ClipvalError
 from clipval.results import FAIL, from_json, to_json
@@ -119,8 +120,8 @@ def pytest_generate_tests(metafunc):
     axes = {
         "tower_name": list(TOWER_NAMES),
         "backend_name": list(validated),
-        "candidate_name": [name for name in validated if name != "pytorch"],
-        "onnx_backend": [name for name in validated if name == "onnx"],
+        "candidate_name": [name for name in validated if name != REFERENCE],
+        "onnx_backend": [name for name in validated if kind(name).takes_onnx],
         "golden_tower": list(TOWER_NAMES) if chain.spec.golden else [],
         "batch_size": list(chain.batch_sizes),
         "metric": gates.gated_metrics(chain.spec),

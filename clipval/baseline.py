@@ -76,13 +76,18 @@ def row_name(backend: str, tower: str, batch_size: int, scope: str) -> str:
 
 
 def key_of(
-    environment: Mapping[str, Any], model: str, threads: Optional[int], backends: Mapping[str, str], om: str = ""
+    environment: Mapping[str, Any],
+    model: str,
+    threads: Optional[int],
+    backends: Mapping[str, str],
+    origins: Optional[Mapping[str, str]] = None,
 ) -> Dict[str, str]:
     """What makes two runs comparable.
 
     Args:
         environment: of `clipval.environment.describe`; model: hash of the weights; backends: name -> identity,
-            which holds version, device and precision, and for OM chip, driver and CANN. om: what else OM files are of.
+            which holds version, device and precision, and for OM chip, driver and CANN; origins: name -> what else its
+            artifacts depend on.
     """
     packages = environment["packages"]
     versions = {name: packages.get(name, "absent") for name in ("torch", "onnxruntime", "numpy")}
@@ -95,7 +100,7 @@ def key_of(
         "threads": str(threads),
         **{name: str(environment.get("variables", {}).get(name, "unset")) for name in THREAD_VARIABLES},
         "protocol": str(PROTOCOL),
-        **({"om": om} if om else {}),
+        **{name: origin for name, origin in (origins or {}).items() if origin},
         **{f"backend {name}": identity for name, identity in backends.items()},
     }
 

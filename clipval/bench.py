@@ -11,7 +11,7 @@ import numpy as np
 
 from clipval import baseline as baselines
 from clipval import environment, preprocess
-from clipval.backends import REFERENCE, Backend, Identity, kind_of
+from clipval.backends import REFERENCE, Backend, Identity, base_name, kind
 from clipval.chain import Chain
 from clipval.machine import Pace
 from clipval.parity import compare
@@ -185,5 +185,5 @@ def against_baseline(
 def baseline_key(chain: Chain, backends: Dict[str, str]) -> Dict[str, str]:
     """What must be equal for this run's throughput to be compared; `backends` is name -> identity."""
     model = f"{chain.weights.sha256} opset {chain.settings.opset_version}"
-    om = chain.om_origin if any(kind_of(name) == "om" for name in backends) else ""
-    return baselines.key_of(environment.describe(), model, chain.settings.threads, backends, om)
+    origins = {base_name(name): kind(name).origin(chain.settings) for name in backends}
+    return baselines.key_of(environment.describe(), model, chain.settings.threads, backends, origins)

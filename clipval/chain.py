@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import msgspec
 import numpy as np
 
-from clipval import environment, export, preprocess, store
+from clipval import backends, environment, export, preprocess, store
 from clipval import model as models
 from clipval import spec as specs
-from clipval.backends import REFERENCE, Backend, Identity, kind_of
+from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, base_name
+from clipval.backends.pool import ColdStart, Pool
 from clipval.datasets import RetrievalDataset, karpathy, shapes
 from clipval.embeddings import Embeddings, embed, read_golden
-from clipval.errors import BackendUnavailable, InputError, UsageError
+from clipval.errors import InputError, UsageError
 from clipval.options import Settings
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.towers import Tower
@@ -34,14 +33,6 @@ class Opened(NamedTuple):
     embeddings: Embeddings
 
 
-class ColdStart(NamedTuple):
-    """A backend that was opened anew: seconds from its file to ready, and of its first call, at a batch size."""
-
-    load_seconds: float
-    first_inference_seconds: float
-    batch_size: int
-
-
 class Chain:
     """One run's artifacts. Nothing is built before it is asked for.
 
@@ -55,12 +46,9 @@ class Chain:
         if rebuild_before is None and settings.rebuild:
             rebuild_before = time.time()
         self.store = store.Store(settings.workdir, rebuild_before)
-        self._backends: Dict[Tuple[str, str, Optional[int]], Backend] = {}
+        self.pool = Pool(self._open, allow_simulated=settings.allow_simulated)
         self._embeddings: Dict[Tuple[str, str], Opened] = {}
         self._retrievals: Dict[str, Retrieval] = {}
-        self._cold: Dict[Tuple[str, str, Optional[int]], ColdStart] = {}
-        self._npu_before: Dict[int, Any] = {}
-        self._own_pids: Set[int] = set()
 
     @cached_property
     def spec(self) -> specs.Spec:
@@ -200,119 +188,44 @@ class Chain:
 
         return self.store.get("onnx", key, build) / f"{tower.name}.onnx"
 
-    def om(self, tower: Tower, batch_size: int) -> Path:
-        """The OM file of a tower for one batch size: a ready one of `--om-dir`, else compiled by atc."""
-        if self.settings.om_dir is not None:
-            return self._ready_om(self.settings.om_dir, tower, batch_size)
-        from clipval.ascend import atc
+    def encoder(self, tower: Tower) -> Encoder:
+        """A tower as the model has it; see `clipval.model.encoder`."""
+        return Encoder(models.encoder(self.model, tower), self.model.load_seconds)
 
-        onnx_file = self.onnx(tower)
-        options = self.atc_options
-        name = f"{tower.name}_bs{batch_size}"
-        logs = self.store.root / "logs"
-        key = {"onnx": export.digest(onnx_file), **atc.key(tower, batch_size, options)}
-
-        def build(folder: Path) -> None:
-            atc.compile_om(onnx_file, folder, name, tower, batch_size, options, logs_folder=logs)
-
-        return self.store.get("om", key, build) / f"{name}.om"
-
-    @cached_property
-    def atc_options(self) -> Any:
-        """What atc is asked for; the chip comes from `--soc-version`, else from npu-smi."""
-        from clipval.ascend import atc, npu_smi
-
-        chosen = self.settings
-        return atc.AtcOptions(
-            soc_version=chosen.soc_version or npu_smi.npu(chosen.device_id[0]).soc_version,
-            precision_mode=chosen.precision_mode,
-            keep_dtype=str(chosen.keep_dtype) if chosen.keep_dtype else "",
-            extra=chosen.atc_flags,
-        )
-
-    def _ready_om(self, folder: Path, tower: Tower, batch_size: int) -> Path:
-        pattern = f"*{tower.name}_bs{batch_size}.om"
-        found = sorted(Path(path) for path in glob.glob(str(Path(glob.escape(str(folder))) / pattern)))
-        if len(found) != 1:
-            listed = ", ".join(path.name for path in found) or "none"
-            raise InputError(f"--om-dir {folder}: expected one file {pattern}, found {listed}")
-        return found[0]
-
-    @cached_property
-    def om_origin(self) -> str:
-        """What OM files depend on beside model, chip and precision: atc's other options, or the ready files."""
-        chosen = self.settings
-        if chosen.om_dir is not None:
-            files = sorted(chosen.om_dir.glob("*.om"))
-            return " ".join(["ready", *(f"{file.name} {store.sha256(file)}" for file in files)])
-        kept = [f"keep {store.sha256(chosen.keep_dtype)}"] if chosen.keep_dtype else []
-        return " ".join([*kept, *chosen.atc_flags])
+    def file(self, name: str, tower: Tower, batch_size: int) -> Optional[Path]:
+        """The artifact that a backend opens; None where it opens the model itself."""
+        artifact = backends.kind(name).artifact
+        return artifact(self, tower, batch_size) if artifact else None
 
     def backend(self, name: str, tower: Tower, batch_size: int) -> Backend:
-        """An open backend; for OM, one that takes just this batch size."""
-        key = _opened_key(name, tower, batch_size)
-        if key not in self._backends:
-            if kind_of(name) == "om":
-                self.close(name)  # one session alive per device
-            backend = self._open(name, tower, batch_size)
-            self._require_real(backend)
-            self._backends[key] = backend
-        return self._backends[key]
-
-    def cold_start(self, name: str, tower: Tower, batch_size: int) -> ColdStart:
-        """How long a backend takes to open from what lies on the disk, and for its first call.
-
-        Measured once a backend and tower, for OM once a batch size; the libraries are imported and the artifacts built
-        before.
-        """
-        key = _opened_key(name, tower, batch_size)
-        if key not in self._cold:
-            rows = self.prepared.rows[tower.name]
-            batch = np.ascontiguousarray(rows[np.arange(batch_size) % len(rows)])
-            self._file(name, tower, batch_size)
-            self.close(name)
-            if name == REFERENCE:
-                del self.model  # it is this backend's file
-            backend = self.backend(name, tower, batch_size)
-            started = time.perf_counter()
-            backend.run(batch)
-            self._cold[key] = ColdStart(backend.load_seconds, time.perf_counter() - started, batch_size)
-        return self._cold[key]
+        """An open backend; see `clipval.backends.pool.Pool.get`."""
+        return self.pool.get(name, tower, batch_size)
 
     def _open(self, name: str, tower: Tower, batch_size: int) -> Backend:
-        return self.open_file(name, tower, self._file(name, tower, batch_size), batch_size)
-
-    def _file(self, name: str, tower: Tower, batch_size: int) -> Optional[Path]:
-        """The artifact that a backend opens; None for pytorch, which opens the weights."""
-        files = {"onnx": lambda: self.onnx(tower), "om": lambda: self.om(tower, batch_size)}
-        return files.get(kind_of(name), lambda: None)()
+        return self.open_file(name, tower, self.file(name, tower, batch_size), batch_size)
 
     def open_file(self, name: str, tower: Tower, file: Optional[Path], batch_size: int) -> Backend:
-        """A backend on a given ONNX or OM file; pytorch needs none.
+        """A backend on a given file; one that opens the model itself needs none.
 
         Raises:
             UsageError: the backend needs a file.
         """
-        threads = self.settings.threads
-        if name == "pytorch":
-            from clipval.backends.pytorch import PytorchBackend
+        kind, number = backends.kind(name), name.partition(":")[2]
+        if file is None and kind.suffix:
+            raise UsageError(f"backend {name} needs --model with an {kind.suffix} file")
+        return kind.open(self, Opening(tower, file, batch_size, int(number) if number else self.settings.device_id[0]))
 
-            encoder = models.encoder(self.model, tower)
-            return PytorchBackend(tower, encoder, threads, load_seconds=self.model.load_seconds)
-        if file is None:
-            raise UsageError(f"backend {name} needs --model with an .{name} file")
-        if name == "onnx":
-            from clipval.backends.onnx import OnnxBackend
+    def cold_start(self, name: str, tower: Tower, batch_size: int) -> ColdStart:
+        """How a backend starts from cold; see `clipval.backends.pool.Pool.cold_start`."""
+        rows = self.prepared.rows[tower.name]
+        batch = np.ascontiguousarray(rows[np.arange(batch_size) % len(rows)])
+        self.file(name, tower, batch_size)
+        of_model = not backends.kind(name).suffix
+        return self.pool.cold_start(name, tower, batch, self._forget_model if of_model else lambda: None)
 
-            return OnnxBackend(tower, file, self.settings.onnx_providers, threads)
-        return self._open_om(name, tower, file, batch_size)
-
-    def _require_real(self, backend: Backend) -> None:
-        if backend.identity.simulated and not self.settings.allow_simulated:
-            backend.close()
-            raise BackendUnavailable(
-                f"{backend.identity}: a simulated device passes no gate; use a real one, or give --allow-simulated"
-            )
+    def _forget_model(self) -> None:
+        """Load the model again when it is next asked for."""
+        self.__dict__.pop("model", None)
 
     def embeddings(self, name: str, tower: Tower) -> Opened:
         """A backend's embeddings of the whole data set, in the order of its ids.
@@ -359,11 +272,7 @@ class Chain:
 
     def bounds(self, where: Identity) -> specs.ParityBounds:
         """The spec's tolerances for a backend in the precision it computes in."""
-        if kind_of(where.name) != "om":
-            return self.spec.bounds(where.name, "fp32")
-        from clipval.ascend import atc
-
-        return self.spec.bounds("om", atc.precision_class(where.precision))
+        return self.spec.bounds(base_name(where.name), backends.kind(where.name).precision(where))
 
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:
         """A backend's embeddings of some samples, in the order picked, computed now."""
@@ -372,36 +281,8 @@ class Chain:
         return embed(self.backend(name, tower, batch_size), ids, rows[picked], batch_size)
 
     def busy(self, name: str) -> str:
-        """What else runs on the NPU, an empty string for nothing or for a CPU backend.
-
-        Before the first OM is opened nothing may run there; what appears with it is ours, by whatever pid: in a
-        container npu-smi shows the host's.
-        """
-        device = self._device(name)
-        if kind_of(name) != "om" or device not in self._npu_before:
-            return ""
-        from clipval.ascend import npu_smi
-
-        before = self._npu_before[device].why_busy()
-        return str(before or npu_smi.npu(device).why_busy(ignore_pids=self._own_pids))
-
-    def _device(self, name: str) -> int:
-        """The NPU of `om:3`, or of `om`."""
-        number = name.partition(":")[2]
-        return int(number) if number else self.settings.device_id[0]
-
-    def _open_om(self, name: str, tower: Tower, file: Path, batch_size: int) -> Backend:
-        from clipval.ascend import npu_smi
-        from clipval.backends import om
-
-        device = self._device(name)
-        before = npu_smi.npu(device)
-        self._npu_before.setdefault(device, before)
-        precision = self.settings.precision_mode or "force_fp16"
-        backend = om.open_tower(tower, file, batch_size=batch_size, device_id=device, precision=precision)
-        backend.identity = backend.identity._replace(name=name)
-        self._own_pids |= npu_smi.appeared(before, npu_smi.npu(device)) | {os.getpid()}
-        return backend
+        """What else uses the device of a backend; see `clipval.backends.pool.Pool.busy`."""
+        return self.pool.busy(name)
 
     def retrieval(self, name: str) -> Retrieval:
         """A backend's ranks on the whole data set."""
@@ -426,15 +307,14 @@ class Chain:
         """Text of a caption; None for an id that is no caption's."""
         return dict(zip(self.dataset.caption_ids, self.dataset.captions)).get(caption_id)
 
-    def close(self, only: Optional[str] = None) -> None:
-        """Close the backends, or those of one name."""
-        for key in [key for key in self._backends if only in (None, key[0])]:
-            self._backends.pop(key).close()
+    def close(self) -> None:
+        """Close every backend."""
+        self.pool.close()
 
     def not_validated(self) -> List[str]:
         """What this run does not say anything about, one line each."""
-        listed = {kind_of(name) for name in self.settings.validated}
-        left = [f"{name}: not listed in --backends" for name in ("onnx", "om") if name not in listed]
+        listed = {base_name(name) for name in self.settings.validated}
+        left = [f"{name}: not listed in --backends" for name in backends.names() if name not in listed]
         if self.spec.golden is None:
             left.append("golden: no embeddings were pinned, so what is wrong in the model itself shows in recall alone")
         if not self.trained:
@@ -442,8 +322,3 @@ class Chain:
             if self.drawn and self.spec.data.kind != "shapes":
                 left.append(f"data: drawn scenes stand in for {self.spec.data.name}, as no --data-dir was given")
         return left
-
-
-def _opened_key(name: str, tower: Tower, batch_size: int) -> Tuple[str, str, Optional[int]]:
-    """What one open backend serves: for OM one batch size, else any."""
-    return name, tower.name, batch_size if kind_of(name) == "om" else None

@@ -12,12 +12,12 @@ import math
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-from clipval import plots
+from clipval import backends, plots
 from clipval.errors import ClipvalError
 from clipval.results import FAIL, INFO, Figure
 
 TOWERS = ("vision", "text")
-COLOURED = ("pytorch", "onnx", "om")  # a backend keeps its colour whichever others a run has
+COLOURED = backends.names()  # a backend keeps its colour whichever others a run has
 THUMBNAIL = 160  # pixels of the longer side
 FLIPS = 10
 

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from clipval.backends import REFERENCE, Identity
+from clipval.backends import REFERENCE, Identity, kind
 from clipval.results import FAIL, PASS, Figure
 from clipval.spec import Spec
 from clipval.towers import TOWER_NAMES
@@ -33,7 +33,7 @@ def expected(
         for name in backends:
             checks = list(TOWER_CHECKS)
             checks += ["parity"] if name != REFERENCE else []
-            checks += ["artifact"] if name == "onnx" else []
+            checks += ["artifact"] if kind(name).takes_onnx else []
             checks += ["golden"] if name == REFERENCE and spec.golden else []
             ids += [f"{check}/{name}/{tower}" for check in checks for tower in TOWER_NAMES]
             if trained:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from clipval.backends import NAMES
+from clipval.backends import REFERENCE, BackendSettings, kind, names
 
 DEFAULT_BACKENDS = ("pytorch", "onnx")
 CAPTION_FORMATS = ("csv", "clip_benchmark")
@@ -19,7 +19,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "ca
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(BackendSettings):
     """What one run was asked to do. Built once, passed down, never changed; None is "as the spec says"."""
 
     spec: str = "shapes"
@@ -30,17 +30,8 @@ class Settings:
     backends: Optional[Tuple[str, ...]] = None
     batch_sizes: Optional[Tuple[int, ...]] = None
     opset_version: int = 14
-    onnx_providers: Tuple[str, ...] = (PROVIDERS["cpu"],)
-    threads: Optional[int] = None
     workdir: Path = Path(".clipval")
     rebuild: bool = False
-    om_dir: Optional[Path] = None
-    soc_version: Optional[str] = None
-    precision_mode: str = ""
-    keep_dtype: Optional[Path] = None
-    atc_flags: Tuple[str, ...] = ()
-    device_id: Tuple[int, ...] = (0,)
-    allow_simulated: bool = False
     perf_min_time: float = 1.0
     perf_max_time: float = 10.0
     perf_noise: Optional[float] = None
@@ -55,12 +46,14 @@ class Settings:
 
     @property
     def validated(self) -> Tuple[str, ...]:
-        """Backends that this run validates; pytorch, the reference, is always among them."""
+        """Backends that this run validates; the reference is always among them."""
         named = self.backends if self.backends is not None else DEFAULT_BACKENDS
-        if len(self.device_id) > 1:  # each NPU is validated by itself
-            devices = tuple(f"om:{device}" for device in self.device_id)
-            named = tuple(one for name in named for one in (devices if name == "om" else (name,)))
-        return named if NAMES[0] in named else (NAMES[0], *named)
+        if len(self.device_id) > 1:  # each device is validated by itself
+            named = tuple(one for name in named for one in self._on_each_device(name))
+        return named if REFERENCE in named else (REFERENCE, *named)
+
+    def _on_each_device(self, name: str) -> List[str]:
+        return [f"{name}:{device}" for device in self.device_id] if kind(name).one_session else [name]
 
     @property
     def strict(self) -> bool:
@@ -68,12 +61,12 @@ class Settings:
         return self.backends is not None
 
 
-def _names(text: str) -> Tuple[str, ...]:
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [name for name in names if name not in NAMES]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"unknown backend {(unknown or ['(none)'])[0]!r}; known: {', '.join(NAMES)}")
-    return names
+def _backends(text: str) -> Tuple[str, ...]:
+    known, given = names(), tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in given if name not in known]
+    if unknown or not given:
+        raise argparse.ArgumentTypeError(f"unknown backend {(unknown or ['(none)'])[0]!r}; known: {', '.join(known)}")
+    return given
 
 
 def _sizes(text: str) -> Tuple[int, ...]:
@@ -134,7 +127,11 @@ def table() -> Dict[str, Dict[str, Any]]:
         "--pretrained": {"metavar": "W", "help": "weights: tag, checkpoint file, or random; instead of the spec's"},
         "--data-dir": {"type": Path, "metavar": "DIR", "help": "folder of images with their *_karpathy.txt"},
         "--captions-format": {"choices": CAPTION_FORMATS, "help": "how annotations are read"},
-        "--backends": {"type": _names, "metavar": "LIST", "help": "of pytorch,onnx,om; named backends are required"},
+        "--backends": {
+            "type": _backends,
+            "metavar": "LIST",
+            "help": f"of {','.join(names())}; named backends are required",
+        },
         "--batch-sizes": {"type": _sizes, "metavar": "LIST", "help": "batch sizes of throughput, as 1,8,64"},
         "--opset-version": {"type": _opset, "metavar": "N", "help": "ONNX opset, 14 to 18"},
         "--onnx-providers": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from clipval.backends import Identity, kind_of
+from clipval.backends import Identity
 from clipval.baseline import IMPROVED, OK, Judgement
 from clipval.gates import context, judge
 from clipval.results import FAIL, INFO, PASS, Figure
@@ -75,11 +75,6 @@ def operations(
     flops = flops_per_sample(config, tower.name)
     implied = flops * samples_per_second if flops else None
     return {"flops_per_second": implied, "peak_share": implied / peak if implied and peak else None}
-
-
-def on_host(where: Identity) -> bool:
-    """The backend computes on this machine's processor, whose peak is measured."""
-    return kind_of(where.name) != "om" and where.device == "cpu"
 
 
 def _against(first: Figure, undisturbed: float, earlier: Judgement, where: Identity) -> Figure:

@@ -10,7 +10,7 @@ from typing import Dict, List, Optional, Tuple
 
 import msgspec
 
-from clipval.backends import kind_of
+from clipval.backends import REFERENCE, base_name
 from clipval.errors import InputError, UsageError
 from clipval.towers import Tower, towers
 
@@ -194,7 +194,7 @@ class Spec(_Table, frozen=True):
 
     def reference(self, metric: str, backend: str) -> Optional[Reference]:
         """The figure of a metric for a backend: its own, else PyTorch's, else None."""
-        for owner in (kind_of(backend), "pytorch"):
+        for owner in (base_name(backend), REFERENCE):
             for reference in self.references:
                 if (reference.metric, reference.backend) == (metric, owner):
                     return reference

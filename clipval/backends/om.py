@@ -20,8 +20,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from clipval.ascend import acl, npu_smi
-from clipval.backends import Identity
+from clipval.ascend import acl, atc, npu_smi, occupancy, om_files
+from clipval.backends import Backend, BackendSettings, Identity, Kind, Materials, Opening
 from clipval.errors import BackendUnavailable, ClipvalError, InputError, one_line
 from clipval.towers import Tower
 
@@ -37,8 +37,8 @@ _first_pid: Optional[int] = None  # the process that initialised ACL
 _first_runtime: Any = None
 
 
-class OmBackend:
-    """See `clipval.backends.Backend`. Made by `open_tower`.
+class OmBackend(Backend):
+    """See `clipval.backends.Backend`.
 
     Args:
         tower: the tower's contract; the file's input and output are held to it.
@@ -52,10 +52,9 @@ class OmBackend:
         InputError: the file does not load, or is not of this tower and batch size.
     """
 
-    batch_size: Optional[int]
-    threads: Optional[int] = None
-
-    def __init__(self, tower: Tower, om: Path, batch_size: int, device_id: int, precision: str) -> None:
+    def __init__(
+        self, tower: Tower, om: Path, batch_size: int, device_id: int = 0, precision: str = atc.DEFAULT_MODE
+    ) -> None:
         _refuse_fork()
         self.tower = tower
         self.batch_size = batch_size
@@ -259,6 +258,10 @@ class OmBackend:
         if self._session is None:
             raise BackendUnavailable(f"{self._where}: closed, as {self._closed}; open it again")
 
+    def busy(self) -> str:
+        """What else uses the NPU; see `clipval.ascend.occupancy`."""
+        return occupancy.others(self._device_id)
+
     def close(self) -> None:
         """Free the session; its times stay readable. Calling it twice is allowed."""
         with _lock:
@@ -280,13 +283,6 @@ class OmBackend:
         if free is not None and _first_pid == os.getpid():
             with suppress(RuntimeError):  # a lost device cannot be freed, and what lost it was raised before
                 free()
-
-
-def open_tower(
-    tower: Tower, om: Path, *, batch_size: int, device_id: int = 0, precision: str = "force_fp16"
-) -> OmBackend:
-    """Open an OM file on a device; see `OmBackend` for arguments and errors."""
-    return OmBackend(tower, om, batch_size, device_id, precision)
 
 
 def _readable(om: Path) -> Path:
@@ -366,3 +362,34 @@ def _finalize() -> None:
     with suppress(AttributeError, TypeError, RuntimeError):
         owner.finalize()
     _alive.clear()
+
+
+def atc_options(asked: BackendSettings) -> atc.AtcOptions:
+    """What atc is asked for by the options of a run; see `clipval.ascend.om_files.options` for errors."""
+    first, keep = asked.device_id[0], asked.keep_dtype
+    return om_files.options(asked.soc_version, first, asked.precision_mode, keep, asked.atc_flags)
+
+
+def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
+    asked = made.settings
+    if asked.om_dir is not None:
+        return om_files.ready(asked.om_dir, tower, batch_size)
+    return om_files.compiled(made.store, made.onnx(tower), tower, batch_size, atc_options(asked))
+
+
+def _open_file(made: Materials, asked: Opening) -> Backend:
+    assert asked.file is not None
+    precision = made.settings.precision_mode or atc.DEFAULT_MODE
+    with occupancy.opening(asked.device):
+        return OmBackend(asked.tower, asked.file, asked.batch_size, asked.device, precision)
+
+
+KIND = Kind(
+    _open_file,
+    suffix=".om",
+    artifact=_artifact,
+    fixed_batch=True,
+    one_session=True,
+    precision=lambda where: atc.precision_class(where.precision),
+    origin=lambda asked: om_files.origin(asked.om_dir, asked.keep_dtype, asked.atc_flags),
+)

@@ -11,7 +11,7 @@ from typing import Any, List, Optional, Sequence
 
 import numpy as np
 
-from clipval.backends import Identity
+from clipval.backends import Backend, Identity, Kind, Materials, Opening
 from clipval.errors import BackendUnavailable, InputError, one_line
 from clipval.towers import Tower
 
@@ -21,7 +21,7 @@ PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 MATRIX_PRODUCTS = ("Attention", "Conv", "Einsum", "Gemm", "MatMul")  # parts of operators' names, fused ones too
 
 
-class OnnxBackend:
+class OnnxBackend(Backend):
     """See `clipval.backends.Backend`.
 
     Args:
@@ -34,8 +34,6 @@ class OnnxBackend:
         BackendUnavailable: onnxruntime is missing, lacks the provider, or fell back to another one.
         InputError: the file does not load or is not of this tower.
     """
-
-    batch_size: Optional[int] = None
 
     def __init__(
         self, tower: Tower, file: Path, providers: Sequence[str] = (CPU,), threads: Optional[int] = None
@@ -59,7 +57,7 @@ class OnnxBackend:
         self._session: Any = self._load(onnxruntime, self._options(onnxruntime, threads), list(providers))
         self.load_seconds = time.perf_counter() - started
         # the session does not tell how many it started beside the caller's own
-        self.threads: Optional[int] = threads or (1 + _threads_running() - running if running else None)
+        self.threads = threads or (1 + _threads_running() - running if running else None)
         self._check_contract()
         self.identity = Identity("onnx", f"onnxruntime {onnxruntime.__version__}", self._device(providers), "fp32")
 
@@ -131,11 +129,20 @@ class OnnxBackend:
             ) from error
         return np.asarray(embedding)
 
-    def execute_seconds(self) -> Optional[List[float]]:
-        return None
-
     def close(self) -> None:
         self._session = None
+
+
+def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
+    return made.onnx(tower)
+
+
+def _open(made: Materials, asked: Opening) -> Backend:
+    assert asked.file is not None
+    return OnnxBackend(asked.tower, asked.file, made.settings.onnx_providers, made.settings.threads)
+
+
+KIND = Kind(_open, suffix=".onnx", artifact=_artifact)
 
 
 def _threads_running() -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional
+from typing import Any, Optional
 
 import numpy as np
 
-from clipval.backends import Identity
+from clipval.backends import Backend, Identity, Kind, Materials, Opening
 from clipval.towers import Tower
 
 
-class PytorchBackend:
+class PytorchBackend(Backend):
     """See `clipval.backends.Backend`.
 
     Args:
@@ -20,8 +20,6 @@ class PytorchBackend:
         load_seconds: what loading the model of the encoder took.
     """
 
-    batch_size: Optional[int] = None
-
     def __init__(self, tower: Tower, encoder: Any, threads: Optional[int] = None, *, load_seconds: float = 0.0) -> None:
         import torch
 
@@ -29,7 +27,7 @@ class PytorchBackend:
             torch.set_num_threads(threads)
         self.tower = tower
         self.load_seconds = load_seconds
-        self.threads: Optional[int] = torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         self.identity = Identity("pytorch", f"torch {torch.__version__}", "cpu", "fp32")
         self._torch = torch
         self._encoder = encoder
@@ -39,8 +37,13 @@ class PytorchBackend:
             embedding: np.ndarray = self._encoder(self._torch.from_numpy(rows)).numpy()
         return embedding
 
-    def execute_seconds(self) -> Optional[List[float]]:
-        return None
-
     def close(self) -> None:
         self._encoder = None
+
+
+def _open(made: Materials, asked: Opening) -> Backend:
+    encoder = made.encoder(asked.tower)
+    return PytorchBackend(asked.tower, encoder.module, made.settings.threads, load_seconds=encoder.load_seconds)
+
+
+KIND = Kind(_open)

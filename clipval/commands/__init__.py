@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
+from clipval import backends
 from clipval.options import Settings, add_options
 from clipval.towers import Tower
 
@@ -40,6 +41,7 @@ def tower_of_onnx(file: Path) -> Tower:
 
 
 def batch_of_name(file: Optional[Path]) -> int:
-    """Batch size in the name of an OM file, 0 for none."""
-    digits = file.stem.rpartition("_bs")[2] if file is not None and file.suffix == ".om" else ""
+    """Batch size in the name of a file that has a fixed one, 0 for none."""
+    name = backends.of_file(file) if file is not None else None
+    digits = file.stem.rpartition("_bs")[2] if file is not None and name and backends.kind(name).fixed_batch else ""
     return int(digits) if digits.isdigit() else 0

@@ -8,9 +8,10 @@ from typing import Any, Optional, Sequence, Tuple
 
 import numpy as np
 
+from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
 from clipval.errors import InputError, UsageError
-from clipval.options import add_options, at_least
+from clipval.options import Settings, add_options, at_least
 
 
 def _declare_preprocess(parser: Parser) -> None:
@@ -88,7 +89,8 @@ def _compile(args: argparse.Namespace) -> int:
     """ONNX to OM with atc: <prefix>_<tower>_bs<n>.om."""
     from tqdm import tqdm
 
-    from clipval.ascend import atc, npu_smi
+    from clipval.ascend import atc
+    from clipval.backends.om import atc_options
 
     files = [args.model] if args.model else []
     if args.onnx_prefix:
@@ -96,12 +98,7 @@ def _compile(args: argparse.Namespace) -> int:
     sizes = args.batch_sizes or _batch_of_shape(args.input_shape)
     if not files or not sizes or (args.output and (len(files) > 1 or len(sizes) > 1)):
         raise UsageError("compile: give --model FILE or --onnx-prefix PREFIX, and --batch-sizes (one with --output)")
-    chosen = atc.AtcOptions(
-        soc_version=args.soc_version or npu_smi.npu(args.device_id[0]).soc_version,
-        precision_mode=args.precision_mode,
-        keep_dtype=str(args.keep_dtype) if args.keep_dtype else "",
-        extra=args.atc_flags,
-    )
+    chosen = atc_options(Settings.of(args))
     towers = [(file, tower_of_onnx(file)) for file in files]
     wanted = [(file, tower, size) for file, tower in towers for size in sizes]
     for file, tower, size in tqdm(wanted, desc="atc", disable=None, leave=False):
@@ -124,7 +121,7 @@ def _batch_of_shape(shape: Optional[str]) -> Tuple[int, ...]:
 def _declare_embed(parser: Parser) -> None:
     add_options(parser.add_argument, ["--device-id", "--threads", "--onnx-providers", "--precision-mode"])
     add_options(parser.add_argument, ["--model-name", "--pretrained", "--spec", "--workdir"])
-    parser.add_argument("--backend", choices=("pytorch", "onnx", "om"), help="without it the model file's ending tells")
+    parser.add_argument("--backend", choices=backends.names(), help="without it the model file's ending tells")
     parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="prep_data/images or prep_data/texts")
     parser.add_argument("--output", type=Path, default=Path("om_outputs"), metavar="DIR", help="default: %(default)s")
@@ -139,7 +136,7 @@ def _embed(args: argparse.Namespace) -> int:
     """Prepared arrays to embeddings: <output>/<dirname>/<id>_0.npy."""
     from clipval import embeddings, preprocess
 
-    name = args.backend or {".onnx": "onnx", ".om": "om"}.get(args.model.suffix if args.model else "", "pytorch")
+    name = args.backend or (backends.of_file(args.model) if args.model else None) or backends.REFERENCE
     chain = chain_of(args)
     tower = chain.towers[_tower_of_input(args.input)]
     rows = preprocess.listed(args.input, tower)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
+from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
 from clipval.errors import InputError, UsageError
 from clipval.options import add_options, at_least
@@ -76,20 +77,21 @@ def _benched(chain: Any, args: argparse.Namespace) -> Any:
                 for size in chain.batch_sizes:
                     yield chain.backend(name, tower, size), size
         return
-    kind = {".onnx": "onnx", ".om": "om"}.get(args.model.suffix)
+    opener = backends.of_file(args.model)
     size = args.batchsize or batch_of_name(args.model) or 1
-    if kind is None or not args.model.is_file():
-        raise UsageError(f"bench --model {args.model}: no such .onnx or .om file")
+    if opener is None or not args.model.is_file():
+        known = " or ".join(filter(None, (backends.kind(name).suffix for name in backends.names())))
+        raise UsageError(f"bench --model {args.model}: no such {known} file")
     name = "text" if "text" in args.model.stem else "vision"
-    tower = tower_of_onnx(args.model) if kind == "onnx" else chain.towers[name]
-    backend = chain.open_file(kind, tower, args.model, size)
+    tower = tower_of_onnx(args.model) if backends.kind(opener).takes_onnx else chain.towers[name]
+    backend = chain.open_file(opener, tower, args.model, size)
     yield backend, size
     backend.close()
 
 
 def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace, pace: Any) -> Dict[str, Any]:
     """One row; for a baseline timed for all of `--perf-max-time`, beside the machine's own speed."""
-    from clipval import bench, machine, perf, throughput
+    from clipval import bench, machine, throughput
     from clipval.export import example_rows
 
     tower = backend.tower
@@ -103,7 +105,7 @@ def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace, pa
     again = partial(throughput.measure, backend, feed, size, **limits)
     if not args.save:
         return dict(again())
-    here = pace if perf.on_host(backend.identity) else None
+    here = pace if backend.identity.on_host else None
     rows, share = bench.watched(again, here, lambda _, share: share >= machine.SETTLED)
     if share < machine.SETTLED:
         slow = (throughput.BUSY, f"the machine ran at {share:.0%} of its speed at best")

@@ -60,7 +60,7 @@ def test_throughput(chain, record, pace, opened, tower_name, backend_name, batch
     tower, settings, (backend, cold, benchmark) = chain.towers[tower_name], chain.settings, opened
     feed = Feed(chain.prepared.rows[tower_name], batch_size)
     budget = {"seconds": settings.perf_min_time, "cap": settings.perf_max_time}
-    here = pace if perf.on_host(backend.identity) else None
+    here = pace if backend.identity.on_host else None
     host, busy = HostLoad(), chain.busy(backend_name)
 
     warm, times = timed(benchmark, backend, feed, budget)

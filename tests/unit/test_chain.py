@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from clipval.backends import Identity
 from clipval.chain import Chain
 from clipval.options import Settings
 from clipval.towers import TEXT
@@ -20,7 +21,7 @@ class Recorded(Chain):
         self.prepared = SimpleNamespace(rows={"text": rows})
         self.model = "loaded before"
 
-    def _file(self, name, tower, batch_size):
+    def file(self, name, tower, batch_size):
         self.seen.append("built")
 
     def _open(self, name, tower, batch_size):
@@ -30,7 +31,7 @@ class Recorded(Chain):
             assert rows.flags.c_contiguous
             self.seen.append(f"ran {len(rows)}")
 
-        identity = SimpleNamespace(simulated=False)
+        identity = Identity(name, "1", "cpu", "fp32")
         return SimpleNamespace(identity=identity, load_seconds=1.5, run=run, close=lambda: self.seen.append("closed"))
 
 

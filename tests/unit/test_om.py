@@ -80,7 +80,7 @@ def expected(onnx, tower, rows):
 def test_embeds_as_the_onnx_file_does(host, build, tmp_path, generation, name):
     host(generation=generation)
     tower = TOWERS[name]
-    backend = om.open_tower(tower, build(tower), batch_size=4)
+    backend = om.OmBackend(tower, build(tower), batch_size=4)
     rows = tiny.rows(tower, 4)
     asked = rows.copy()
     first = backend.run(rows)
@@ -109,14 +109,14 @@ def test_precision_modes_differ(host, build, tmp_path):
     rows = tiny.rows(VISION, 4)
     found = {}
     for mode in ("force_fp32", "force_fp16", "mixed_bfloat16"):
-        backend = om.open_tower(VISION, build(VISION, mode=mode), batch_size=4, precision=mode)
+        backend = om.OmBackend(VISION, build(VISION, mode=mode), batch_size=4, precision=mode)
         assert backend.identity.precision == mode
         found[mode] = np.abs(backend.run(rows) - expected(tmp_path / "vision.onnx", VISION, rows)).max()
     assert found["force_fp32"] < 1e-6 < found["force_fp16"] < found["mixed_bfloat16"]
 
 
 def test_rows_that_the_runtime_would_scramble(host, build, tmp_path):
-    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     rows = tiny.rows(TEXT, 4)
     wanted = backend.run(rows)
     wide = np.zeros((4, 154), np.int64)
@@ -139,14 +139,14 @@ def test_rows_that_the_runtime_would_scramble(host, build, tmp_path):
     ],
 )
 def test_rows_of_another_shape_or_dtype_are_refused(host, build, bad):
-    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     with pytest.raises(InputError, match=r"this OM takes 'text' int64\[4, 77\]"):
         backend.run(bad)
     assert backend.execute_seconds() == []
 
 
 def test_float16_output_is_widened(host, build):
-    backend = om.open_tower(VISION, build(VISION, extra=("--output_type=FP16",)), batch_size=4)
+    backend = om.OmBackend(VISION, build(VISION, extra=("--output_type=FP16",)), batch_size=4)
     found = backend.run(tiny.rows(VISION, 4))
     assert found.dtype == np.float32
     assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 5e-3
@@ -155,26 +155,26 @@ def test_float16_output_is_widened(host, build):
 def test_wrong_batch_size_names_both(host, build):
     host(fault="wrong_batch")
     with pytest.raises(InputError, match="compiled for batch size 5, asked for 4"):
-        om.open_tower(TEXT, build(TEXT), batch_size=4)
+        om.OmBackend(TEXT, build(TEXT), batch_size=4)
 
 
 @pytest.mark.parametrize("fault", ["extra_output", "swapped_outputs"])
 def test_a_second_output_is_refused_with_the_reason(host, build, fault):
     host(fault=fault)
     with pytest.raises(InputError, match=r"has 2 outputs, .*'Constant:0:1775'.*scalar exp\(logit_scale\)"):
-        om.open_tower(TEXT, build(TEXT), batch_size=4)
+        om.OmBackend(TEXT, build(TEXT), batch_size=4)
 
 
 def test_another_tower_or_width_is_refused(host, build):
     file = build(TEXT)
     with pytest.raises(InputError, match=r"its inputs are 'text' int64\[4, 77\], the tower needs 'image' float32"):
-        om.open_tower(VISION, file, batch_size=4)
+        om.OmBackend(VISION, file, batch_size=4)
     with pytest.raises(InputError, match=r"its output is 'normalise:0:text_embed' float32\[4, 512\]"):
-        om.open_tower(replace(TEXT, width=768), file, batch_size=4)
+        om.OmBackend(replace(TEXT, width=768), file, batch_size=4)
     with pytest.raises(InputError, match=r"the tower needs 'other_embed'"):
-        om.open_tower(replace(TEXT, output_name="other_embed"), file, batch_size=4)
+        om.OmBackend(replace(TEXT, output_name="other_embed"), file, batch_size=4)
     with pytest.raises(InputError, match="the tower needs 'text' int32"):
-        om.open_tower(replace(TEXT, dtype="int32"), file, batch_size=4)
+        om.OmBackend(replace(TEXT, dtype="int32"), file, batch_size=4)
     assert om._alive == {}
 
 
@@ -182,7 +182,7 @@ def test_load_errors_come_from_file_descriptor_1(host, build, capfd):
     host(fault="truncated_om")
     file = build(TEXT)
     with pytest.raises(InputError) as caught:
-        om.open_tower(TEXT, file, batch_size=4)
+        om.OmBackend(TEXT, file, batch_size=4)
     assert f"load model from file failed, model file is {file}" in str(caught.value)
     assert "[1][ACL: invalid parameter]" in str(caught.value)
     assert "compile it again" in str(caught.value)
@@ -193,7 +193,7 @@ def test_an_om_of_another_chip(host, build):
     file = build(TEXT)
     host(chip="310P3")
     with pytest.raises(InputError, match="another chip"):
-        om.open_tower(TEXT, file, batch_size=4)
+        om.OmBackend(TEXT, file, batch_size=4)
 
 
 def test_output_of_a_good_load_is_passed_on(capfd):
@@ -206,18 +206,18 @@ def test_output_of_a_good_load_is_passed_on(capfd):
 def test_device_errors_are_the_machines(host, build, monkeypatch):
     file = build(TEXT)
     with pytest.raises(BackendUnavailable, match=r"device 7: there is no such device id.*107001"):
-        om.open_tower(TEXT, file, batch_size=4, device_id=7)
+        om.OmBackend(TEXT, file, batch_size=4, device_id=7)
     monkeypatch.setenv("CLIPVAL_SIM_FAULT", "silent")
     with pytest.raises(BackendUnavailable, match=r"device 7: .*no NPU has logic id 7, npu-smi shows 0, 1"):
-        om.open_tower(TEXT, file, batch_size=4, device_id=7)
+        om.OmBackend(TEXT, file, batch_size=4, device_id=7)
     host(fault="driver_mismatch")
     with pytest.raises(BackendUnavailable, match="driver and firmware do not match"):
-        om.open_tower(TEXT, file, batch_size=4)
+        om.OmBackend(TEXT, file, batch_size=4)
 
 
 def test_a_device_lost_half_way(host, build):
     host(fault="device_lost", lose_after=2)
-    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     rows = tiny.rows(TEXT, 4)
     backend.run(rows)
     backend.run(rows)
@@ -231,33 +231,33 @@ def test_a_device_lost_half_way(host, build):
 
 def test_missing_and_empty_files(host, tmp_path):
     with pytest.raises(InputError, match="no such file"):
-        om.open_tower(TEXT, tmp_path / "none.om", batch_size=4)
+        om.OmBackend(TEXT, tmp_path / "none.om", batch_size=4)
     (tmp_path / "empty.om").touch()
     with pytest.raises(InputError, match="empty"):
-        om.open_tower(TEXT, tmp_path / "empty.om", batch_size=4)
+        om.OmBackend(TEXT, tmp_path / "empty.om", batch_size=4)
 
 
 def test_import_errors_keep_the_loaders_words(host, build, monkeypatch):
     file = build(TEXT)
     host(fault="no_ascendcl")
     with pytest.raises(BackendUnavailable, match=r"libascendcl.so: cannot open shared object file.*set_env.sh"):
-        om.open_tower(TEXT, file, batch_size=4)
+        om.OmBackend(TEXT, file, batch_size=4)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(LIB)])
     with pytest.raises(BackendUnavailable, match=r"No module named 'aclruntime'; install its wheel"):
-        om.open_tower(TEXT, file, batch_size=4)
+        om.OmBackend(TEXT, file, batch_size=4)
 
 
 def test_no_second_user_of_acl_in_the_process(host, build, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
     with pytest.raises(BackendUnavailable, match="torch_npu is loaded"):
-        om.open_tower(TEXT, build(TEXT), batch_size=4)
+        om.OmBackend(TEXT, build(TEXT), batch_size=4)
 
 
 def test_one_session_a_device(host, build):
     file = build(TEXT)
-    first = om.open_tower(TEXT, file, batch_size=4)
-    other = om.open_tower(TEXT, file, batch_size=4, device_id=1)
-    second = om.open_tower(TEXT, file, batch_size=4)
+    first = om.OmBackend(TEXT, file, batch_size=4)
+    other = om.OmBackend(TEXT, file, batch_size=4, device_id=1)
+    second = om.OmBackend(TEXT, file, batch_size=4)
     rows = tiny.rows(TEXT, 4)
     with pytest.raises(BackendUnavailable, match="another OM was opened on device 0"):
         first.run(rows)
@@ -270,7 +270,7 @@ def test_one_session_a_device(host, build):
 def test_without_npu_smi_it_still_runs(host, build, monkeypatch, tmp_path):
     file = build(TEXT)
     monkeypatch.setenv("PATH", str(tmp_path))
-    backend = om.open_tower(TEXT, file, batch_size=4)
+    backend = om.OmBackend(TEXT, file, batch_size=4)
     assert backend.identity.device == "Ascend:0"
 
 
@@ -278,7 +278,7 @@ def test_without_npu_smi_it_still_runs(host, build, monkeypatch, tmp_path):
 def test_a_session_with_a_coarse_clock_is_opened_anew(host, build, generation):
     """4000 s after a session was opened float32 steps by 0.25 ms, more than 1 % of any call of this model."""
     host(generation=generation, age_seconds=4000)
-    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     rows = tiny.rows(TEXT, 4)
     backend.run(rows)
     session = backend._session
@@ -290,7 +290,7 @@ def test_a_session_with_a_coarse_clock_is_opened_anew(host, build, generation):
 
 def test_durations_do_not_age(host, build):
     host(generation="A")
-    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     rows = tiny.rows(TEXT, 4)
     backend.run(rows)
     session = backend._session
@@ -300,7 +300,7 @@ def test_durations_do_not_age(host, build):
 
 
 def test_refresh_keeps_the_times(host, build):
-    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     rows = tiny.rows(TEXT, 4)
     backend.run(rows)
     backend.refresh()
@@ -312,7 +312,7 @@ def test_refresh_keeps_the_times(host, build):
 
 
 def test_an_unknown_way_of_recording_times_is_no_figure(host, build, monkeypatch):
-    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     backend.run(tiny.rows(TEXT, 4))
     backend._session._times.clear()
     with pytest.raises(BackendUnavailable, match="recorded 0 times for 1 runs"):
@@ -323,7 +323,7 @@ def test_an_unknown_way_of_recording_times_is_no_figure(host, build, monkeypatch
 
 
 def test_threads_take_turns(host, build):
-    backend = om.open_tower(TEXT, build(TEXT), batch_size=4)
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     rows = tiny.rows(TEXT, 4)
     wanted, found = backend.run(rows), []
     threads = [threading.Thread(target=lambda: found.append(backend.run(rows))) for _ in range(4)]
@@ -342,14 +342,14 @@ from clipval.backends import om
 from clipval.towers import TEXT
 from tests.simulator import tiny
 rows = tiny.rows(TEXT, 4)
-backend = om.open_tower(TEXT, Path(sys.argv[1]), batch_size=4)
+backend = om.OmBackend(TEXT, Path(sys.argv[1]), batch_size=4)
 backend.run(rows)
 {more}
 """
 FORK = """
 child = os.fork()
 if child == 0:
-    for use in (lambda: backend.run(rows), lambda: om.open_tower(TEXT, Path(sys.argv[1]), batch_size=4)):
+    for use in (lambda: backend.run(rows), lambda: om.OmBackend(TEXT, Path(sys.argv[1]), batch_size=4)):
         try:
             use()
         except Exception as error:
@@ -383,7 +383,7 @@ def life(file, more, tmp_path, generation):
 
 @pytest.mark.parametrize("generation", ["A", "B", "C"])
 def test_finalized_once_at_exit(host, build, tmp_path, generation):
-    _, lines = life(build(TEXT), "om.open_tower(TEXT, Path(sys.argv[1]), batch_size=4)", tmp_path, generation)
+    _, lines = life(build(TEXT), "om.OmBackend(TEXT, Path(sys.argv[1]), batch_size=4)", tmp_path, generation)
     assert len(lines) == 1
 
 

@@ -93,6 +93,6 @@ def test_operations_are_shares_of_the_hosts_peak_only():
     assert found["flops_per_second"] == pytest.approx(8.82e11, rel=2e-3)
     assert found["peak_share"] == pytest.approx(0.1, rel=2e-3)
     assert perf.operations(config, VISION, 100.0, None)["peak_share"] is None
-    assert perf.on_host(HOST)
-    assert not perf.on_host(NPU)
-    assert not perf.on_host(HOST._replace(device="CUDAExecutionProvider"))
+    assert HOST.on_host
+    assert not NPU.on_host
+    assert not HOST._replace(device="CUDAExecutionProvider").on_host

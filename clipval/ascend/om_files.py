@@ -1,0 +1,71 @@
+"""Where OM files come from: a folder of ready ones, or atc through the store."""
+
+from __future__ import annotations
+
+import functools
+import glob
+from pathlib import Path
+from typing import Optional, Sequence, Tuple
+
+from clipval import store
+from clipval.ascend import atc, npu_smi
+from clipval.errors import InputError
+from clipval.towers import Tower
+
+
+def ready(folder: Path, tower: Tower, batch_size: int) -> Path:
+    """The file of a tower and batch size in a folder of ready ones, by the recipe's names.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    pattern = f"*{tower.name}_bs{batch_size}.om"
+    found = sorted(Path(path) for path in glob.glob(str(Path(glob.escape(str(folder))) / pattern)))
+    if len(found) != 1:
+        listed = ", ".join(path.name for path in found) or "none"
+        raise InputError(f"--om-dir {folder}: expected one file {pattern}, found {listed}")
+    return found[0]
+
+
+@functools.lru_cache(maxsize=None)
+def options(
+    soc_version: Optional[str], device_id: int, precision_mode: str, keep_dtype: Optional[Path], flags: Tuple[str, ...]
+) -> atc.AtcOptions:
+    """What atc is asked for.
+
+    Args:
+        soc_version: the chip; None asks npu-smi, once, for that of the device.
+
+    Raises:
+        UsageError, InputError: see `clipval.ascend.atc.AtcOptions`.
+        BackendUnavailable, ToolFailed: see `clipval.ascend.npu_smi.npu`.
+    """
+    return atc.AtcOptions(
+        soc_version=soc_version or npu_smi.npu(device_id).soc_version,
+        precision_mode=precision_mode,
+        keep_dtype=str(keep_dtype) if keep_dtype else "",
+        extra=flags,
+    )
+
+
+def compiled(kept: store.Store, onnx: Path, tower: Tower, batch_size: int, options: atc.AtcOptions) -> Path:
+    """The OM file that atc makes of an ONNX file, once; its log is `<work>/logs/<tower>_bs<n>.log`.
+
+    Args:
+        onnx: a file of the store.
+    """
+    name = f"{tower.name}_bs{batch_size}"
+    digests = {file: found["sha256"] for file, found in store.files(onnx.parent).items()}  # external data too
+
+    def build(folder: Path) -> None:
+        atc.compile_om(onnx, folder, name, tower, batch_size, options, logs_folder=kept.root / "logs")
+
+    return kept.get("om", {"onnx": digests, **atc.key(tower, batch_size, options)}, build) / f"{name}.om"
+
+
+def origin(folder: Optional[Path], keep_dtype: Optional[Path], flags: Sequence[str]) -> str:
+    """What OM files depend on besides model, chip and precision: atc's other options, or the ready files."""
+    if folder is not None:
+        return " ".join(["ready", *(f"{file.name} {store.sha256(file)}" for file in sorted(folder.glob("*.om")))])
+    kept = [f"keep {store.sha256(keep_dtype)}"] if keep_dtype else []
+    return " ".join([*kept, *flags])
