@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shutil
 import tempfile
@@ -15,7 +14,6 @@ import numpy as np
 
 from clipval.errors import InputError, UsageError, one_line
 from clipval.model import Model, encoder
-from clipval.store import sha256
 from clipval.towers import TEXT, VISION, Tower
 
 # 14 is the least that torch 2's exporter can do (scaled_dot_product_attention), and keeps LayerNormalization
@@ -161,14 +159,6 @@ def copy(file: Path, target: Path) -> None:
                 if entry.key == "location" and entry.value == part.name:
                     entry.value = name
     onnx.save(model, str(target))
-
-
-def digest(file: Path) -> str:
-    """sha256 of an ONNX file with its external data; of the file alone where it has none."""
-    outside = data_files(file)
-    if not outside:
-        return sha256(file)
-    return hashlib.sha256("".join(sha256(part) for part in (file, *outside)).encode()).hexdigest()
 
 
 def example_rows(tower: Tower, count: int) -> np.ndarray:
