@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from typing import List, Optional, Sequence
 
@@ -23,12 +24,33 @@ def check(backends: Optional[Sequence[str]], device_id: int) -> List[Finding]:
     python = ".".join(map(str, sys.version_info[:3]))
     found = [Finding("python", supported, True, python, "use Python 3.8 to 3.13")]
     for package in (*environment.PACKAGES, "scipy"):
+        if package == "onnxruntime":
+            found.append(_onnxruntime())
+            continue
         version = environment.version(package)
         found.append(Finding(package, version is not None, True, version or "not installed", INSTALL))
-    found.append(_open_clip())
+    found += [*_torch_build(), _open_clip()]
     if backends is None or "om" in backends:
         found += host.check_host(device_id)
     return found
+
+
+def _onnxruntime() -> Finding:
+    found = environment.onnxruntimes()
+    advice = INSTALL
+    if len(found) > 1:
+        advice = "they overwrite each other's files: uninstall all of them, then install the one that is wanted"
+    return Finding("onnxruntime", len(found) == 1, True, ", ".join(found) or "not installed", advice)
+
+
+def _torch_build() -> List[Finding]:
+    build = environment.torch_build()
+    if build is None:
+        return []
+    detail = f"{build.version}, for {'CUDA ' + build.cuda if build.cuda else 'CPU'} on {platform.machine()}"
+    if build.cuda_bytes:
+        detail += f"; without a GPU a CPU build frees {build.cuda_bytes / 1e9:.1f} GB (README, Environments)"
+    return [Finding("torch build", True, False, detail, "")]
 
 
 def _open_clip() -> Finding:

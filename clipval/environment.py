@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "onnx", "onnxruntime", "numpy", "pillow", "ftfy")
 RUNNERS = ("aclruntime", "pytest", "pytest-benchmark", "scipy")
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-cann", "onnxruntime-openvino")  # one module's
+CUDA_PACKAGES = re.compile(r"(nvidia[-_]|cuda[-_]|triton$)")
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
@@ -20,6 +23,42 @@ def version(package: str) -> Optional[str]:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+class TorchBuild(NamedTuple):
+    """Which torch is installed: its version, the CUDA that it was built for ("" for a CPU build), and what CUDA takes.
+
+    `cuda_bytes` counts the installed packages of CUDA beside it, which a CPU build does without.
+    """
+
+    version: str
+    cuda: str
+    cuda_bytes: int
+
+
+def torch_build() -> Optional[TorchBuild]:
+    """The installed torch, read from its files without importing it; None where there is none."""
+    try:
+        torch = metadata.distribution("torch")
+    except metadata.PackageNotFoundError:
+        return None
+    try:
+        text = Path(str(torch.locate_file("torch/version.py"))).read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= '(.*)'$", text, re.MULTILINE))
+    cuda = found.get("cuda", "")
+    sizes = [_size(one) for one in metadata.distributions() if CUDA_PACKAGES.match(one.metadata["Name"] or "")]
+    return TorchBuild(found.get("__version__", torch.version), cuda, sum(sizes) if cuda else 0)
+
+
+def _size(package: metadata.Distribution) -> int:
+    return sum(file.size or 0 for file in package.files or ())
+
+
+def onnxruntimes() -> List[str]:
+    """The installed distributions of the module onnxruntime, as `onnxruntime-gpu 1.20.1`; two spoil each other."""
+    return [f"{name} {found}" for name in ONNXRUNTIMES if (found := version(name))]
 
 
 def library_versions() -> Dict[str, str]:

@@ -6,9 +6,10 @@ import inspect
 import shutil
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
 
 import numpy as np
 
@@ -48,26 +49,20 @@ def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metada
     options: Dict[str, Any] = {}
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False  # its graphs are the ones that atc and onnxruntime 1.19 are known to take
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    # The fused attention of the vision tower has no ONNX form, in any opset.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            warnings.simplefilter("ignore")
-            traced = Path(scratch) / file.name
-            torch.onnx.export(
-                encoder(model, tower),
-                (example,),
-                str(traced),
-                input_names=[tower.input_name],
-                output_names=[tower.output_name],
-                dynamic_axes={tower.input_name: {0: BATCH}, tower.output_name: {0: BATCH}},
-                opset_version=opset,
-                **options,
-            )
-            _finish(traced, file, tower, {**_logits(model), **metadata})
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with warnings.catch_warnings(), _without_fused_attention(), tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        warnings.simplefilter("ignore")
+        traced = Path(scratch) / file.name
+        torch.onnx.export(
+            encoder(model, tower),
+            (example,),
+            str(traced),
+            input_names=[tower.input_name],
+            output_names=[tower.output_name],
+            dynamic_axes={tower.input_name: {0: BATCH}, tower.output_name: {0: BATCH}},
+            opset_version=opset,
+            **options,
+        )
+        _finish(traced, file, tower, {**_logits(model), **metadata})
     check(file, tower)
 
 
@@ -159,6 +154,28 @@ def copy(file: Path, target: Path) -> None:
                 if entry.key == "location" and entry.value == part.name:
                     entry.value = name
     onnx.save(model, str(target))
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """Keep torch from the fused attention of the vision tower, which has no ONNX form in any opset.
+
+    torch 2.1 and 2.2 have no switch for it (`torch.backends.mha`); there it is not taken while gradients are recorded.
+    """
+    import torch
+
+    switch: Any = getattr(torch.backends, "mha", None)
+    if switch is None:
+        with torch.enable_grad():  # type: ignore[no-untyped-call]
+            yield
+        return
+    before = switch.get_fastpath_enabled()
+    switch.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        switch.set_fastpath_enabled(before)
 
 
 def example_rows(tower: Tower, count: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from clipval import cli, embeddings, machine, spec, throughput
+from clipval import cli, embeddings, environment, machine, spec, throughput
 from clipval.datasets import karpathy, shapes
 from clipval.spec import FOLDER
 from clipval.towers import TEXT
@@ -173,6 +173,39 @@ def test_doctor_says_what_is_there(capsys):
     out = capsys.readouterr().out
     assert "onnxruntime" in out
     assert "MISSING" not in out
+    import torch
+
+    assert f"{torch.__version__}, for " in out
+
+
+@pytest.mark.parametrize(
+    ("line", "version", "said"),
+    [
+        ("cuda: Optional[str] = '13.0'", "2.14.1+cu130", "for CUDA 13.0"),
+        ("cuda: Optional[str] = None", "2.13.0+cpu", "for CPU"),
+    ],
+)
+def test_doctor_says_which_build_of_torch(line, version, said, tmp_path, monkeypatch, capsys):
+    """An installed torch of 2 GB of CUDA's packages, as its files say it; it is not imported."""
+    for name, size in (("torch", 5), ("nvidia_cudnn_cu13", 2 * 10**9)):
+        folder = tmp_path / f"{name}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
+        (folder / "RECORD").write_text(f"{name}/x.so,sha256=0,{size}\n", encoding="utf-8")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{version}'\n{line}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run("doctor", "--backends", "pytorch")
+    (found,) = [line for line in capsys.readouterr().out.splitlines() if "torch build" in line]
+    assert f"{version}, {said}" in found
+    assert ("frees" in found) == ("CUDA" in said)
+    assert "2.0 GB" in found or "CPU" in said
+
+
+def test_doctor_names_two_runtimes_that_overwrite_each_other(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "onnxruntimes", lambda: ["onnxruntime 1.20.1", "onnxruntime-gpu 1.20.1"])
+    assert run("doctor", "--backends", "onnx") == 1
+    assert "overwrite each other" in capsys.readouterr().out
 
 
 def test_doctor_fails_on_a_host_without_npu(capsys, monkeypatch):

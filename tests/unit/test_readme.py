@@ -57,8 +57,9 @@ def test_flags_in_the_text_exist(text):
         parser = cli.Parser()
         command.declare(parser)
         parser_flags |= {flag for action in parser._actions for flag in action.option_strings}
+    installers = {"--torch-backend", "--no-deps"}
     recipe = {"--a", "--b", "--input_format", "--output_dirname", "--loop", "--batchsize", "--outfmt", "--framework"}
-    assert set(re.findall(r"(--[a-z][\w-]+)", text)) <= known | parser_flags | recipe
+    assert set(re.findall(r"(--[a-z][\w-]+)", text)) <= known | parser_flags | recipe | installers
 
 
 @BOTH
