@@ -12,16 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import FrozenSet, Iterable, List, Optional, Tuple
 
-from clipval.ascend.npu_tables import (
-    Card,
-    Chip,
-    Process,
-    parse_board,
-    parse_info,
-    parse_list,
-    parse_mapping,
-    with_prefix,
-)
+from clipval.ascend.npu_tables import Chip, Process, parse_board, parse_info, parse_mapping, with_prefix
 from clipval.errors import BackendUnavailable, ToolFailed
 
 TIMEOUT_SECONDS = 60
@@ -74,11 +65,6 @@ class Npu:
                 f"{self.name!r} alone does not tell the chip; give --soc-version"
             )
         return self.board
-
-    @property
-    def idle(self) -> bool:
-        """Nothing else uses the chip; see `why_busy`."""
-        return not self.why_busy()
 
     def why_busy(self, ignore_pids: Iterable[int] = ()) -> str:
         """Why the chip is not idle, in words; empty when it is.
@@ -174,11 +160,6 @@ def visible_devices() -> Optional[List[int]]:
             f"{VISIBLE_DEVICES}={text!r}: expected logic ids such as 2,3; set it right or unset it"
         )
     return [int(part) for part in parts]
-
-
-def cards() -> List[Card]:
-    """The cards of this host, from `npu-smi info -l`. Raises as `list_npus` does."""
-    return parse_list(_run("info", "-l"))
 
 
 def version() -> str:

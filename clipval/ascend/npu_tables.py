@@ -21,14 +21,6 @@ class Process(NamedTuple):
     memory_mb: int
 
 
-class Card(NamedTuple):
-    """One block of `npu-smi info -l`."""
-
-    npu_id: int
-    product_name: str
-    chip_count: int
-
-
 class Chip(NamedTuple):
     """Two rows of the table of `npu-smi info`. `device` is the Device column of 310 and 310P, else None."""
 
@@ -148,19 +140,6 @@ def _mapping_cells(line: str, columns: List[str]) -> List[str]:
     behind = len(columns) - 1 - name
     end = len(words) - behind
     return [*words[:name], " ".join(words[name:end]), *words[end:]]
-
-
-def parse_list(text: str) -> List[Card]:
-    """Cards from `npu-smi info -l`."""
-    found: List[Card] = []
-    for key, value in _pairs(text):
-        if key == "npu id" and value.isdigit():
-            found.append(Card(int(value), "", 0))
-        elif found and key == "product name":
-            found[-1] = found[-1]._replace(product_name=value)
-        elif found and key == "chip count" and value.isdigit():
-            found[-1] = found[-1]._replace(chip_count=int(value))
-    return found
 
 
 def parse_board(text: str) -> str:
