@@ -141,7 +141,7 @@ def _chip(device_id: int, root: Path) -> str:
 
 def _idle(device_id: int, root: Path) -> str:
     npu = npu_smi.npu(device_id)
-    why = npu.why_busy(ignore_pids=[os.getpid()])
+    why = npu.why_busy()
     if why:
         raise _Missing(why, "stop what uses it before throughput is measured, or take another --device-id")
     return f"{npu.memory_used_mb} of {npu.memory_total_mb} MB in use, no process"

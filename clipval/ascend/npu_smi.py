@@ -9,10 +9,18 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
-from typing import FrozenSet, Iterable, List, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple
 
-from clipval.ascend.npu_tables import Chip, Process, parse_board, parse_info, parse_mapping, with_prefix
+from clipval.ascend.npu_tables import (
+    Chip,
+    Process,
+    parse_board,
+    parse_container_pids,
+    parse_info,
+    parse_mapping,
+    with_prefix,
+)
 from clipval.errors import BackendUnavailable, ToolFailed
 
 TIMEOUT_SECONDS = 60
@@ -38,6 +46,7 @@ class Npu:
         health: `OK`, `Warning`, `Alarm`, ...
         memory_used_mb, memory_total_mb: HBM where the chip has it, else DDR; None where the table shows no number.
         processes: that hold the chip.
+        container_pids: pid in `processes` -> pid inside its container, where npu-smi (26 on) shows it.
     """
 
     npu_id: int
@@ -49,6 +58,7 @@ class Npu:
     memory_total_mb: Optional[int]
     processes: Tuple[Process, ...] = ()
     board: str = ""
+    container_pids: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def soc_version(self) -> str:
@@ -61,7 +71,7 @@ class Npu:
             return with_prefix(self.name)
         if not self.board:
             raise ToolFailed(
-                f"npu-smi info -t board -i {self.npu_id} -c {self.chip_id}: no Chip Name and NPU Name, and "
+                f"npu-smi info -t board -i {self.npu_id}: no Chip Name and NPU Name of chip {self.chip_id}, and "
                 f"{self.name!r} alone does not tell the chip; give --soc-version"
             )
         return self.board
@@ -76,28 +86,43 @@ class Npu:
                 host's pids; see `appeared`.
         """
         ignored = set(ignore_pids)
-        own_mb = sum(process.memory_mb for process in self.processes if process.pid in ignored)
+        own = [process for process in self.processes if process.pid in ignored]
         others = [process for process in self.processes if process.pid not in ignored]
         where = f"NPU {self.npu_id} chip {self.chip_id} (device {self.logic_id})"
         if others:
-            rows = ", ".join(f"{one.pid} ({one.name or 'no name'}, {one.memory_mb} MB)" for one in others[:3])
+            rows = ", ".join(f"{one.pid} ({one.name or 'no name'}, {_megabytes(one)})" for one in others[:3])
             return f"{where}: {len(others)} process(es) on it: {rows}"
         if self.memory_used_mb is None or self.memory_total_mb is None:
             return f"{where}: npu-smi shows no memory in use, so nobody can say that it is idle"
+        unknown = [process.pid for process in own if process.memory_mb is None]
+        if unknown:
+            return f"{where}: npu-smi shows no memory of our own process {unknown[0]}, so the rest is not known"
         limit = int(IDLE_BASE_MB + IDLE_SHARE * self.memory_total_mb)
-        used = self.memory_used_mb - own_mb
+        used = self.memory_used_mb - sum(process.memory_mb or 0 for process in own)
         if used > limit:
             return f"{where}: {used} of {self.memory_total_mb} MB in use, an idle one has at most {limit} MB"
         return ""
 
 
-def appeared(before: Npu, after: Npu) -> FrozenSet[int]:
-    """Pids on the chip that were not there before.
+def _megabytes(process: Process) -> str:
+    return "memory not shown" if process.memory_mb is None else f"{process.memory_mb} MB"
 
-    Between just before and just after opening our first session these are our own, also in a container, where
-    `os.getpid()` is not the pid that npu-smi shows.
+
+def appeared(before: Npu, after: Npu) -> FrozenSet[int]:
+    """Pids on the chip, as npu-smi shows them, that are this process; for `why_busy`.
+
+    They came between just before and just after opening our first session. In a container npu-smi shows the host's
+    pids, so `os.getpid()` alone tells nothing there: it can even be the number of somebody else's process. The pid
+    inside the container decides where it is shown, then our own number, then that only one process came. Empty where
+    several came and none of these tells which is ours: then all count as others.
     """
-    return frozenset(one.pid for one in after.processes) - frozenset(one.pid for one in before.processes)
+    came = frozenset(one.pid for one in after.processes) - frozenset(one.pid for one in before.processes)
+    inside = frozenset(pid for pid in came if after.container_pids.get(pid) == os.getpid())
+    shown = came & {os.getpid()}
+    if inside or shown:
+        return inside or shown
+    unsaid = frozenset(pid for pid in came if pid not in after.container_pids)
+    return unsaid if len(unsaid) == 1 else frozenset()
 
 
 def list_npus() -> List[Npu]:
@@ -111,16 +136,29 @@ def list_npus() -> List[Npu]:
     chips = parse_info(text)
     if not chips:
         _refuse(text)
-    try:
-        logic_ids = parse_mapping(_run("info", "-m"))
-    except ToolFailed:
-        logic_ids = {}
-    found = []
-    for order, chip in enumerate(chips):
-        device = chip.device if chip.device is not None else order
-        logic_id = logic_ids.get((chip.npu_id, chip.chip_id), device)
-        found.append(_npu(chip, logic_id))
+    inside = parse_container_pids(text)
+    found = [_npu(chip, logic_id, inside) for chip, logic_id in zip(chips, _logic_ids(chips))]
     return sorted(found, key=lambda npu: npu.logic_id)
+
+
+def _logic_ids(chips: List[Chip]) -> List[int]:
+    """ACL's device id of each chip: by `npu-smi info -m`, else by the table's Device column, else by its order.
+
+    950 has neither column; cards are in the order of their ids, which is ACL's as far as can be read in the driver.
+    """
+    try:
+        mapping = parse_mapping(_run("info", "-m"))
+    except ToolFailed:
+        mapping = {}
+    if mapping:
+        missing = [chip for chip in chips if (chip.npu_id, chip.chip_id) not in mapping]
+        if missing:
+            raise ToolFailed(
+                f"npu-smi info -m: no Chip Logic ID of NPU {missing[0].npu_id} chip {missing[0].chip_id}, which "
+                "`npu-smi info` lists; run both by hand and repair the driver"
+            )
+        return [mapping[chip.npu_id, chip.chip_id] for chip in chips]
+    return [order if chip.device is None else chip.device for order, chip in enumerate(chips)]
 
 
 def npu(device_id: int) -> Npu:
@@ -170,13 +208,7 @@ def version() -> str:
     return match.group(1) if match else "unknown"
 
 
-def _npu(chip: Chip, logic_id: int) -> Npu:
-    board = ""
-    if _SHARED_NAME.match(chip.name):
-        try:
-            board = parse_board(_run("info", "-t", "board", "-i", str(chip.npu_id), "-c", str(chip.chip_id)))
-        except ToolFailed:
-            board = ""  # told when somebody asks for the soc_version
+def _npu(chip: Chip, logic_id: int, inside: Dict[int, int]) -> Npu:
     return Npu(
         npu_id=chip.npu_id,
         chip_id=chip.chip_id,
@@ -186,8 +218,22 @@ def _npu(chip: Chip, logic_id: int) -> Npu:
         memory_used_mb=chip.used_mb,
         memory_total_mb=chip.total_mb,
         processes=chip.processes,
-        board=board,
+        board=_board(chip) if _SHARED_NAME.match(chip.name) else "",
+        container_pids={one.pid: inside[one.pid] for one in chip.processes if one.pid in inside},
     )
+
+
+def _board(chip: Chip) -> str:
+    """What `-t board` says of a chip. On 950 it takes no `-c`, elsewhere it says nothing of a chip without it."""
+    card = ("info", "-t", "board", "-i", str(chip.npu_id))
+    for arguments in ((*card, "-c", str(chip.chip_id)), card):
+        try:
+            board = parse_board(_run(*arguments))
+        except ToolFailed:
+            board = ""  # told when somebody asks for the soc_version
+        if board:
+            return board
+    return ""
 
 
 def _refuse(text: str) -> None:
@@ -196,7 +242,7 @@ def _refuse(text: str) -> None:
         raise BackendUnavailable(
             f"npu-smi info: {words}. Install the card's driver and firmware; in a container pass /dev/davinci* in"
         )
-    raise ToolFailed(f"npu-smi info: no NPU in its output ({words or 'empty'}); run it by hand and mend the driver")
+    raise ToolFailed(f"npu-smi info: no NPU in its output ({words or 'empty'}); run it by hand and repair the driver")
 
 
 def _run(*arguments: str) -> str:
@@ -220,7 +266,9 @@ def _run(*arguments: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise ToolFailed(f"{command}: no answer in {TIMEOUT_SECONDS} s; the driver hangs, reset the NPU") from error
     except OSError as error:
-        raise BackendUnavailable(f"{command}: {program} does not start ({error.strerror}); mend the driver") from error
+        raise BackendUnavailable(
+            f"{command}: {program} does not start ({error.strerror}); repair the driver"
+        ) from error
     text = done.stdout.decode("utf-8", "replace")
     if done.returncode != 0 and "|" not in text and not re.search("no NPU card|dcmi", text, re.IGNORECASE):
         words = " ".join(text.split())[:200]

@@ -1,12 +1,11 @@
 """Who uses an NPU: others, or this process, whose pid npu-smi may show as another one.
 
-In a container npu-smi shows the host's pids, so that our own row is not known by its pid. What appears on the NPU
-while we open a session there is ours.
+In a container npu-smi shows the host's pids, so that our own row is not known by its pid, which can even be another
+process's there. What appears on the NPU while we open a session there is ours.
 """
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from typing import Dict, Iterator, Set
 
@@ -18,7 +17,7 @@ _own_pids: Set[int] = set()
 
 @contextmanager
 def opening(device_id: int) -> Iterator[None]:
-    """While a session is opened on a device: whoever appears there meanwhile is this process.
+    """While a session is opened on a device: what appears there meanwhile is this process; see `npu_smi.appeared`.
 
     Raises:
         BackendUnavailable, ToolFailed: see `clipval.ascend.npu_smi.npu`.
@@ -26,11 +25,11 @@ def opening(device_id: int) -> Iterator[None]:
     before = npu_smi.npu(device_id)
     _before.setdefault(device_id, before)
     yield
-    _own_pids.update(npu_smi.appeared(before, npu_smi.npu(device_id)), {os.getpid()})
+    _own_pids.update(npu_smi.appeared(before, npu_smi.npu(device_id)))
 
 
 def others(device_id: int) -> str:
     """What else uses a device, in words; empty for nothing, and before a session of ours was opened there."""
     if device_id not in _before:
         return ""
-    return _before[device_id].why_busy() or npu_smi.npu(device_id).why_busy(ignore_pids=_own_pids)
+    return _before[device_id].why_busy(ignore_pids=_own_pids) or npu_smi.npu(device_id).why_busy(ignore_pids=_own_pids)

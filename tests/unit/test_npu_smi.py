@@ -2,12 +2,15 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from clipval.ascend import npu_smi
 from clipval.errors import BackendUnavailable, ToolFailed
 from tests.simulator import environment
+
+TABLES = Path(__file__).parent / "npu_smi"
 
 INFO_310P = """
 +--------------------------------------------------------------------------------------------------------+
@@ -189,10 +192,11 @@ def test_310b_without_a_bus_id(say):
     ]
 
 
-def test_a_row_without_its_lower_half_is_left_out(say):
+def test_a_chip_without_its_second_row_is_an_error(say):
     lines = INFO_910B.splitlines(keepends=True)
     say(info="".join(line for line in lines if "0000:C1:00.0" not in line))
-    assert [one.npu_id for one in npu_smi.list_npus()] == [3, 6]
+    with pytest.raises(ToolFailed, match=r"cannot read the line '\| 3 910B4 .*layout is not known"):
+        npu_smi.list_npus()
 
 
 def test_long_process_names_break_the_frame(say):
@@ -269,11 +273,80 @@ def test_missing_hanging_and_broken_programs(say, tmp_path, monkeypatch):
         npu_smi.list_npus()
 
 
-def test_own_pids_are_those_that_appeared(say):
+def with_processes(npu, *processes, container_pids=()):
+    rows = tuple(npu_smi.Process(*process) for process in processes)
+    return npu_smi.Npu(**{**vars(npu), "processes": rows, "container_pids": dict(container_pids)})
+
+
+OTHER, OURS, THIRD = (77001, "", 9000), (77344, "", 3111), (78002, "", 120)
+
+
+@pytest.fixture
+def chip(say):
     say(info=INFO_910B)
-    after = npu_smi.npu(1)
-    before = npu_smi.Npu(**{**vars(after), "processes": after.processes[:1]})
-    assert npu_smi.appeared(before, after) == {2120535}
+    return npu_smi.npu(1)
+
+
+def test_own_pids_are_those_that_appeared(chip):
+    before, after = with_processes(chip, OTHER), with_processes(chip, OTHER, OURS)
+    assert npu_smi.appeared(before, after) == {OURS[0]}
+    assert npu_smi.appeared(after, after) == frozenset(), "what was there before is somebody else's"
+
+
+def test_a_process_that_came_with_ours_is_not_ours(chip):
+    """Three ways to tell them apart; without any, none counts as ours."""
+    before = with_processes(chip)
+    mine = (os.getpid(), "python3", 400)
+    assert npu_smi.appeared(before, with_processes(chip, mine, THIRD)) == {os.getpid()}
+    inside = {OURS[0]: os.getpid(), OTHER[0]: os.getpid() + 1}
+    assert npu_smi.appeared(before, with_processes(chip, OURS, OTHER, THIRD, container_pids=inside)) == {OURS[0]}
+    assert npu_smi.appeared(before, with_processes(chip, OTHER, container_pids=inside)) == frozenset()
+    both = with_processes(chip, OURS, THIRD)
+    assert npu_smi.appeared(before, both) == frozenset()
+    assert "2 process(es) on it" in both.why_busy(ignore_pids=npu_smi.appeared(before, both))
+
+
+def test_our_own_number_can_be_another_process_in_a_container(chip):
+    stranger = (os.getpid(), "", 9000)
+    before, after = with_processes(chip, stranger), with_processes(chip, stranger, OURS)
+    own = npu_smi.appeared(before, after)
+    assert own == {OURS[0]}
+    assert str(os.getpid()) in after.why_busy(ignore_pids=own)
+
+
+def test_own_memory_on_one_chip_is_not_subtracted_from_another(say):
+    text = (TABLES / "a3-26.0.txt").read_text(encoding="utf-8")
+    say(info=text)
+    first, second = npu_smi.npu(0), npu_smi.npu(1)
+    assert (first.why_busy([692301]), second.why_busy([692301])) == ("", "")
+    say(info=text.replace("15240/ 65536", "19240/ 65536"))
+    assert npu_smi.npu(0).why_busy([692301]) == ""
+    assert "6880 of 65536 MB in use" in npu_smi.npu(1).why_busy([692301])
+
+
+def test_own_memory_that_is_not_shown_leaves_the_rest_unknown(chip):
+    assert "no memory of our own process 5" in with_processes(chip, (5, "", None)).why_busy(ignore_pids=[5])
+    assert "5 (no name, memory not shown)" in with_processes(chip, (5, "", None)).why_busy()
+
+
+def test_950_has_no_chip_in_its_table_and_its_board_takes_none(say):
+    board = "\tNPU ID : 2\n\tNPU Name : 9579\n\tChip Name : Ascend950PR\n"
+    mapping = "NPU ID  Slot ID  Chip ID  Chip Phy-ID  Chip Name\n0  1  0  0  Ascend950PR\n2  2  0  2  Ascend950PR\n"
+    text = (TABLES / "950pr-25.7.txt").read_text(encoding="utf-8")
+    say(info=text, infom=mapping, infotboardi0="Error parameter of -c\n", infotboardi2=board)
+    first, second = npu_smi.list_npus()
+    assert (first.logic_id, second.logic_id, second.npu_id, second.chip_id) == (0, 1, 2, 0)
+    assert second.soc_version == "Ascend950PR_9579"
+    assert second.why_busy() == ""
+    with pytest.raises(ToolFailed, match="npu-smi info -t board -i 0: no Chip Name and NPU Name of chip 0"):
+        assert first.soc_version
+
+
+def test_a_mapping_that_lacks_a_chip_is_an_error(say):
+    mapping = "NPU ID  Chip ID  Chip Logic ID  Chip Name\n0 0 1 Ascend 910B4\n3 0 0 Ascend 910B4\n"
+    say(info=INFO_910B, infom=mapping)
+    with pytest.raises(ToolFailed, match="no Chip Logic ID of NPU 6 chip 0"):
+        npu_smi.list_npus()
 
 
 @pytest.mark.parametrize(
