@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipval import export, model, probe, store
+from clipval import export, model, probe
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.errors import BackendUnavailable, InputError, UsageError
