@@ -2,8 +2,8 @@
 
 Data flows one way, and a module imports only from its left:
 
-errors -> towers -> results, store, environment -> ascend -> backends -> options -> spec -> datasets -> embeddings
--> model -> preprocess, probe -> export -> parity, retrieval, machine -> throughput -> baseline, doctor
+errors -> towers -> results, store, environment, arrays -> ascend -> backends -> options -> spec -> datasets
+-> embeddings -> model -> preprocess, probe -> export -> parity, retrieval, machine -> throughput -> baseline, doctor
 -> chain -> bench, gates -> accuracy, perf -> plots -> evidence -> report -> ledger
 -> train_shapes, commands -> cli -> __main__
 

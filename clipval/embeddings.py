@@ -13,12 +13,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import numpy as np
-from numpy.lib import format as npy
 from tqdm import tqdm
 
+from clipval import arrays
+from clipval.arrays import Rows
 from clipval.backends import Backend
 from clipval.errors import InputError, one_line
 from clipval.towers import Tower
@@ -34,13 +35,13 @@ class Embeddings:
     values: np.ndarray
 
 
-def embed(backend: Backend, ids: Sequence[str], rows: Any, batch_size: int) -> Embeddings:
+def embed(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> Embeddings:
     """Embed every row.
 
     Args:
         backend: an open backend; stays open.
         ids: n names.
-        rows: n rows; a slice of it is an array [k, *row_shape] in the tower's dtype. Read batch by batch.
+        rows: [n, *row_shape] in the tower's dtype. Read batch by batch.
         batch_size: rows a call. Where the backend's is fixed, the last batch is filled up with copies of its last row,
             and what they give is dropped.
 
@@ -90,37 +91,6 @@ def _check_embeddings(backend: Backend, found: Any, count: int, first: str) -> N
         )
 
 
-def read_array(path: Path, dtype: str, shape: Tuple[int, ...]) -> np.ndarray:
-    """One .npy file of just this dtype and shape; pickles are never loaded.
-
-    Raises:
-        InputError: the file is missing, damaged, or holds something else.
-    """
-    array = load_array(path)
-    if array.dtype != np.dtype(dtype) or array.shape != shape:
-        wanted = f"{np.dtype(dtype).str} {shape}"
-        raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run preprocess again")
-    return array
-
-
-def load_array(path: Path) -> np.ndarray:
-    """One .npy file of any dtype and shape; pickles are never loaded.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    try:
-        with open(path, "rb") as stream:
-            array: np.ndarray = npy.read_array(stream, allow_pickle=False)
-            if stream.read(1):
-                raise ValueError("more bytes than its header tells")
-            return array
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; run preprocess again") from error
-    except Exception as error:  # numpy raises ValueError, MemoryError, SyntaxError, TypeError, ... by what is damaged
-        raise InputError(f"{path}: not an array that can be read ({one_line(error)}); make it again") from error
-
-
 def write(folder: Path, embeddings: Embeddings) -> None:
     """Write `<id>_0.npy`, float32 [1, width] each; a new folder appears when it is complete.
 
@@ -133,7 +103,7 @@ def write(folder: Path, embeddings: Embeddings) -> None:
         twice = Counter(embeddings.ids).most_common(1)[0][0]
         raise InputError(f"{folder}: sample {twice} is there twice, and one file would replace the other")
     try:
-        foreign = sorted(set(_arrays(folder)) - names) if os.path.isdir(folder) else []
+        foreign = sorted(set(arrays.names(folder)) - names) if os.path.isdir(folder) else []
         if foreign:
             raise InputError(
                 f"{folder}: holds {len(foreign)} arrays of other samples ({foreign[0]}); empty it or give another"
@@ -142,10 +112,6 @@ def write(folder: Path, embeddings: Embeddings) -> None:
     except OSError as error:
         reason = error.strerror or error  # numpy tells of a full disk without an errno
         raise InputError(f"{folder}: cannot be written ({reason}); free space or give another folder") from error
-
-
-def _arrays(folder: Path) -> List[str]:
-    return [name for name in os.listdir(folder) if name.endswith(".npy")]
 
 
 def _publish(folder: Path, embeddings: Embeddings) -> None:
@@ -182,33 +148,33 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
     """
     if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise InputError(f"embeddings {folder}: no such folder; run embed, or give the folder of the .npy files")
-    files = [folder / name for name in sorted(_arrays(folder), key=lambda name: natural(name[: -len(".npy")]))]
+    files = [folder / name for name in arrays.names(folder)]
     outputs = [path for path in files if path.stem.endswith("_0")]
     with ThreadPoolExecutor(THREADS) as pool:
         others = [path for path in files if not path.stem.endswith("_0")]
-        for path, array in zip(others, pool.map(load_array, others)):
+        for path, array in zip(others, pool.map(arrays.load, others)):
             if array.size != 1 or not path.stem.endswith("_1"):
                 raise InputError(f"{path}: not an embedding <id>_0.npy; take it out, or give the folder of embeddings")
-        arrays = list(pool.map(load_array, outputs))
-    if not arrays:
+        found = list(pool.map(arrays.load, outputs))
+    if not found:
         raise InputError(f"embeddings {folder}: no <id>_0.npy in it; give the folder that embed or ais_bench wrote")
     if width is None:
-        width = max(1, Counter(array.shape[-1] if array.ndim else 0 for array in arrays).most_common(1)[0][0])
-    for path, array in zip(outputs, arrays):
+        width = max(1, Counter(array.shape[-1] if array.ndim else 0 for array in found).most_common(1)[0][0])
+    for path, array in zip(outputs, found):
         if array.dtype.str not in ("<f4", "<f2") or array.shape not in ((1, width), (width,)):
             wanted = f"<f4 or <f2 of shape (1, {width})"
             raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run embed again")
-    values = np.concatenate([array.reshape(1, -1) for array in arrays]).astype(np.float32)
+    values = np.concatenate([array.reshape(1, -1) for array in found]).astype(np.float32)
     return Embeddings(tuple(path.stem[: -len("_0")] for path in outputs), values)
 
 
 def write_golden(file: Path, towers: Dict[str, Embeddings]) -> None:
     """Write a few embeddings of each tower as one .npz: `<tower>_ids` and `<tower>` [n, width] float32."""
-    arrays: Dict[str, Any] = {name: one.values for name, one in towers.items()}
-    arrays.update((f"{name}_ids", np.array(one.ids)) for name, one in towers.items())
+    stored: Dict[str, Any] = {name: one.values for name, one in towers.items()}
+    stored.update((f"{name}_ids", np.array(one.ids)) for name, one in towers.items())
     file.absolute().parent.mkdir(parents=True, exist_ok=True)
     with open(file, "wb") as stream:  # given a name, numpy would add an ending to it
-        np.savez_compressed(stream, **arrays)
+        np.savez_compressed(stream, **stored)
 
 
 def read_golden(file: Path, tower: Tower) -> Embeddings:
@@ -218,8 +184,8 @@ def read_golden(file: Path, tower: Tower) -> Embeddings:
         InputError: the file is missing, damaged, or not of this tower's width.
     """
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            ids, values = arrays[f"{tower.name}_ids"], arrays[tower.name]
+        with np.load(file, allow_pickle=False) as stored:
+            ids, values = stored[f"{tower.name}_ids"], stored[tower.name]
     except Exception as error:  # zipfile's, zlib's and numpy's own
         raise InputError(f"golden embeddings {file}: cannot be read ({one_line(error)}); run clipval pin") from error
     if ids.ndim != 1 or values.dtype != np.float32 or values.shape != (len(ids), tower.width) or not len(ids):
@@ -256,9 +222,3 @@ def image_id_of(caption_id: str) -> str:
     if not name or not re.fullmatch("[0-9]+", k):
         raise InputError(f"text embedding {caption_id!r}: expected the id <image id>_<k>; give the texts' embeddings")
     return name
-
-
-def natural(name: str) -> List[Any]:
-    """Sort key that orders numbers inside names by value: 9_2 before 10_1. Different names have different keys."""
-    parts = enumerate(re.split(r"([0-9]+)", name))  # every second part is a number
-    return [*((int(part), "") if n % 2 else (-1, part) for n, part in parts), (-1, name)]

@@ -10,15 +10,15 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from clipval.arrays import PreparedRows as PreparedRows
 from clipval.datasets import RetrievalDataset
 from clipval.datasets.images import open_rgb
-from clipval.embeddings import natural, read_array
 from clipval.model import Model, check_tokens
 from clipval.spec import PreprocessSpec
 from clipval.towers import Tower
@@ -26,30 +26,6 @@ from clipval.towers import Tower
 THREADS = 8
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class PreparedRows:
-    """Rows of one tower on disk, read when sliced.
-
-    Attributes:
-        folder: holds one `<id>.npy` a row; ids: their names in order; tower: dtype and shape of a row.
-    """
-
-    folder: Path
-    ids: Tuple[str, ...]
-    tower: Tower
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: Union[slice, Sequence[int], np.ndarray]) -> np.ndarray:
-        """Rows [n, *row_shape], C-contiguous."""
-        picked = self.ids[index] if isinstance(index, slice) else [self.ids[n] for n in index]
-        rows = np.empty(self.tower.shape(len(picked)), self.tower.dtype)
-        for n, name in enumerate(picked):
-            rows[n] = read_array(self.folder / f"{name}.npy", self.tower.dtype, self.tower.shape(1))[0]
-        return rows
 
 
 @dataclass(frozen=True)
@@ -91,12 +67,6 @@ def opened(dataset: RetrievalDataset, towers: Dict[str, Tower], folder: Path) ->
     ids = {"vision": dataset.image_ids, "text": dataset.caption_ids}
     rows = {name: PreparedRows(folder / tower.prepared, ids[name], tower) for name, tower in towers.items()}
     return PreparedData(folder, rows)
-
-
-def listed(folder: Path, tower: Tower) -> PreparedRows:
-    """Every array of a folder as rows of one tower, in natural order of their names."""
-    names = [path.stem for path in folder.glob("*.npy")]
-    return PreparedRows(folder, tuple(sorted(names, key=natural)), tower)
 
 
 def pixels(path: Path, model: Model) -> np.ndarray:

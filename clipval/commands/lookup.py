@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from clipval.commands import Command, Parser, chain_of, model_options
 from clipval.errors import InputError, UsageError
 from clipval.options import add_options, at_least
@@ -53,14 +51,14 @@ def _pin(args: argparse.Namespace) -> int:
     """A few of PyTorch's embeddings into a file; prints the lines of a spec that hold later runs to them."""
     import hashlib
 
-    from clipval import embeddings
+    from clipval import arrays, embeddings
 
     chain = chain_of(args)
     chain.check_inputs()
     found = {}
     for name, tower in chain.towers.items():
         count = len(chain.prepared.rows[name])
-        picked = np.unique(np.linspace(0, count - 1, min(count, args.samples)).round().astype(int))
+        picked = arrays.spread(count, args.samples)
         found[name] = chain.embed_some("pytorch", tower, picked, 1)
     embeddings.write_golden(args.save, found)
     captions = "".join(f"{caption}\n" for caption in chain.dataset.captions)

@@ -134,12 +134,12 @@ def _declare_embed(parser: Parser) -> None:
 
 def _embed(args: argparse.Namespace) -> int:
     """Prepared arrays to embeddings: <output>/<dirname>/<id>_0.npy."""
-    from clipval import embeddings, preprocess
+    from clipval import arrays, embeddings
 
     name = args.backend or (backends.of_file(args.model) if args.model else None) or backends.REFERENCE
     chain = chain_of(args)
     tower = chain.towers[_tower_of_input(args.input)]
-    rows = preprocess.listed(args.input, tower)
+    rows = arrays.listed(args.input, tower)
     size = args.batch_size or batch_of_name(args.model) or 8
     backend = chain.open_file(name, tower, args.model, size)
     try:
@@ -157,9 +157,9 @@ def _tower_of_input(folder: Path) -> str:
     first = next(iter(sorted(folder.glob("*.npy"))), None)
     if first is None:
         raise InputError(f"--input {folder}: no .npy files; give the images or texts folder that preprocess made")
-    from clipval import embeddings
+    from clipval import arrays
 
-    return "text" if embeddings.load_array(first).dtype == np.int64 else "vision"
+    return "text" if arrays.load(first).dtype == np.int64 else "vision"
 
 
 def _declare_evaluate(parser: Parser) -> None:

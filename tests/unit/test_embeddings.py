@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipval import embeddings
+from clipval import arrays, embeddings
 from clipval.backends import Identity
 from clipval.embeddings import Embeddings
 from clipval.errors import InputError
@@ -310,9 +310,9 @@ def test_the_image_of_a_caption():
 def test_read_array_is_strict(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((1, 77), np.int32))
     with pytest.raises(InputError, match=r"x.npy: <i4 \(1, 77\), expected <i8 \(1, 77\)"):
-        embeddings.read_array(tmp_path / "x.npy", "int64", (1, 77))
+        arrays.read(tmp_path / "x.npy", "int64", (1, 77))
     with pytest.raises(InputError, match="no such file"):
-        embeddings.read_array(tmp_path / "y.npy", "int64", (1, 77))
+        arrays.read(tmp_path / "y.npy", "int64", (1, 77))
 
 
 def test_golden_embeddings_come_back(tmp_path):

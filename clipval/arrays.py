@@ -1,0 +1,120 @@
+"""Arrays on disk and in memory: `.npy` files in and out, the natural order of their names, rows read when sliced."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, List, Sequence, Tuple, Union
+
+import numpy as np
+from numpy.lib import format as npy
+
+from clipval.errors import InputError, one_line
+from clipval.towers import Tower
+
+Index = Union[slice, Sequence[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """Rows of one tower on disk, read when sliced.
+
+    Attributes:
+        folder: holds one `<id>.npy` a row; ids: their names in order; tower: dtype and shape of a row.
+    """
+
+    folder: Path
+    ids: Tuple[str, ...]
+    tower: Tower
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        """Rows [n, *row_shape], C-contiguous.
+
+        Raises:
+            InputError: a file is missing, damaged, or holds something else than a row.
+        """
+        picked = self.ids[index] if isinstance(index, slice) else [self.ids[n] for n in index]
+        rows = np.empty(self.tower.shape(len(picked)), self.tower.dtype)
+        for n, name in enumerate(picked):
+            rows[n] = read(self.folder / f"{name}.npy", self.tower.dtype, self.tower.shape(1))[0]
+        return rows
+
+
+Rows = Union[PreparedRows, np.ndarray]
+
+
+def listed(folder: Path, tower: Tower) -> PreparedRows:
+    """Every array of a folder as rows of one tower, in natural order of their names.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    return PreparedRows(folder, tuple(name[: -len(".npy")] for name in names(folder)), tower)
+
+
+def names(folder: Path) -> List[str]:
+    """The `.npy` files of a folder in natural order.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    found = [name for name in os.listdir(folder) if name.endswith(".npy")]
+    return sorted(found, key=lambda name: natural(name[: -len(".npy")]))
+
+
+def read(path: Path, dtype: str, shape: Tuple[int, ...]) -> np.ndarray:
+    """One .npy file of just this dtype and shape; pickles are never loaded.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds something else.
+    """
+    array = load(path)
+    if array.dtype != np.dtype(dtype) or array.shape != shape:
+        wanted = f"{np.dtype(dtype).str} {shape}"
+        raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run preprocess again")
+    return array
+
+
+def load(path: Path) -> np.ndarray:
+    """One .npy file of any dtype and shape; pickles are never loaded.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with open(path, "rb") as stream:
+            array: np.ndarray = npy.read_array(stream, allow_pickle=False)
+            if stream.read(1):
+                raise ValueError("more bytes than its header tells")
+            return array
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; run preprocess again") from error
+    except Exception as error:  # numpy raises ValueError, MemoryError, SyntaxError, TypeError, ... by what is damaged
+        raise InputError(f"{path}: not an array that can be read ({one_line(error)}); make it again") from error
+
+
+def natural(name: str) -> List[Any]:
+    """Sort key that orders numbers inside names by value: 9_2 before 10_1. Different names have different keys."""
+    parts = enumerate(re.split(r"([0-9]+)", name))  # every second part is a number
+    return [*((int(part), "") if n % 2 else (-1, part) for n, part in parts), (-1, name)]
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Indices spread evenly over `count` samples, the first and the last among them: at most `most` of them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length one, float64; a zero or infinite vector becomes NaN.
+
+    Args:
+        vectors: [n, width], any float dtype.
+    """
+    wide = vectors.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
