@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from clipval import baseline, evidence, gates, ledger, options, perf, report
+from clipval import evidence, gates, ledger, options, perf, report
 from clipval.backends import REFERENCE, kind
 from clipval.chain import Chain
 from clipval.errors import ClipvalError
 from clipval.results import FAIL, from_json, to_json
+from clipval.throughput import baseline
 from clipval.towers import TOWER_NAMES
 
 ROOT = Path(__file__).parent

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 from clipval import environment
-from clipval.baseline import IMPROVED
 from clipval.chain import Chain
 from clipval.evidence import detail, row_verdict
 from clipval.gates import ACCURACY, PERF
 from clipval.report import Run
 from clipval.results import FAIL, INFO, PASS, Figure, append
+from clipval.throughput.baseline import IMPROVED
 
 KEPT_RUNS = 20
 

@@ -15,6 +15,9 @@ from clipval.backends import REFERENCE, BackendSettings, kind, names
 
 DEFAULT_BACKENDS = ("pytorch", "onnx")
 CAPTION_FORMATS = ("csv", "clip_benchmark")
+# Allowed half-width of the 95 % interval of a row's median, as a share of it, by clock. Not the coefficient of
+# variation: a few outliers of a busy host widen that, and do not move a median.
+NOISE = {"inference": 0.05, "execute": 0.025}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "cann": "CANNExecutionProvider"}
 
 
@@ -162,7 +165,8 @@ def table() -> Dict[str, Dict[str, Any]]:
         "--perf-noise": {
             "type": at_least(float, 0.001),
             "metavar": "SHARE",
-            "help": "allowed +- of a row's median; without it 0.05, on a device's own clock 0.025",
+            "help": "allowed +- of a row's median; without it "
+            f"{NOISE['inference']:g}, on a device's own clock {NOISE['execute']:g}",
         },
         "--baseline": {"type": Path, "metavar": "FILE", "help": "throughput must not fall below this baseline"},
         "--report": {"type": Path, "metavar": "DIR", "help": "write report.json, report.md, report.html there"},

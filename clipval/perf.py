@@ -3,78 +3,78 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
+
+import msgspec
 
 from clipval.backends import Identity
-from clipval.baseline import IMPROVED, OK, Judgement
 from clipval.gates import context, judge
 from clipval.results import FAIL, INFO, PASS, Figure
 from clipval.spec import Spec
-from clipval.throughput import BAD_OUTPUT, PROTOCOL, VALID, Judged, as_dict, flops_per_sample
-from clipval.towers import Tower
+from clipval.throughput.baseline import IMPROVED, OK, Judgement
+from clipval.throughput.row import EXECUTE, INFERENCE, Judged, Row
+from clipval.throughput.statistics import PROTOCOL, Timing
+from clipval.throughput.verdict import BAD_OUTPUT, VALID
 
 BASELINE_ROWS = "baseline/rows"
 
 
-def row(
-    judged: Judged,
-    where: Identity,
-    tower: Tower,
-    batch_size: int,
-    *,
-    spec: Spec,
-    required: bool,
-    more: Dict[str, Any],
-    earlier: Optional[Judgement] = None,
-) -> List[Figure]:
-    """One row of throughput, with the published floor and the baseline where they apply.
+def row(found: Row, *, spec: Spec, required: bool) -> List[Figure]:
+    """The figures of one row, with the published floor and the baseline where they apply.
 
     Args:
-        judged: scope -> (Throughput, verdict, reason); the device's own clock decides where there is one.
         required: the backend was named, so that anything but VALID fails; a row of another run is information.
-        more: kept with the row: warm-up, cold start, end to end, threads, operations a second, the machine's speed.
-        earlier: how the row stands against the baseline, where one was given.
     """
-    gate = f"throughput/{where.name}/{tower.name}/{batch_size}"
-    scope = "execute" if "execute" in judged else "inference"
-    found, verdict, reason = judged[scope]
-    detail = {**as_dict(found), "verdict": verdict, "reason": reason, "protocol": PROTOCOL, **more}
-    if scope == "execute":
-        other, other_verdict, other_reason = judged["inference"]
-        detail["inference"] = {**as_dict(other), "verdict": other_verdict, "reason": other_reason}
-    curve = _published(spec, where, tower, batch_size)
-    if curve:
-        detail["published"] = curve
-    if earlier is not None:
-        detail["baseline"] = {"status": earlier.status, "expected": earlier.expected, "reason": earlier.reason}
-    failed = verdict == BAD_OUTPUT or (required and verdict != VALID)
+    where, decided = found.made_by, found.decided
+    gate = f"throughput/{where.name}/{found.tower}/{found.batch_size}"
+    curve = _published(spec, found)
+    failed = decided.verdict == BAD_OUTPUT or (required and decided.verdict != VALID)
     first = Figure(
         gate=gate,
-        metric=f"samples/s ({scope})",
+        metric=f"samples/s ({found.scope})",
         unit="samples/s",
-        measured=found.samples_per_second,
-        count=found.rounds,
+        measured=decided.timing.samples_per_second,
+        count=decided.timing.rounds,
         verdict=FAIL if failed else PASS if required else INFO,
-        failure=("model" if verdict == BAD_OUTPUT else "perf") if failed else "",
-        message=f"{gate}: the row is {verdict}, expected VALID: {reason}. Made by {where}" if failed else "",
-        context=context(where, batch_size=batch_size, scope=scope),
-        detail=detail,
+        failure=("model" if decided.verdict == BAD_OUTPUT else "perf") if failed else "",
+        message=f"{gate}: the row is {decided.verdict}, expected VALID: {decided.reason}. Made by {where}"
+        if failed
+        else "",
+        context=context(where, batch_size=found.batch_size, scope=found.scope),
+        detail=_detail(found, curve),
     )
-    floor = _floor(first, found, curve, spec, where)
-    return [first, *floor, *([_against(first, found.undisturbed, earlier, where)] if earlier is not None else [])]
+    floor = _floor(first, decided.timing, curve, spec, where) if found.scope == EXECUTE else []
+    against = [] if found.standing is None else [_against(first, decided.timing.undisturbed, found.standing, where)]
+    return [first, *floor, *against]
 
 
-def operations(
-    config: Dict[str, Any], tower: Tower, samples_per_second: float, peak: Optional[float]
-) -> Dict[str, Any]:
-    """Floating-point operations a second that a speed implies, and their share of the machine's peak.
+def _detail(found: Row, curve: Dict[str, Any]) -> Dict[str, Any]:
+    """What a report shows of a row: the clock that decides, and beside it the other one and all that was measured."""
+    detail = {
+        **_clock(found.decided),
+        "protocol": PROTOCOL,
+        "warm_up": msgspec.to_builtins(found.warm_up),
+        "measured_again": found.attempts > 1,
+        "cold_start": found.cold_start and found.cold_start._asdict(),
+        "end_to_end": found.end_to_end and found.end_to_end._asdict(),
+        "threads": found.threads,
+        "cores": found.cores,
+        "machine_share": found.machine_share,
+        "flops_per_second": found.flops_per_second,
+        "peak_share": found.peak_share,
+    }
+    if found.scope == EXECUTE:
+        detail["inference"] = _clock(found.clocks[INFERENCE])
+    if curve:
+        detail["published"] = curve
+    if found.standing is not None:
+        status, expected, _, reason = found.standing
+        detail["baseline"] = {"status": status, "expected": expected, "reason": reason}
+    return detail
 
-    Args:
-        config: open_clip's config of the model; peak: FLOP/s of this machine's matrix product, None on another device.
-    """
-    flops = flops_per_sample(config, tower.name)
-    implied = flops * samples_per_second if flops else None
-    return {"flops_per_second": implied, "peak_share": implied / peak if implied and peak else None}
+
+def _clock(judged: Judged) -> Dict[str, Any]:
+    return {**msgspec.to_builtins(judged.timing), "verdict": judged.verdict, "reason": judged.reason}
 
 
 def _against(first: Figure, undisturbed: float, earlier: Judgement, where: Identity) -> Figure:
@@ -116,21 +116,21 @@ def baseline_rows(wanted: Sequence[str], measured: Sequence[str], file: Path) ->
     ]
 
 
-def _published(spec: Spec, where: Identity, tower: Tower, batch_size: int) -> Dict[str, Any]:
+def _published(spec: Spec, found: Row) -> Dict[str, Any]:
     for curve in spec.throughput.published:
-        if curve.tower == tower.name and batch_size in curve.fps:
+        if curve.tower == found.tower and found.batch_size in curve.fps:
             return {
                 "chip": curve.chip,
-                "fps": curve.fps[batch_size],
+                "fps": curve.fps[found.batch_size],
                 "source": curve.source,
-                "same_chip": where.device.split(":")[0] == curve.chip and not where.simulated,
+                "same_chip": found.made_by.device.split(":")[0] == curve.chip and not found.made_by.simulated,
             }
     return {}
 
 
-def _floor(first: Figure, found: Any, curve: Dict[str, Any], spec: Spec, where: Identity) -> List[Figure]:
+def _floor(first: Figure, found: Timing, curve: Dict[str, Any], spec: Spec, where: Identity) -> List[Figure]:
     """On the chip that a figure was published for, a share of it is a floor; being faster never fails."""
-    if not curve or not curve["same_chip"] or found.scope != "execute":
+    if not curve or not curve["same_chip"]:
         return []
     floor = judge(
         first.gate,

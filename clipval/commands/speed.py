@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import TYPE_CHECKING, Any, List, Sequence, Tuple
 
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
 from clipval.errors import InputError, UsageError
 from clipval.options import add_options, at_least
+
+if TYPE_CHECKING:
+    from clipval.backends import Backend
+    from clipval.chain import Chain
+    from clipval.throughput.machine import Pace
+    from clipval.throughput.row import Judged, Row
+
+TABLE = "{:30} {:>9}  {:24}  {:>15}  {:>11}  {:>6}  {}"
 
 
 def _declare_bench(parser: Parser) -> None:
@@ -32,41 +39,47 @@ def _bench(args: argparse.Namespace) -> int:
 
     Exit code 1: --save was given, and a row computes something else, was disturbed, or has too few calls.
     """
-    from clipval import baseline, bench, machine
-    from clipval.throughput import BAD_OUTPUT, BUSY, INSUFFICIENT
+    from clipval.throughput import baseline, rows
+    from clipval.throughput.machine import Pace
 
     if args.loop is not None and args.loop < 1:
         raise UsageError(f"bench --loop {args.loop}: at least 1")
     if args.save and args.model:
         raise UsageError("bench --save: a baseline is of the spec's model; leave out --model")
     chain = chain_of(args)
-    rows: Dict[str, List[float]] = {}
-    made_by: Dict[str, str] = {}
-    pace = machine.Pace(threads=args.threads)
-    useless: List[str] = []
-    print(
-        "row                            samples/s  95 % interval          1000*bs/mean ms  undisturbed  rounds  verdict"
-    )
-    for backend, size in _benched(chain, args):
-        for scope, (row, verdict, reason) in _bench_row(chain, backend, size, args, pace).items():
-            name = baseline.row_name(backend.identity.name, backend.tower.name, size, scope)
-            rows[name], made_by[backend.identity.name] = [row.undisturbed], str(backend.identity)
-            useless += [f"{name} is {verdict}: {reason}"] if verdict in (BAD_OUTPUT, BUSY, INSUFFICIENT) else []
-            low, high = row.interval
-            print(
-                f"{name:30} {row.samples_per_second:9.1f}  {low:9.1f} .. {high:9.1f}  "
-                f"{row.samples_per_second_mean:15.1f}  {row.undisturbed:11.1f}  {row.rounds:6}  "
-                f"{verdict} {reason}".rstrip()
-            )
+    pace = Pace(threads=args.threads)
+    print(TABLE.format("row", "samples/s", "95 % interval", "1000*bs/mean ms", "undisturbed", "rounds", "verdict"))
+    found = [_bench_row(chain, backend, size, args, pace) for backend, size in _benched(chain, args)]
     chain.close()
+    made_by = {row.made_by.name: str(row.made_by) for row in found}
     for identity in made_by.values():
         print(f"by {identity}")
+    useless = [said for row in found for said in _useless(row)]
     if args.save and useless:
         print(f"bench --save: no baseline is made of this session, {useless[0]}", file=sys.stderr)
         return 1
     if args.save:
-        baseline.save(baseline.Baseline(bench.baseline_key(chain, made_by), rows, pace.best), args.save)
+        saved = {name: [one.timing.undisturbed] for row in found for name, one in _named(row)}
+        baseline.save(baseline.Baseline(rows.baseline_key(chain, made_by), saved, pace.best), args.save)
     return 0
+
+
+def _named(row: Row) -> List[Tuple[str, Judged]]:
+    """The clocks of a row by their names in a baseline."""
+    from clipval.throughput import baseline
+
+    return [
+        (baseline.row_name(row.made_by.name, row.tower, row.batch_size, scope), one)
+        for scope, one in row.clocks.items()
+    ]
+
+
+def _useless(row: Row) -> List[str]:
+    """Why no baseline can be made of a row."""
+    from clipval.throughput.verdict import BAD_OUTPUT, BUSY, INSUFFICIENT
+
+    bad = (BAD_OUTPUT, BUSY, INSUFFICIENT)
+    return [f"{name} is {one.verdict}: {one.reason}" for name, one in _named(row) if one.verdict in bad]
 
 
 def _benched(chain: Any, args: argparse.Namespace) -> Any:
@@ -89,30 +102,25 @@ def _benched(chain: Any, args: argparse.Namespace) -> Any:
     backend.close()
 
 
-def _bench_row(chain: Any, backend: Any, size: int, args: argparse.Namespace, pace: Any) -> Dict[str, Any]:
-    """One row; for a baseline timed for all of `--perf-max-time`, beside the machine's own speed."""
-    from clipval import bench, machine, throughput
+def _bench_row(chain: Chain, backend: Backend, size: int, args: argparse.Namespace, pace: Pace) -> Row:
+    """Measure one row and print it; for a baseline timed for all of `--perf-max-time`, of a machine at its speed."""
     from clipval.export import example_rows
+    from clipval.throughput import rows
+    from clipval.throughput.feed import Feed
+    from clipval.throughput.protocol import Plan, measure
 
-    tower = backend.tower
-    rows = chain.prepared.rows[tower.name] if args.model is None else example_rows(tower, 2 * size)
-    limits: Dict[str, Any] = {"seconds": args.perf_min_time, "cap": args.perf_max_time}
-    limits.update(rounds=args.loop, noise=args.perf_noise, whole=args.save is not None)
-    feed = throughput.Feed(rows, size)
-    if args.model is None and chain.spec.parity:  # PyTorch is at hand, and bounds to hold the outputs to it
-        limits["check"] = lambda: bench.check_outputs(chain, backend, feed)
-    limits["busy"] = lambda: chain.busy(backend.identity.name)
-    again = partial(throughput.measure, backend, feed, size, **limits)
-    if not args.save:
-        return dict(again())
-    here = pace if backend.identity.on_host else None
-    rows, share = bench.watched(again, here, lambda _, share: share >= machine.SETTLED)
-    if share < machine.SETTLED:
-        slow = (throughput.BUSY, f"the machine ran at {share:.0%} of its speed at best")
-        return {
-            scope: found if found[1] == throughput.BAD_OUTPUT else (found[0], *slow) for scope, found in rows.items()
-        }
-    return rows
+    own = args.model is None  # the spec's model, so that PyTorch is at hand to hold the outputs to
+    data = chain.prepared.rows[backend.tower.name] if own else example_rows(backend.tower, 2 * size)
+    subject = rows.subject(chain, backend, Feed(data, size), pace=pace if args.save else None, checked=own)
+    settled = args.save is not None
+    plan = Plan(args.perf_min_time, args.perf_max_time, rounds=args.loop, noise=args.perf_noise, settled=settled)
+    row, _ = measure(subject, plan)
+    for name, one in _named(row):
+        timing, (low, high) = one.timing, one.timing.interval
+        figures = [timing.samples_per_second_mean, timing.undisturbed]
+        shown = f"{timing.samples_per_second:.1f}", f"{low:9.1f} .. {high:9.1f}", *(f"{value:.1f}" for value in figures)
+        print(TABLE.format(name, *shown, timing.rounds, f"{one.verdict} {one.reason}").rstrip())
+    return row
 
 
 def _declare_baseline(parser: Parser) -> None:
@@ -127,7 +135,7 @@ def _make_baseline(args: argparse.Namespace) -> int:
     """
     import tempfile
 
-    from clipval import baseline
+    from clipval.throughput import baseline, noise
 
     if args.save is None or args.save.is_dir() or args.sessions < baseline.MIN_SESSIONS:
         raise UsageError(f"baseline: give --save FILE and at least --sessions {baseline.MIN_SESSIONS}")
@@ -142,7 +150,7 @@ def _make_baseline(args: argparse.Namespace) -> int:
             sessions[n] = _session(commands[n], f"{n + 1} of {args.sessions}, once more")
     made = baseline.merge(sessions)
     baseline.save(made, args.save)
-    print(f"{args.save}: {len(made.rows)} rows, {args.sessions} sessions, noise {baseline.noise(made):.2%}")
+    print(f"{args.save}: {len(made.rows)} rows, {args.sessions} sessions, noise {noise.pooled(made.rows):.2%}")
     return 0
 
 
@@ -150,7 +158,7 @@ def _session(command: Sequence[str], name: str) -> Any:
     """Run one session of a baseline, and once more where it was disturbed."""
     import subprocess
 
-    from clipval import baseline
+    from clipval.throughput import baseline
 
     for said in (name, f"{name}, once more"):
         print(f"session {said}", file=sys.stderr)

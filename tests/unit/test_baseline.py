@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipval import baseline
 from clipval.errors import InputError
+from clipval.throughput import baseline
+from clipval.throughput.noise import of_row, pooled
 
 KEY = {"cpu": "x", "torch": "2"}
 NAMES = [
@@ -43,7 +44,7 @@ def test_a_neighbour_in_one_session_does_not_hide_a_loss():
     for name, lost in zip(NAMES, (0.05, 0.09, 0.07, 0.06)):
         rows[name][2] *= 1 - lost
     base = baseline.Baseline(KEY, rows)
-    assert baseline.noise(base) < 0.0125
+    assert pooled(base.rows) < 0.0125
     found = statuses(base, session(rng, 0.01, slow=NAMES[:8]))
     assert [name for name, status in found.items() if status == "regressed"] == NAMES[:8]
 
@@ -65,7 +66,7 @@ def test_rows_that_scatter_differently_do_not_share_one_noise():
     rng = np.random.default_rng(2)
     assert rate(rng, 40, noise=noise, sessions=10) <= 2e-3
     base = made(rng, 10, noise)
-    wide, narrow = (baseline.row_noise(base, NAMES[n])[0] for n in (0, 1))
+    wide, narrow = (of_row(base.rows, NAMES[n])[0] for n in (0, 1))
     assert wide > 0.015 > narrow
     quiet = tuple(name for name, spread in zip(NAMES, noise) if spread < 0.01)
     assert rate(rng, 20, noise=noise, sessions=10, slow=quiet) >= 0.99
@@ -73,9 +74,9 @@ def test_rows_that_scatter_differently_do_not_share_one_noise():
 
 def test_rows_that_scatter_alike_share_their_noise():
     base = made(np.random.default_rng(3), noise=0.015)
-    found = {baseline.row_noise(base, name) for name in NAMES}
-    assert found == {(baseline.noise(base), 4.0 * len(NAMES))}
-    assert baseline.noise(base) == pytest.approx(0.015, rel=0.2)
+    found = {of_row(base.rows, name) for name in NAMES}
+    assert found == {(pooled(base.rows), 4.0 * len(NAMES))}
+    assert pooled(base.rows) == pytest.approx(0.015, rel=0.2)
 
 
 @pytest.mark.parametrize(("noise", "sessions"), [(0.01, 5), (0.015, 10)])
@@ -117,7 +118,7 @@ def test_sessions_that_agree_to_the_last_digit_leave_the_floor():
 def test_a_baseline_of_one_row_is_judged_by_its_own_noise():
     values = [100.0, 101.0, 99.0, 100.5, 99.5]
     base = baseline.Baseline(KEY, {NAMES[0]: values})
-    assert baseline.row_noise(base, NAMES[0]) == (pytest.approx(np.log(values).std(ddof=1)), 4.0)
+    assert of_row(base.rows, NAMES[0]) == (pytest.approx(np.log(values).std(ddof=1)), 4.0)
     assert baseline.judge(base, KEY, NAMES[0], 95.0).status == "ok"  # four degrees of freedom: 10 % is needed
     assert baseline.judge(base, KEY, NAMES[0], 85.0).status == "regressed"
 

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from clipval import cli, embeddings, environment, machine, spec, throughput
+from clipval import cli, embeddings, environment, spec
 from clipval.datasets import karpathy, shapes
 from clipval.spec import FOLDER
+from clipval.throughput import baseline, machine, protocol
 from clipval.towers import TEXT
 
 from .conftest import CONFIG
@@ -104,8 +105,6 @@ def session(recipe, monkeypatch):
 
 
 def test_bench_writes_a_session_of_a_baseline(session, tmp_path):
-    from clipval import baseline
-
     assert session(tmp_path / "session.json") == 0
     rows = baseline.load(tmp_path / "session.json").rows
     assert sorted(rows) == ["pytorch/text/4/inference", "pytorch/vision/4/inference"]
@@ -115,8 +114,7 @@ def test_bench_writes_a_session_of_a_baseline(session, tmp_path):
 @pytest.mark.parametrize("verdict", ["BUSY", "BAD_OUTPUT", "INSUFFICIENT"])
 def test_a_disturbed_session_is_no_baseline(verdict, session, tmp_path, capsys, monkeypatch):
     """A baseline of a busy machine would call every later loss of speed a pass."""
-    row = throughput.summarise([0.1] * 9, 4, "inference")
-    monkeypatch.setattr(throughput, "measure", lambda *_, **__: {"inference": (row, verdict, "process 7")})
+    monkeypatch.setattr(protocol, "verdict", lambda *_, **__: (verdict, "process 7"))
     assert session(tmp_path / "none.json") == 1
     assert f"pytorch/vision/4/inference is {verdict}: process 7" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()
@@ -126,8 +124,7 @@ def test_a_disturbed_session_is_no_baseline(verdict, session, tmp_path, capsys, 
     ("verdict", "said"), [("VALID", "BUSY: the machine ran at 61%"), ("BAD_OUTPUT", "BAD_OUTPUT: ")]
 )
 def test_a_session_on_a_slow_machine_is_no_baseline(verdict, said, session, tmp_path, capsys, monkeypatch):
-    row = throughput.summarise([0.1] * 9, 4, "inference")
-    monkeypatch.setattr(throughput, "measure", lambda *_, **__: {"inference": (row, verdict, "")})
+    monkeypatch.setattr(protocol, "verdict", lambda *_, **__: (verdict, ""))
     monkeypatch.setattr(machine.Pace, "now", lambda pace: 0.61)
     assert session(tmp_path / "none.json") == 1
     assert f"pytorch/vision/4/inference is {said}" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipval import machine
+from clipval.throughput import machine
 
 
 @pytest.mark.parametrize(

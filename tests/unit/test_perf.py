@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipval import evidence, perf, spec, throughput
+from clipval import evidence, perf, spec
 from clipval.backends import Identity
-from clipval.baseline import Judgement
-from clipval.towers import VISION
+from clipval.throughput.baseline import Judgement
+from clipval.throughput.row import Judged, Row
+from clipval.throughput.statistics import summarise
+from clipval.throughput.timing import WarmUp
 
 SPEC = spec.load("vit-b-32-flickr30k")
 HOST = Identity("onnx", "1", "cpu", "fp32")
@@ -16,13 +18,15 @@ NPU = Identity("om", "1", "Ascend910B4:0", "force_fp16")
 
 
 def judged(verdict="VALID", reason="", scope="inference", per_second=300.0):
-    row = throughput.summarise(np.full(20, 8 / per_second), 8, scope)
-    other = throughput.summarise(np.full(20, 16 / per_second), 8, "inference")
-    return {"inference": (other, "VALID", ""), scope: (row, verdict, reason)}
+    row = summarise(np.full(20, 8 / per_second), 8, scope)
+    other = summarise(np.full(20, 16 / per_second), 8, "inference")
+    return {"inference": Judged(other, "VALID", ""), scope: Judged(row, verdict, reason)}
 
 
 def figures(found, where=HOST, *, required=True, earlier=None):
-    return perf.row(found, where, VISION, 8, spec=SPEC, required=required, more={}, earlier=earlier)
+    warm = WarmUp(3, 1.0, 0.1, 0.1, True)
+    made = {"made_by": where, "tower": "vision", "batch_size": 8, "warm_up": warm, "attempts": 1}
+    return perf.row(Row(clocks=found, standing=earlier, **made), spec=SPEC, required=required)
 
 
 @pytest.mark.parametrize("verdict", ["NOISY", "THROTTLED", "BUSY", "INSUFFICIENT", "BAD_OUTPUT"])
@@ -81,18 +85,3 @@ def test_a_row_that_vanished_fails():
     (bad,) = perf.baseline_rows(["onnx/text/1", "om/text/1"], ["onnx/text/1"], file)
     assert (good.verdict, bad.verdict) == ("pass", "fail")
     assert "om/text/1" in bad.message
-
-
-def test_operations_are_shares_of_the_hosts_peak_only():
-    config = {
-        "embed_dim": 512,
-        "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32},
-        "text_cfg": {"context_length": 77, "width": 512, "layers": 12},
-    }
-    found = perf.operations(config, VISION, 100.0, 8.82e12)
-    assert found["flops_per_second"] == pytest.approx(8.82e11, rel=2e-3)
-    assert found["peak_share"] == pytest.approx(0.1, rel=2e-3)
-    assert perf.operations(config, VISION, 100.0, None)["peak_share"] is None
-    assert HOST.on_host
-    assert not NPU.on_host
-    assert not HOST._replace(device="CUDAExecutionProvider").on_host

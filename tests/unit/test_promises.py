@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipval import baseline
+from clipval.throughput import baseline
 from tests import small
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from clipval import baseline
 from clipval.commands.speed import COMMANDS
 from clipval.errors import InputError
+from clipval.throughput import baseline
 
 
 @pytest.fixture

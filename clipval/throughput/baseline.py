@@ -2,12 +2,7 @@
 
 Compared is what the machine does undisturbed, the fifth percentile of the seconds of a call: neighbours move a median.
 Within one process a row is known to a percent; between processes it moves more, so a baseline is made of several fresh
-processes and the gate takes its width from how they differ. Five sessions of one row alone say too little for a gate
-that is asked dozens of times a night, so rows that scatter alike share one estimate of their noise; where they do not,
-each row's own variance is drawn towards the common one (Smyth 2004, Linear models and empirical Bayes methods).
-A neighbour that slows a few rows of one session down would widen all bounds. It shows on the slow side alone, so a
-figure counts as at most `OUTLIER` standard deviations below its row's median (Huber), by the pairs of all rows (Shamos
-1976), or `MIRROR` times as far below as the row's fastest is above.
+processes and the gate takes its width from how they differ, see `clipval.throughput.noise`.
 
 Simulated, 24 rows a night, sessions that differ by 1.5 % (1 %), a second look that differs by neighbours alone: a night
 alarms falsely in 0.5 % (0) of nights; a loss of 10 % of a row is seen in 99.4 % (all) of cases with 5 sessions, in
@@ -19,14 +14,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import msgspec
 import numpy as np
 
 from clipval.errors import InputError
-from clipval.machine import SETTLED
-from clipval.throughput import PROTOCOL
+from clipval.throughput import noise
+from clipval.throughput.machine import SETTLED
+from clipval.throughput.statistics import PROTOCOL, Timing
 
 SCHEMA = 1
 MIN_SESSIONS = 5
@@ -34,11 +30,6 @@ FALSE_ALARM = 3e-4  # of one row in one look; a loss is only believed after a se
 RARE_ALARM = 1e-6  # and as rarely as this where a loss of `REACH` is seen all the same
 REACH = 0.05
 FLOOR = 0.03  # less is not called a loss, however quiet the sessions were
-OUTLIER = 3.0
-MIRROR = 2.0
-SHAMOS = 0.9539  # median distance of two normal values, in standard deviations
-ALIKE = 1e-3  # Bartlett's p below this: rows do not share one noise
-LEAST_NOISE = 1e-4  # standard deviation of a row whose sessions agree to the last digit
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -47,7 +38,7 @@ SLOW_MACHINE = "slow_machine"
 
 
 class Baseline(msgspec.Struct, frozen=True):
-    """Undisturbed samples/s of each row in each session; see `clipval.throughput.Throughput`.
+    """Undisturbed samples/s of each row in each session; see `clipval.throughput.statistics.Timing`.
 
     Attributes:
         key: what must be equal for a comparison: processor or chip, versions, model, threads, protocol.
@@ -166,68 +157,6 @@ def differences(baseline: Baseline, key: Mapping[str, str]) -> List[str]:
     ]
 
 
-def noise(baseline: Baseline) -> float:
-    """Standard deviation of log samples/s between sessions, pooled over all rows."""
-    variances, degrees = _variances(_logs(baseline))
-    return float(np.sqrt(np.average(variances, weights=degrees))) if len(degrees) else float("inf")
-
-
-def _logs(baseline: Baseline) -> Dict[str, np.ndarray]:
-    """Log samples/s of the rows that have several sessions, slow outliers drawn in."""
-    logs = {name: np.log(values) for name, values in baseline.rows.items() if len(values) > 1}
-    pairs = [np.abs(np.subtract.outer(one, one))[np.triu_indices(len(one), 1)] for one in logs.values()]
-    reach = OUTLIER * float(np.median(np.concatenate(pairs))) / SHAMOS if pairs else 0.0
-    middles = {name: float(np.median(one)) for name, one in logs.items()}
-    lows = {name: middles[name] - max(reach, MIRROR * float(one.max() - middles[name])) for name, one in logs.items()}
-    return {name: np.maximum(one, lows[name]) for name, one in logs.items()}
-
-
-def _variances(logs: Dict[str, np.ndarray]) -> Tuple[np.ndarray, np.ndarray]:
-    """Variance between sessions of each row, and its degrees of freedom."""
-    return np.array([one.var(ddof=1) for one in logs.values()]), np.array([len(one) - 1 for one in logs.values()])
-
-
-def row_noise(baseline: Baseline, name: str) -> Tuple[float, float]:
-    """Standard deviation of one row's log samples/s between sessions, and its degrees of freedom.
-
-    Args:
-        name: a row of at least two sessions.
-    """
-    every_row = _logs(baseline)
-    variances, degrees = _variances(every_row)
-    everything = float(degrees.sum())
-    strength, common = _prior(np.maximum(variances, LEAST_NOISE**2), degrees)
-    if np.isinf(strength):
-        return noise(baseline), everything
-    logs = every_row[name]
-    own = len(logs) - 1
-    variance = (strength * common + own * float(logs.var(ddof=1))) / (strength + own)
-    return float(np.sqrt(variance)), min(strength + own, everything)
-
-
-def _prior(variances: np.ndarray, degrees: np.ndarray) -> Tuple[float, float]:
-    """Degrees of freedom and value of the variance that rows are drawn towards: Smyth 2004, section 6.2.
-
-    Infinite degrees where nothing says that rows differ: by Bartlett's test, which needs no more than the variances.
-    """
-    from scipy.optimize import brentq
-    from scipy.special import digamma, polygamma
-    from scipy.stats import chi2
-
-    count, total = len(variances), float(degrees.sum())
-    pooled = float(np.average(variances, weights=degrees))
-    if count < 3:
-        return float("inf"), pooled
-    spread = total * np.log(pooled) - float((degrees * np.log(variances)).sum())
-    correction = 1 + (float((1 / degrees).sum()) - 1 / total) / (3 * (count - 1))
-    logs = np.log(variances) - digamma(degrees / 2) + np.log(degrees / 2)
-    excess = float(logs.var(ddof=1) - polygamma(1, degrees / 2).mean())
-    if chi2.sf(spread / correction, count - 1) >= ALIKE or excess <= 1e-3:
-        return float("inf"), pooled
-    strength = 2 * float(brentq(lambda half: polygamma(1, half) - excess, 1e-3, 1e4))
-    return strength, float(np.exp(logs.mean() + digamma(strength / 2) - np.log(strength / 2)))
-
-
 def on_slow_machine(found: Judgement, share: float) -> Judgement:
     """A loss that the machine itself shows too says nothing of the model: no comparison, and no pass.
 
@@ -262,7 +191,7 @@ def judge(baseline: Baseline, key: Mapping[str, str], name: str, measured: float
         return Judgement(
             NO_BASELINE, None, None, f"{len(values)} sessions of {name}, at least {MIN_SESSIONS} are needed"
         )
-    deviation, degrees = row_noise(baseline, name)
+    deviation, degrees = noise.of_row(baseline.rows, name)
     spread = deviation * np.sqrt(1 + np.pi / 2 / len(values))  # pi / 2: a median is that much less sure than a mean
     near, far = t.ppf([1 - FALSE_ALARM, 1 - RARE_ALARM], degrees) * spread
     width = np.clip(-np.log(1 - REACH), near, far)
@@ -276,3 +205,18 @@ def judge(baseline: Baseline, key: Mapping[str, str], name: str, measured: float
     if measured > expected * expected / bound:
         return Judgement(IMPROVED, expected, bound, f"{said}; faster than before: make a new baseline")
     return Judgement(OK, expected, bound, said)
+
+
+def standing(
+    baseline: Baseline, key: Mapping[str, str], names: Mapping[str, str], timings: Mapping[str, Timing]
+) -> Judgement:
+    """A row against the baseline by the clock that decides, the device's own where there is one.
+
+    Args:
+        names: scope -> the row's name in a baseline; timings: scope -> what was measured.
+    """
+    lost = [name for scope, name in names.items() if name in baseline.rows and scope not in timings]
+    if lost:
+        return Judgement(NO_BASELINE, None, None, f"{lost[0]} of the baseline is not measured any more")
+    scope = next(scope for scope in names if scope in timings)
+    return judge(baseline, key, names[scope], timings[scope].undisturbed)

@@ -1,0 +1,103 @@
+"""Rows of one run: what the protocol needs of the chain, put together once for pytest and for the command line."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+
+from clipval import environment, preprocess
+from clipval.backends import REFERENCE, Backend, base_name, kind
+from clipval.chain import Chain
+from clipval.throughput import baseline
+from clipval.throughput.feed import Feed
+from clipval.throughput.machine import Pace
+from clipval.throughput.operations import flops_per_sample
+from clipval.throughput.outputs import Expected, check_outputs
+from clipval.throughput.protocol import Subject
+from clipval.throughput.row import EXECUTE, INFERENCE, Clocks, EndToEnd, Row
+
+
+def subject(
+    chain: Chain,
+    backend: Backend,
+    feed: Feed,
+    *,
+    pace: Optional[Pace],
+    known: Optional[baseline.Baseline] = None,
+    checked: bool = True,
+) -> Subject:
+    """A backend of the chain, its outputs held to PyTorch's where the spec has bounds for them.
+
+    Args:
+        pace: of this machine's processors; known: what `--baseline` gives; checked: the model is the spec's.
+    """
+    name, tower = backend.identity.name, backend.tower
+    key = baseline_key(chain, {name: str(backend.identity)}) if known else {}
+    names = {scope: baseline.row_name(name, tower.name, feed.batch_size, scope) for scope in (EXECUTE, INFERENCE)}
+
+    def check() -> str:
+        bounds = chain.bounds(backend.identity)
+        reference = chain.backend(REFERENCE, tower, 1)
+        ids = chain.prepared.rows[tower.name].ids
+        return check_outputs(backend, feed, Expected(reference.run, bounds.cosine_min, bounds.max_abs, ids))
+
+    def standing(clocks: Clocks) -> baseline.Judgement:
+        assert known is not None
+        return baseline.standing(known, key, names, {scope: one.timing for scope, one in clocks.items()})
+
+    return Subject(
+        backend,
+        feed,
+        busy=lambda: chain.busy(name),
+        check=check if checked and chain.spec.parity else lambda: "",
+        pace=pace if backend.identity.on_host else None,
+        standing=standing if known else None,
+    )
+
+
+def baseline_key(chain: Chain, backends: Dict[str, str]) -> Dict[str, str]:
+    """What must be equal for this run's throughput to be compared; `backends` is name -> identity."""
+    model = f"{chain.weights.sha256} opset {chain.settings.opset_version}"
+    origins = {base_name(name): kind(name).origin(chain.settings) for name in backends}
+    return baseline.key_of(environment.describe(), model, chain.settings.threads, backends, origins)
+
+
+def operations(config: Dict[str, Any], row: Row, peak: Optional[float]) -> Dict[str, Optional[float]]:
+    """Floating-point operations a second that a row's speed amounts to, and their share of the machine's peak.
+
+    Args:
+        config: open_clip's config of the model; peak: FLOP/s of this machine's matrix product, None on another device.
+    """
+    flops = flops_per_sample(config, row.tower)
+    implied = flops * row.decided.timing.samples_per_second if flops else None
+    return {"flops_per_second": implied, "peak_share": implied / peak if implied and peak else None}
+
+
+def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> EndToEnd:
+    """From JPEGs or captions to embeddings, by the host's clock, decoding in threads.
+
+    Other images or captions in each batch, for half the time that a row's timed calls have, at least one batch.
+    """
+    name, data = backend.tower.name, chain.dataset
+    items: Sequence[Any] = data.image_paths if name == "vision" else data.captions
+    turn = itertools.count()
+
+    def batch() -> None:
+        start = next(turn) * batch_size
+        picked = [items[(start + n) % len(items)] for n in range(batch_size)]
+        if name == "vision":
+            rows = np.stack(preprocess.each_in_threads(lambda path: preprocess.pixels(path, chain.model), picked))
+        else:
+            rows = preprocess.tokens(picked, chain.model, backend.tower)
+        backend.run(rows)
+
+    times: List[float] = []
+    while not times or sum(times) + times[-1] <= chain.settings.perf_min_time / 2:
+        start = time.perf_counter()
+        batch()
+        times.append(time.perf_counter() - start)
+    seconds = float(np.median(times))
+    return EndToEnd(seconds, batch_size / seconds, len(times), preprocess.THREADS)

@@ -1,0 +1,108 @@
+"""How calls are timed: warm-up, how many, and the loop around them. Seconds everywhere."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List
+
+import msgspec
+import numpy as np
+
+from clipval.backends import Backend
+from clipval.throughput.feed import Feed
+from clipval.throughput.machine import Clock
+from clipval.throughput.verdict import GOOD_ROUNDS
+
+MAX_ROUNDS = 2000
+OVERRUN = 2  # times the cap that `GOOD_ROUNDS` may take; what cannot even have `MIN_ROUNDS` in that is INSUFFICIENT
+WARM_UP_CALLS = 3
+WARM_UP_SECONDS = 1.0  # longer only until the calls are stable
+STABLE = 0.02  # warm when the median of the last calls is within 2 % of the calls before
+
+Loop = Callable[[Callable[[], Any], int], Any]  # calls a function so many times
+
+
+class WarmUp(msgspec.Struct, frozen=True):
+    """Untimed calls: how many, seconds in all, of the first, the estimate for planning, and whether they settled."""
+
+    calls: int
+    seconds: float
+    first_call: float
+    estimate: float
+    stable: bool
+
+
+def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock = time.perf_counter) -> WarmUp:
+    """Call until it is warm: by count, by time, and until the time of a call is stable.
+
+    Args:
+        seconds: least time in all; cap: most, after which it stops though it is not stable.
+    """
+    times: List[float] = []
+    while True:
+        start = clock()
+        call()
+        times.append(clock() - start)
+        spent, half = sum(times), max(1, min(10, len(times) // 2))
+        late, early = np.median(times[-half:]), np.median(times[-2 * half : -half] or times)
+        stable = len(times) >= WARM_UP_CALLS and abs(late - early) <= STABLE * early
+        if spent >= cap or (len(times) >= WARM_UP_CALLS and spent >= seconds and stable):
+            return WarmUp(len(times), spent, times[0], float(late), bool(stable))
+
+
+def warm_up_seconds(seconds: float) -> float:
+    """Least warm-up before `seconds` of timed calls."""
+    return min(seconds / 4, WARM_UP_SECONDS)
+
+
+def rounds_for(estimate: float, *, seconds: float, cap: float) -> int:
+    """Timed calls for a time budget.
+
+    As many as fill `seconds`, at most what `cap` has time for. `GOOD_ROUNDS` are granted up to `OVERRUN` times the cap;
+    slower calls get fewer, at least one, and the verdict says so.
+    """
+    estimate = max(estimate, 1e-9)
+    wanted = max(GOOD_ROUNDS, min(math.ceil(seconds / estimate), MAX_ROUNDS))
+    least = min(GOOD_ROUNDS, int(OVERRUN * cap / estimate))
+    return max(1, least, min(wanted, int(cap / estimate)))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Collect garbage now and not while calls are timed."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def plain_loop(call: Callable[[], Any], rounds: int) -> None:
+    """Call so many times, as pytest-benchmark does where it is at hand."""
+    for _ in range(rounds):
+        call()
+
+
+class Calls:
+    """Calls of a backend with one batch after the other, timed by the host's clock.
+
+    Attributes:
+        times: seconds of each call so far; last: the output of the last one.
+    """
+
+    def __init__(self, backend: Backend, feed: Feed, clock: Clock) -> None:
+        self.times: List[float] = []
+        self.last: np.ndarray = np.empty(0)
+        self._backend, self._feed, self._clock = backend, feed, clock
+
+    def __call__(self) -> None:
+        batch = self._feed.next()
+        start = self._clock()
+        self.last = self._backend.run(batch)
+        self.times.append(self._clock() - start)

@@ -1,0 +1,38 @@
+"""Whether a row can be believed: its verdict and the reason."""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+from clipval.options import NOISE
+from clipval.throughput.statistics import MIN_ROUNDS, Timing
+
+VALID, NOISY, THROTTLED, BUSY = "VALID", "NOISY", "THROTTLED", "BUSY"
+INSUFFICIENT, BAD_OUTPUT = "INSUFFICIENT", "BAD_OUTPUT"
+
+GOOD_ROUNDS = 9  # the least whose interval leaves out the slowest call and the fastest
+DRIFT = 0.05  # rise of the time of a call over the whole run, as a share of the median
+
+
+def verdict(found: Timing, *, busy: str = "", bad_output: str = "", noise: Optional[float] = None) -> Tuple[str, str]:
+    """Whether a row can be believed, and why not.
+
+    Args:
+        noise: allowed half-width of the median's interval, as a share, and no less of drift; None is `NOISE`.
+        busy: what else ran on the device or the host, empty for nothing; bad_output: what was wrong with the results.
+    """
+    half_width = (found.interval[1] - found.interval[0]) / 2 / found.samples_per_second
+    limit = NOISE.get(found.scope, NOISE["inference"]) if noise is None else noise
+    drift = max(DRIFT, limit)
+    if bad_output:
+        return BAD_OUTPUT, bad_output
+    if found.rounds < MIN_ROUNDS:
+        return INSUFFICIENT, f"{found.rounds} rounds, at least {MIN_ROUNDS} are needed; raise --perf-max-time"
+    if busy:
+        return BUSY, busy
+    if found.drift > drift:
+        return THROTTLED, f"calls became {found.drift:.1%} slower over the run, allowed {drift:.1%}"
+    if half_width > limit:
+        width, advice = f"95 % interval of the median is +-{half_width:.1%}", "stop other load or raise --perf-noise"
+        return NOISY, f"{width}, limit {limit:.1%}; {advice}"
+    return VALID, ""
