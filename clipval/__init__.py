@@ -3,7 +3,7 @@
 Data flows one way, and a module imports only from its left:
 
 errors -> towers -> results, store, environment, arrays -> ascend -> backends -> options -> spec -> datasets
--> embeddings -> model -> preprocess, probe -> export -> parity, retrieval, doctor -> chain -> throughput -> gates
+-> embeddings -> model -> preprocess, probe -> export -> parity, ranks, doctor -> retrieval -> chain -> throughput -> gates
 -> accuracy, perf -> plots -> evidence -> report -> ledger
 -> train_shapes, commands -> cli -> __main__
 

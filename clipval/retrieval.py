@@ -15,12 +15,11 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 
 from clipval.errors import InputError
+from clipval.ranks import Unit, rank, unit_rows
 
 KS = (1, 5, 10)
 GATED_K = 5
 IMAGE, TEXT = "image_retrieval", "text_retrieval"
-TIE = 1e-12  # float64 products of equal vectors differ by less than this between kernels of one GEMM
-BLOCK_ELEMENTS = 1 << 24  # scores held at once: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -84,32 +83,36 @@ class Retrieval:
         return {f"{one.name}_recall@{k}": one.recall(k) for k in ks for one in self.directions}
 
 
-def check_embeddings(ids: Tuple[str, ...], values: np.ndarray, what: str) -> np.ndarray:
-    """Embeddings scaled to unit length in float64, or an error that names the sample.
+def check_embeddings(ids: Tuple[str, ...], values: np.ndarray, what: str) -> Unit:
+    """Embeddings scaled to unit length, or an error that names the sample.
 
     Args:
         ids: n different names; values: float [n, width]; what: for the message, `text embeddings`.
 
     Raises:
-        InputError: wrong shape or dtype, ids twice, NaN, Inf, zero length, a constant vector, or all rows equal.
+        InputError: wrong shape or dtype, an id that occurs twice, NaN, Inf, zero length, a constant vector, or all
+            rows equal.
     """
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating) or not len(values) or values.shape[1] < 2:
         raise InputError(f"{what}: {values.dtype} {list(values.shape)}, expected floats [n, width]")
     if len(ids) != len(values) or len(set(ids)) != len(ids):
         raise InputError(f"{what}: {len(ids)} ids ({len(set(ids))} different) for {len(values)} rows")
-    wide = values.astype(np.float64)
+    rows = unit_rows(values)
+    flat = values[:, 0] == values[:, 1]  # nearly none, so that few rows are read whole
+    flat[flat] = np.ptp(values[flat], axis=1) == 0
     for wrong, word in (
-        (~np.isfinite(wide).all(axis=1), "NaN or Inf in the embedding"),
-        (~wide.any(axis=1), "embedding of length zero"),
-        (np.ptp(wide, axis=1) == 0, "every element of the embedding is equal"),
+        (~np.isfinite(rows.norm), "NaN or Inf in the embedding"),
+        (rows.norm == 0, "embedding of length zero"),
+        (flat, "every element of the embedding is equal"),
     ):
         if wrong.any():
             first = ids[int(np.argmax(wrong))]
             raise InputError(f"{what}: {word} of sample {first} ({int(wrong.sum())} of {len(ids)} samples)")
-    unit: np.ndarray = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    if len(unit) > 1 and np.ptp(unit, axis=0).max() < 1e-6:
+    unit = rows.unit[: len(ids)]
+    alike = np.abs(unit[0] - unit[-1]).max() < 1e-6  # a first look, which nearly always settles it
+    if len(unit) > 1 and alike and np.ptp(unit, axis=0).max() < 1e-6:
         raise InputError(f"{what}: all {len(ids)} embeddings are equal (first sample {ids[0]}); the model collapsed")
-    return unit
+    return rows
 
 
 def evaluate(
@@ -132,38 +135,17 @@ def evaluate(
     vision = check_embeddings(image_ids, images, "image embeddings")
     text = check_embeddings(caption_ids, captions, "text embeddings")
     owner = np.asarray(image_of_caption)
-    if vision.shape[1] != text.shape[1]:
-        raise InputError(f"image embeddings are {vision.shape[1]} wide, text embeddings {text.shape[1]}")
-    if owner.shape != (len(text),) or owner.min() < 0 or owner.max() >= len(vision):
-        raise InputError(f"caption to image map is {list(owner.shape)} for {len(text)} captions, {len(vision)} images")
-    lonely = np.setdiff1d(np.arange(len(vision)), owner)
+    if images.shape[1] != captions.shape[1]:
+        raise InputError(f"image embeddings are {images.shape[1]} wide, text embeddings {captions.shape[1]}")
+    if owner.shape != (len(captions),) or owner.min() < 0 or owner.max() >= len(images):
+        raise InputError(
+            f"caption to image map is {list(owner.shape)} for {len(captions)} captions, {len(images)} images"
+        )
+    lonely = np.flatnonzero(np.bincount(owner, minlength=len(images)) == 0)
     if len(lonely):
         raise InputError(f"image {image_ids[int(lonely[0])]} has no caption ({len(lonely)} such images)")
-    image_direction = _rank(IMAGE, caption_ids, text, vision, owner, np.arange(len(vision)))
-    text_direction = _rank(TEXT, image_ids, vision, text, np.arange(len(vision)), owner)
-    return Retrieval(image_direction, text_direction)
-
-
-def _rank(
-    name: str, ids: Tuple[str, ...], queries: np.ndarray, candidates: np.ndarray, left: np.ndarray, right: np.ndarray
-) -> Direction:
-    """Ranks of each query's best positive; candidate c is a positive of query q where left[q] == right[c]."""
-    ranks = np.empty(len(queries), np.int64)
-    margins = np.empty(len(queries))
-    rows = max(1, BLOCK_ELEMENTS // len(candidates))
-    for start in range(0, len(queries), rows):
-        block = slice(start, start + rows)
-        scores = queries[block] @ candidates.T  # [rows, candidates]
-        positive = left[block, None] == right[None, :]
-        best = np.where(positive, scores, -np.inf).max(axis=1)  # taken from the same product
-        scores[positive] = -np.inf  # only wrong candidates are left
-        ranks[block] = 1 + (scores >= best[:, None] - TIE).sum(axis=1)
-        if len(candidates) >= GATED_K:
-            rival = np.partition(scores, -GATED_K, axis=1)[:, -GATED_K]
-            margins[block] = np.where(np.isfinite(rival), best - rival, np.nan)
-        else:
-            margins[block] = np.nan
-    return Direction(name, ids, ranks, margins)
+    by_caption, by_image = rank(vision, text, owner)
+    return Retrieval(Direction(IMAGE, caption_ids, *by_caption), Direction(TEXT, image_ids, *by_image))
 
 
 @dataclass(frozen=True)

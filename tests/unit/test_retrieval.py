@@ -62,18 +62,6 @@ def test_ranks_are_the_oracles(problem):
     assert found.text.ranks.tolist() == text_ranks
 
 
-def test_blocks_do_not_change_ranks(monkeypatch):
-    rng = np.random.default_rng(0)
-    images, captions = rng.normal(size=(40, 16)), rng.normal(size=(130, 16))
-    owner = np.concatenate([np.arange(40), rng.integers(0, 40, 90)])
-    whole = evaluate(images, captions, owner)
-    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 300)
-    blocks = evaluate(images, captions, owner)
-    for one, other in zip(whole.directions, blocks.directions):
-        assert one.ranks.tolist() == other.ranks.tolist()
-        assert np.allclose(one.margins, other.margins, atol=1e-12)
-
-
 def test_by_hand():
     images = np.array([[1.0, 0.0], [0.0, 1.0]])
     captions = np.array([[1.0, 0.1], [1.0, 0.2], [0.3, 1.0]])  # the second is of image 1, and looks like image 0

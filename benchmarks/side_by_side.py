@@ -1,0 +1,31 @@
+"""Several ways of doing one thing, timed in turns, so that what the machine does meanwhile meets them all."""
+
+import statistics
+import time
+from typing import Any, Callable, Dict
+
+
+def measure(ways: Dict[str, Callable[[], Any]], rounds: int) -> Dict[str, Dict[str, float]]:
+    """Seconds of each way, best and median, and the median over rounds of the first way's time as a share of it."""
+    times: Dict[str, Any] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if turn or rounds == 1:  # the first one warms up
+                times[name].append(time.perf_counter() - started)
+        if rounds == 1:
+            break
+    first = next(iter(times.values()))
+    rows = {}
+    for name, seconds in times.items():
+        share = statistics.median(ours / theirs for ours, theirs in zip(first, seconds))
+        rows[name] = {"best": min(seconds), "median": statistics.median(seconds), "share": share}
+    return rows
+
+
+def show(rows: Dict[str, Dict[str, float]]) -> None:
+    width = max(len(name) for name in rows)
+    print(f"{'':{width}}  best seconds    median  clipval takes")
+    for name, row in rows.items():
+        print(f"{name:{width}}  {row['best']:12.4f}  {row['median']:8.4f}  {row['share']:.2f} of it")
