@@ -15,7 +15,7 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, Iterator, List, Tuple
 
 from clipval.ascend import atc
 from clipval.errors import BackendUnavailable
@@ -48,6 +48,8 @@ ADVICE = {
     "507018": "an operator on the AICPU failed; see the log in ~/ascend/log",
     "507033": "the device cannot be opened; driver and firmware do not match, or the container lacks the device",
 }
+# Pythons that the wheels of aclruntime 0.0.2 were made for, first and last
+WHEELS = ((3, 7), (3, 12))
 # Codes that speak of the file, not of the machine.
 MODEL_CODES = ("500002",)
 
@@ -71,10 +73,21 @@ def load_runtime() -> Any:
 
 def _import_advice(error: ImportError) -> str:
     if getattr(error, "name", None) == "aclruntime" and isinstance(error, ModuleNotFoundError):
-        return "install its wheel (not on PyPI, see requirements-npu.txt)"
+        return wheel_advice()
     if ".so" in str(error):
         return atc.how_to_source()
     return "install the wheel made for this Python and machine (requirements-npu.txt)"
+
+
+def wheel_advice(python: Tuple[int, int] = sys.version_info[:2]) -> str:
+    """Where aclruntime comes from, for a version of Python; where it has no wheel, what does the same."""
+    if WHEELS[0] <= python <= WHEELS[1]:
+        return "install its wheel (not on PyPI, see requirements-npu.txt)"
+    first, last, asked = (".".join(map(str, version)) for version in (*WHEELS, python))
+    return (
+        f"it has wheels for Python {first} to {last}, none for {asked}: use one of these, build it from its source "
+        "(requirements-npu.txt), or run OM files with pyACL, which comes with CANN"
+    )
 
 
 def runtime_version(runtime: Any) -> str:

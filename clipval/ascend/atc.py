@@ -275,7 +275,7 @@ def _verdict(code: Optional[int], folder: Path, name: str, log: Path, where: str
 
 
 def toolkit_folders(root: Path = Path("/")) -> List[Path]:
-    """Where CANN may lie: what `set_env.sh` set, else the usual places of CANN up to 8.3 and from 8.5 on."""
+    """Where CANN may lie: what `set_env.sh` set, else the usual places, newest first."""
     sourced = [os.environ.get(name, "") for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")]
     folders = [under(root, Path(value)) for value in dict.fromkeys(sourced) if value]
     return folders or [path / "latest" if path.name == "ascend-toolkit" else path for path in _install_folders(root)]
@@ -287,8 +287,18 @@ def set_env_files(root: Path = Path("/")) -> List[Path]:
 
 
 def _install_folders(root: Path) -> List[Path]:
-    bases = [Path("/usr/local/Ascend"), Path(os.path.expanduser("~")) / "Ascend"]
-    return [under(root, base / name) for base in bases for name in ("ascend-toolkit", "cann")]
+    """From CANN 8.5 on `cann`, a link to one `cann-9.1.0`; up to 8.3 `ascend-toolkit`. Of the system or of the user."""
+    found = []
+    for base in (Path("/usr/local/Ascend"), Path(os.path.expanduser("~")) / "Ascend"):
+        folder = under(root, base)
+        versions = sorted(folder.glob("cann-*"), key=lambda path: _numbers(path.name), reverse=True)
+        found += [folder / "cann", *versions, folder / "ascend-toolkit"]
+    return found
+
+
+def _numbers(version: str) -> List[int]:
+    """`cann-9.1.0` as [9, 1, 0], to compare."""
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def under(root: Path, path: Path) -> Path:
@@ -307,12 +317,11 @@ def how_to_source(root: Path = Path("/")) -> str:
 def version(root: Path = Path("/")) -> str:
     """Version of the CANN toolkit, `8.0.RC3` or the like; `unknown` where no file tells.
 
-    Source: ascend_toolkit_install.info (`version=`) and version.cfg (`toolkit_running_version=[7.6.0.1.220:8.0.0]`).
+    Source: ascend_toolkit_install.info (`version=`), version.cfg (`toolkit_running_version=[7.6.0.1.220:8.0.0]`), and
+    share/info/runtime/version.info (`Version=`), which ACL itself reads from CANN 8.5 on.
     """
     for folder in toolkit_folders(root):
-        machine = platform.machine()
-        arches = sorted(folder.glob("*-linux"), key=lambda path: not path.name.startswith(machine))
-        for path in [place / "ascend_toolkit_install.info" for place in (*arches, folder)]:
+        for path in _info_files(folder, "ascend_toolkit_install.info"):
             found = read_value(path, "version")
             if found:
                 return found
@@ -320,7 +329,35 @@ def version(root: Path = Path("/")) -> str:
             running = read_value(place / "version.cfg", "toolkit_running_version")
             if running:
                 return running.strip("[]").split(":")[-1]
+        found = read_value(folder / "share/info/runtime/version.info", "Version")
+        if found:
+            return found
     return "unknown"
+
+
+def operators(root: Path = Path("/")) -> str:
+    """Which operator package CANN has beside its toolkit, as `Ascend-cann-910b-ops 9.1.0`; empty for none.
+
+    Up to CANN 8.3 operators are part of the toolkit or of a kernels package; from 8.5 on atc compiles nothing without
+    the package of the chip. Source: ascend_ops_install.info of CANN 8.5 to 9.1.
+    """
+    for folder in toolkit_folders(root):
+        for path in _info_files(folder, "ascend_ops_install.info"):
+            if path.is_file():
+                return " ".join([read_value(path, "package_name") or "ops", read_value(path, "version")]).strip()
+    return ""
+
+
+def needs_operators(toolkit: str) -> bool:
+    """The toolkit of this version compiles with a separate operator package only."""
+    return _numbers(toolkit)[:2] >= [8, 5]
+
+
+def _info_files(folder: Path, name: str) -> List[Path]:
+    """Where a package of CANN writes what it is: per architecture, this machine's first."""
+    machine = platform.machine()
+    arches = sorted(folder.glob("*-linux"), key=lambda path: not path.name.startswith(machine))
+    return [place / name for place in (*arches, folder)]
 
 
 def read_value(path: Path, name: str) -> str:

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Callable, List, NamedTuple, Tuple
 
+from clipval import environment
 from clipval.ascend import acl, atc, npu_smi
 from clipval.errors import ClipvalError
 
+# Distribution whose module is called `ais_bench` too; source: setup.py of github.com/AISBench/benchmark.
+LANGUAGE_EVALUATOR = "ais_bench_benchmark"
 # Packages that CANN's operator compiler imports; without them atc ends with E40000 or E40021.
 TBE_PACKAGES = ("decorator", "attr", "psutil", "numpy", "scipy", "sympy", "cffi")
 
@@ -59,7 +62,7 @@ def _look(name: str, required: bool, check: _Check, device_id: int, root: Path) 
         detail, _, advice = str(error).partition("; ")
         return Finding(name, False, required, detail, advice or "see the line above")
     except Exception as error:  # a broken piece must not hide the other lines
-        return Finding(name, False, required, f"{type(error).__name__}: {error}", "mend or reinstall it")
+        return Finding(name, False, required, f"{type(error).__name__}: {error}", "repair or reinstall it")
 
 
 def _driver(device_id: int, root: Path) -> str:
@@ -92,6 +95,16 @@ def _cann(device_id: int, root: Path) -> str:
         folders = ", ".join(str(path) for path in atc.toolkit_folders(root))
         raise _Missing(f"no version file of CANN in {folders}", "install the CANN toolkit, 7.0.RC1 or newer")
     return version
+
+
+def _operators(device_id: int, root: Path) -> str:
+    found, toolkit = atc.operators(root), atc.version(root)
+    if not found and atc.needs_operators(toolkit):
+        raise _Missing(
+            f"no operator package beside CANN {toolkit}, and atc compiles nothing without one",
+            "install the Ascend-cann-<chip>-ops package of the same version, or run OM files of another host",
+        )
+    return found or "part of the toolkit"
 
 
 def _set_env(device_id: int, root: Path) -> str:
@@ -127,6 +140,34 @@ def _aclruntime(device_id: int, root: Path) -> str:
     return acl.runtime_version(acl.load_runtime())
 
 
+def _pyacl(device_id: int, root: Path) -> str:
+    spec = importlib.util.find_spec("acl")
+    if spec is None:
+        raise _Missing("no module acl", "it comes with CANN and needs no wheel: source its set_env.sh")
+    return f"{spec.origin or 'there'}, runs OM files too, with any Python that CANN supports"
+
+
+def _ais_bench(device_id: int, root: Path) -> str:
+    """Two projects share this module's name: the inference tool, and AISBench's evaluator of language models."""
+    spec = importlib.util.find_spec("ais_bench")
+    if spec is None:
+        return "not installed; clipval does not need it"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    evaluator = environment.version(LANGUAGE_EVALUATOR)
+    if evaluator or any((folder / "benchmark").is_dir() for folder in folders):
+        also = ", laid over the inference tool" if any((folder / "infer").is_dir() for folder in folders) else ""
+        raise _Missing(
+            f"this is {LANGUAGE_EVALUATOR} {evaluator or ''}".rstrip() + f", which evaluates language models{also}",
+            f"keep {LANGUAGE_EVALUATOR} in an environment of its own; the inference tool is the wheel ais_bench 0.0.2 "
+            "(requirements-npu.txt)",
+        )
+    if not any((folder / "infer").is_dir() for folder in folders):
+        where = ", ".join(map(str, folders)) or spec.origin
+        advice = "install the wheel ais_bench 0.0.2 (requirements-npu.txt)"
+        raise _Missing(f"a module of this name, but no inference tool, in {where}", advice)
+    return f"the inference tool, {environment.version('ais_bench') or 'of unknown version'}"
+
+
 def _npu_smi(device_id: int, root: Path) -> str:
     return f"{npu_smi.version()} ({shutil.which('npu-smi')})"
 
@@ -151,10 +192,13 @@ _CHECKS: Tuple[Tuple[str, bool, _Check], ...] = (
     ("driver", True, _driver),
     ("device files", True, _device_files),
     ("CANN", True, _cann),
+    ("CANN's operators", False, _operators),
     ("set_env.sh", True, _set_env),
     ("atc", True, _atc),
     ("atc's Python packages", False, _tbe_packages),
     ("aclruntime", True, _aclruntime),
+    ("pyACL", False, _pyacl),
+    ("ais_bench", False, _ais_bench),
     ("npu-smi", True, _npu_smi),
     ("chip", True, _chip),
     ("idle", False, _idle),

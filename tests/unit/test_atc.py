@@ -229,6 +229,9 @@ LATEST = "usr/local/Ascend/ascend-toolkit/latest"
     [
         (f"{LATEST}/aarch64-linux/ascend_toolkit_install.info", "arch=aarch64\nversion=7.0.RC1\n", "7.0.RC1"),
         ("usr/local/Ascend/cann/x86_64-linux/ascend_toolkit_install.info", "Version=8.5.0\ninnerversion=V1\n", "8.5.0"),
+        ("usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info", "version=9.1.0\n", "9.1.0"),
+        ("usr/local/Ascend/cann-9.0.0/aarch64-linux/ascend_toolkit_install.info", "version=9.0.0\n", "9.0.0"),
+        ("usr/local/Ascend/cann/share/info/runtime/version.info", "Version=9.1.0\ntimestamp=2026\n", "9.1.0"),
         (f"{LATEST}/version.cfg", "toolkit_running_version=[7.6.0.1.220:8.0.0]\n", "8.0.0"),
         ("usr/local/Ascend/elsewhere/version.cfg", "toolkit_running_version=[1:2]\n", "unknown"),
     ],
@@ -240,3 +243,28 @@ def test_version_of_every_layout(tmp_path, monkeypatch, path, text, found):
     file.parent.mkdir(parents=True)
     file.write_text(text)
     assert atc.version(tmp_path) == found
+
+
+def test_the_newest_cann_is_found_first(tmp_path, monkeypatch):
+    for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    ascend = tmp_path / "usr/local/Ascend"
+    for folder in ("ascend-toolkit", "cann-8.5.0", "cann-10.0.0", "cann-9.1.0"):
+        (ascend / folder).mkdir(parents=True)
+        (ascend / folder / "set_env.sh").write_text("")
+    found = [path.parent.name for path in atc.set_env_files(tmp_path)]
+    assert found == ["cann-10.0.0", "cann-9.1.0", "cann-8.5.0", "ascend-toolkit"]
+    (ascend / "cann").symlink_to("cann-8.5.0")
+    assert atc.how_to_source(tmp_path) == f"run `source {ascend / 'cann' / 'set_env.sh'}` first, in the same shell"
+
+
+def test_operators_are_a_package_of_their_own_from_8_5_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", "/opt/cann")
+    assert [atc.needs_operators(version) for version in ("7.0.RC1", "8.3.RC2", "8.5.0", "9.1.0", "unknown")] == [
+        *(False, False, True, True, False)
+    ]
+    assert atc.operators(tmp_path) == ""
+    (tmp_path / "opt/cann/aarch64-linux").mkdir(parents=True)
+    info = tmp_path / "opt/cann/aarch64-linux/ascend_ops_install.info"
+    info.write_text("package_name=Ascend-cann-910b-ops\nversion=9.1.0\n")
+    assert atc.operators(tmp_path) == "Ascend-cann-910b-ops 9.1.0"

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from clipval.ascend import acl
 from clipval.ascend import host as hosts
 from clipval.errors import BackendUnavailable
 from tests.simulator import BIN, LIB, environment
@@ -106,7 +107,7 @@ def no_module(host):
         (unset("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"), ["set_env.sh"], "source .*set_env.sh in the shell"),
         (unset("ASCEND_OPP_PATH"), ["set_env.sh"], "ASCEND_OPP_PATH is not set"),
         (remove("bin/atc"), ["atc"], "set_env.sh"),
-        (no_module, ["aclruntime"], "install its wheel"),
+        (no_module, ["aclruntime"], "install its wheel|pyACL, which comes with CANN"),
         (fault("no_ascendcl"), ["aclruntime"], "libascendcl.so"),
         (remove("bin/npu-smi"), ["npu-smi", "chip"], "not found on PATH"),
         (fault("no_npu"), ["chip"], "no NPU card"),
@@ -126,6 +127,84 @@ def test_busy_is_told_but_not_required(host):
     idle = host.check()["idle"]
     assert not idle.ok
     assert "31415" in idle.detail
+
+
+@pytest.mark.parametrize("release", ["8.5.0", "9.0.0", "9.1.0"])
+def test_newer_cann_has_another_place_and_needs_operators(host, release):
+    shutil.rmtree(host.root / TOOLKIT)
+    home = f"usr/local/Ascend/cann-{release}"
+    host.write(f"{home}/set_env.sh", "")
+    host.write(f"{home}/aarch64-linux/ascend_toolkit_install.info", f"version={release}\n")
+    (host.root / "usr/local/Ascend/cann").symlink_to(f"cann-{release}")
+    for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"):
+        host.monkeypatch.setenv(name, f"/{home}")
+    found = host.check()
+    assert host.lacking() == []
+    assert found["CANN"].detail == release
+    assert "Ascend/cann/set_env.sh, sourced" in found["set_env.sh"].detail
+    assert not found["CANN's operators"].ok
+    assert "install the Ascend-cann-<chip>-ops package" in found["CANN's operators"].advice
+    host.write(
+        f"{home}/aarch64-linux/ascend_ops_install.info", f"package_name=Ascend-cann-310p-ops\nversion={release}\n"
+    )
+    assert host.check()["CANN's operators"].detail == f"Ascend-cann-310p-ops {release}"
+
+
+def distribution(folder, name, version):
+    (folder / f"{name}-{version}.dist-info").mkdir(parents=True)
+    (folder / f"{name}-{version}.dist-info/METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "packages", "ok", "words"),
+    [
+        ([], [], True, "not installed; clipval does not need it"),
+        (["infer"], [("ais_bench", "0.0.2")], True, "the inference tool, 0.0.2"),
+        (["infer"], [], True, "the inference tool, of unknown version"),
+        (
+            ["benchmark"],
+            [("ais_bench_benchmark", "3.0.1")],
+            False,
+            "ais_bench_benchmark 3.0.1, which evaluates language",
+        ),
+        (["benchmark"], [], False, "evaluates language models"),
+        (["infer", "benchmark"], [("ais_bench_benchmark", "3.0.1")], False, "laid over the inference tool"),
+        (["other"], [], False, "no inference tool"),
+    ],
+)
+def test_two_projects_are_called_ais_bench(host, tmp_path, parts, packages, ok, words):
+    site = tmp_path / "site"
+    for part in parts:
+        (site / "ais_bench" / part).mkdir(parents=True)
+        (site / "ais_bench/__init__.py").write_text("raise RuntimeError('doctor imports nothing')")
+    for name, version in packages:
+        distribution(site, name, version)
+    host.monkeypatch.syspath_prepend(str(site))
+    finding = host.check()["ais_bench"]
+    assert (finding.ok, finding.required) == (ok, False)
+    assert words in finding.detail
+    assert ok or "ais_bench 0.0.2" in finding.advice
+
+
+def test_pyacl_is_told_without_importing_it(host, tmp_path):
+    assert not host.check()["pyACL"].ok
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/acl.py").write_text("raise RuntimeError('doctor imports nothing')")
+    host.monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert "site/acl.py" in host.check()["pyACL"].detail
+
+
+@pytest.mark.parametrize("python", [(3, 7), (3, 8), (3, 12)])
+def test_pythons_with_a_wheel(python):
+    assert acl.wheel_advice(python) == "install its wheel (not on PyPI, see requirements-npu.txt)"
+
+
+def test_pythons_without_a_wheel():
+    advice = acl.wheel_advice((3, 13))
+    assert advice.startswith("it has wheels for Python 3.7 to 3.12, none for 3.13")
+    assert "pyACL, which comes with CANN" in advice
 
 
 def test_a_device_that_is_not_there(host):
