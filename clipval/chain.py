@@ -145,7 +145,7 @@ class Chain:
             "weights": self.weights.sha256,
             "config": models.config(self.spec.model.name),
             "versions": environment.library_versions(),
-            "code": store.code_hash("clipval.model", "clipval.towers"),
+            "code": store.code_hash("clipval.model"),
         }
 
     @cached_property
@@ -154,7 +154,7 @@ class Chain:
         key = {
             **self.model_key,
             "data": self.dataset.fingerprint(),
-            "code": store.code_hash("clipval.preprocess", "clipval.model", "clipval.datasets.images"),
+            "code": store.code_hash("clipval.preprocess"),
             "weights": None,  # pixels and tokens depend on the architecture's transform only
             "transform": str(self.model.transform),
         }
@@ -174,8 +174,7 @@ class Chain:
     def onnx(self, tower: Tower) -> Path:
         """The ONNX file of a tower."""
         opset = self.settings.opset_version
-        code = store.code_hash("clipval.export", "clipval.model", "clipval.towers")
-        key = {**self.model_key, "tower": tower.name, "opset": opset, "code": code}
+        key = {**self.model_key, "tower": tower.name, "opset": opset, "code": store.code_hash("clipval.export")}
         metadata = {
             "clipval.weights": self.weights.sha256,
             "clipval.model": self.spec.model.name,
@@ -253,7 +252,7 @@ class Chain:
             "tower": tower.name,
             "prepared": rows.folder.parent.name,
             "batch": REFERENCE_BATCH,
-            "code": store.code_hash("clipval.embeddings", "clipval.backends.pytorch", "clipval.model"),
+            "code": store.code_hash("clipval.embeddings", "clipval.backends.pytorch"),
         }
 
         def build(folder: Path) -> None:

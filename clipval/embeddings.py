@@ -13,16 +13,18 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
 from clipval import arrays
 from clipval.arrays import Rows
-from clipval.backends import Backend
 from clipval.errors import InputError, one_line
 from clipval.towers import Tower
+
+if TYPE_CHECKING:
+    from clipval.backends import Backend
 
 THREADS = 8
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from clipval.arrays import PreparedRows as PreparedRows
-from clipval.datasets import RetrievalDataset
 from clipval.datasets.images import open_rgb
 from clipval.model import Model, check_tokens
-from clipval.spec import PreprocessSpec
 from clipval.towers import Tower
+
+if TYPE_CHECKING:
+    from clipval.datasets import RetrievalDataset
+    from clipval.spec import PreprocessSpec
 
 THREADS = 8
 Item = TypeVar("Item")

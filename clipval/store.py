@@ -7,7 +7,9 @@ disk-full build leaves nothing that a later run would use. It is checked against
 
 from __future__ import annotations
 
+import ast
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -17,13 +19,15 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Set, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Set, Union
 
 from filelock import FileLock
 
 from clipval.errors import ClipvalError, InputError
 
 MANIFEST = "manifest.json"
+# They say where things lie and what went wrong, never what a result is.
+NEUTRAL = ("clipval.environment", "clipval.errors", "clipval.store")
 Build = Callable[[Path], None]
 
 
@@ -36,14 +40,55 @@ def sha256(path: Union[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def code_hash(*modules: str) -> str:
-    """sha256 over the source of modules, so that an artifact of other code is never served."""
+@functools.lru_cache(maxsize=None)
+def code_hash(*stages: str) -> str:
+    """sha256 over the source of modules and of what they import of this package, so that no artifact is of other code.
+
+    Imports for type checking do not count, nor do `NEUTRAL` modules.
+    """
     digest = hashlib.sha256()
-    for name in modules:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        digest.update(Path(spec.origin).read_bytes())
+    for name in sorted(stage_modules(*stages)):
+        digest.update(_source(name))
     return digest.hexdigest()
+
+
+def stage_modules(*stages: str) -> Set[str]:
+    """The modules that decide what a stage makes: its own, and what these import, directly or not."""
+    found: Set[str] = set()
+    left = list(stages)
+    while left:
+        name = left.pop()
+        if name not in found and name not in NEUTRAL:
+            found.add(name)
+            left += _imported(ast.parse(_source(name)), name.partition(".")[0])
+    return found
+
+
+def _imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Modules of the package that are imported anywhere below a node."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == package)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [name for name in inside if _is_module(name)]
+            yield from modules if len(modules) == len(inside) else [*modules, str(node.module)]
+        yield from _imported(node, package)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is no package
+        return False
+
+
+def _source(name: str) -> bytes:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_bytes()
 
 
 def files(folder: Path) -> Dict[str, Dict[str, Any]]:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from clipval import store
 from clipval.errors import ClipvalError, InputError
 from clipval.store import Store, files
 
@@ -120,3 +121,42 @@ def test_a_killed_build_is_not_used(tmp_path):
 def test_paths_of_any_script(tmp_path):
     folder = Store(tmp_path / "工作 目录").get("种类", {"名": "值"}, build_text("x"))
     assert (folder / "a.txt").is_file()
+
+
+STAGES = {
+    "preprocess": {"arrays", "datasets.images", "model", "preprocess", "towers"},
+    "export": {"export", "model", "towers"},
+    "embeddings": {"arrays", "embeddings", "towers"},
+    "backends.pytorch": {"backends", "backends.pytorch", "towers"},
+    "datasets.shapes": {"datasets.shapes"},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_artifact_depends_on_what_its_stage_imports(stage):
+    found = {name[len("clipval.") :] for name in store.stage_modules(f"clipval.{stage}")}
+    assert STAGES[stage] <= found
+    assert not {"options", "spec", "chain"} & found, "every change of an option would build all artifacts again"
+
+
+@pytest.mark.parametrize(("changed", "counts"), [("a", True), ("b", True), ("sub.c", True), ("d", False), ("e", False)])
+def test_code_of_another_module_counts_where_it_is_imported(changed, counts, tmp_path, monkeypatch):
+    package = f"stages_{changed.replace('.', '_')}"
+    folder = tmp_path / package
+    (folder / "sub").mkdir(parents=True)
+    files = {
+        "__init__": "",
+        "a": f"from {package} import b",
+        "b": f"def later():\n    from {package}.sub.c import value",
+        "sub/__init__": "",
+        "sub/c": f"from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import {package}.d\nvalue = 1",
+        "d": "",
+        "e": "",
+    }
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = store.code_hash.__wrapped__(f"{package}.a")
+    with open(folder / f"{changed.replace('.', '/')}.py", "a", encoding="utf-8") as stream:
+        stream.write("\n# changed")
+    assert (store.code_hash.__wrapped__(f"{package}.a") != before) == counts
