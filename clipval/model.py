@@ -372,3 +372,28 @@ def vocabulary(model: Model) -> int:
         if isinstance(part, torch.nn.Embedding) and not name.startswith("visual.")
     ]
     return max(tables)  # towers of transformers also embed positions and token types, which are fewer
+
+
+def tower_bytes(name: str) -> Dict[str, int]:
+    """Bytes of each tower's fp32 weights, found without memory for them; empty where a hub holds the tower's config."""
+    import torch
+
+    open_clip = import_open_clip()
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            module = open_clip.create_model(architecture(name), device="meta", pretrained_hf=False)
+    except Exception:  # transformers is missing, or the config is not in the hub's cache
+        return {}
+    finally:
+        logging.disable(logging.NOTSET)
+    whole, vision = (sum(one.numel() for one in part.parameters()) for part in (module, module.visual))
+    return {"vision": 4 * vision, "text": 4 * (whole - vision)}
+
+
+def transformed(model: Model, picture: np.ndarray) -> np.ndarray:
+    """A picture through the model's transform: uint8 [side, side, 3], RGB -> float32 [3, side, side]."""
+    from PIL import Image
+
+    found: np.ndarray = model.transform(Image.fromarray(picture)).numpy()
+    return found

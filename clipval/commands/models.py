@@ -1,0 +1,42 @@
+"""Which architectures of open_clip there are, what they need, and what was seen of them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from clipval.commands import Command, Parser
+from clipval.errors import InputError
+
+if TYPE_CHECKING:
+    from clipval.architectures import Architecture
+
+
+def _declare(parser: Parser) -> None:
+    parser.add_argument(
+        "name", nargs="?", default="", metavar="PART", help="only architectures with this in their name"
+    )
+
+
+def _models(args: argparse.Namespace) -> int:
+    """Sizes, needs, and whether both towers export and agree with PyTorch: every architecture that was swept."""
+    from clipval import architectures
+
+    rows = [row for row in architectures.read() if args.name.lower() in row.model.lower()]
+    if not rows:
+        raise InputError(f"models: no architecture has {args.name!r} in its name; see open_clip.list_models()")
+    print(f"{'model':32} {'image':>5} {'tokens':>6} {'width':>5} {'ids':>6} {'GiB':>11}  export and worst 1 - cosine")
+    for row in rows:
+        weights = f"{row.vision_gib:.2f} + {row.text_gib:.2f}" if row.vision_gib else "unknown"
+        sizes = f"{row.image:5} {row.context:6} {row.width:5} {row.vocabulary or '':>6} {weights:>11}"
+        print(f"{row.model:32} {sizes}  {'; '.join(filter(None, (_seen(row), row.transforms, row.needs)))}")
+    return 0
+
+
+def _seen(row: Architecture) -> str:
+    if row.vision is None or row.text is None:
+        return row.export or "not tried"
+    return f"{row.export}, {row.vision:.0e} vision, {row.text:.0e} text"
+
+
+COMMANDS = {"models": Command(_declare, _models, "architectures, and what was seen of them")}
