@@ -45,7 +45,7 @@ def pytest_cmdline_main(config):
 
 def pytest_configure(config):
     settings = _shared_threads(config, options.Settings.of(config.option))
-    config.option.markexpr = config.option.markexpr or "not proof"
+    config.option.markexpr = config.option.markexpr or "not proof and not sweep"
     config.stash[STARTED] = getattr(config, "workerinput", {}).get("clipval_started", time.time())
     config.stash[CHAIN] = Chain(settings, config.stash[STARTED] if settings.rebuild else None)
     json_file = getattr(config.option, "benchmark_json", None)
