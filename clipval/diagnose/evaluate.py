@@ -1,0 +1,91 @@
+"""Every tensor of an ONNX graph, a few at a time: in the graph's own precision, or rounded as an accelerator rounds.
+
+The only module of `clipval.diagnose` that imports onnxruntime, whose graph optimisations are off here: what is looked at
+is what the file says.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+
+import numpy as np
+
+from clipval.diagnose.graph import Graph, widened
+from clipval.errors import InputError, one_line
+
+Cut = Callable[[Any], Any]
+WIDE = ":wide"
+
+
+def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Iterator[Tuple[str, np.ndarray]]:
+    """Every tensor that depends on the input, in the order of computation. Holds what later nodes need, no more.
+
+    Args:
+        rows: the graph's only input.
+        change: model -> model, applied to each piece of the graph before it runs (see `clipval.diagnose.twin`).
+
+    Raises:
+        InputError: the graph has several inputs, or the runtime cannot run it.
+    """
+    if len(graph.inputs) != 1:
+        raise InputError(f"ONNX {graph.file}: has inputs {', '.join(graph.inputs)}; a tower has one")
+    import onnxruntime
+
+    last = _last_use(graph)
+    alive: Dict[str, Any] = {graph.inputs[0]: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))}
+    for numbers in graph.segments():
+        made = {name for number in numbers for name in graph.nodes[number].outputs if name}
+        used = {name for number in numbers for name in graph.nodes[number].inputs} - made
+        fed = {name: alive[name] for name in sorted(used) if name in alive}
+        wanted = [
+            name
+            for number in numbers
+            for name in graph.nodes[number].outputs
+            if name and (name in graph.moving or last.get(name, -1) > numbers[-1] or name in graph.outputs)
+        ]
+        kinds = {name: (one.element_type(), one.shape()) for name, one in fed.items()}
+        model = graph.cut(numbers, kinds, wanted)
+        found = run(change(model) if change else model, fed, wanted, graph.file)
+        for name in wanted:
+            if name in graph.moving and found[name].has_value():
+                yield name, as_array(found[name], found.get(f"{name}{WIDE}"))
+            if last.get(name, -1) > numbers[-1]:
+                alive[name] = found[name]
+        alive = {name: values for name, values in alive.items() if last.get(name, -1) > numbers[-1]}
+
+
+def as_array(value: Any, wide: Any = None) -> np.ndarray:
+    """A runtime's value as an array; numpy has no bfloat16, which comes as float32."""
+    return np.asarray((wide or value).numpy())
+
+
+def run(model: Any, fed: Dict[str, Any], wanted: Sequence[str], what: Any) -> Dict[str, Any]:
+    """Run a small model once, node by node as it is written; values of the runtime in, values of the runtime out.
+
+    A bfloat16 result `x` comes a second time as float32, under `x` + `WIDE`.
+
+    Raises:
+        InputError: the runtime cannot run it.
+    """
+    try:
+        session = _session(model)
+        narrow = [one.name for one in session.get_outputs() if "bfloat16" in one.type]
+        if narrow:
+            session = _session(widened(model, narrow, WIDE))
+        names = [*wanted, *(f"{name}{WIDE}" for name in narrow)]
+        return dict(zip(names, session.run_with_ort_values(names, fed)))
+    except Exception as error:  # the runtime raises its own classes and RuntimeError
+        raise InputError(f"ONNX {what}: onnxruntime cannot run it ({one_line(error, 300)})") from error
+
+
+def _session(model: Any) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _last_use(graph: Graph) -> Dict[str, int]:
+    return {name: number for number, node in enumerate(graph.nodes) for name in node.inputs}

@@ -1,0 +1,215 @@
+"""Why a part of an ONNX graph differs from its PyTorch module: weights, constants, forms of operators, precision."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from clipval.diagnose.graph import Graph, Node
+from clipval.diagnose.pairs import distance
+from clipval.diagnose.taps import Recorded, Tap, relative
+from clipval.diagnose.twin import LARGEST, rounded
+
+RELATED = 0.7  # two weights that have nothing to do with each other are 1.4 apart
+SAME = 1e-6  # relative distance of two copies of the same float32 weights
+
+
+def weights(graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded) -> List[str]:
+    """Weights of the region that are not PyTorch's, and PyTorch's that the region lacks."""
+    modules = list(dict.fromkeys(path for tap in taps for path in tap.paths))
+    wanted = {name: value for path in modules for name, value in recorded.parameters(path).items() if path}
+    wanted.update({name: value for name, value in recorded.parameters("").items() if "." not in name})
+    said, seen = [], set()
+    for number in region:
+        node = graph.nodes[number]
+        for name in node.inputs:
+            held = None if name in graph.moving else graph.constant(name)
+            if held is None or held.size < 2 or held.dtype.kind not in "fiu":
+                continue
+            found = _weight(name, np.asarray(held), node, wanted)
+            seen.update(found[0])
+            said += found[1]
+    return said + _lacking(seen, taps, recorded, said)
+
+
+def _weight(name: str, held: np.ndarray, node: Node, wanted: Dict[str, np.ndarray]) -> Tuple[List[str], List[str]]:
+    """Which parameter a constant is a copy of, and what is to be said of it."""
+    if held.dtype.kind != "f":
+        whole = f"weights {name} of {node.name} are {held.dtype}, PyTorch's are float32"
+        return [], [whole] if held.dtype.itemsize == 1 else []
+    values = np.asarray(held, np.float32)
+    ranked = sorted(
+        ((_unlike(part, one), which) for which, whole in wanted.items() for part, one in _parts(values, whole)),
+        key=lambda one: one[0],
+    )
+    if not ranked or ranked[0][0] > RELATED:
+        return [], []
+    off, which = ranked[0]
+    if off <= SAME:
+        turned = _turned(values, wanted[which], which, node)
+        return [which], [f"{name} of {node.name} is {which}, but transposed"] if turned else []
+    exact = distance(*_parts(values, wanted[which])[0])
+    return [which], [f"{name} of {node.name} differs from {which} by {exact:.2g} (relative){_how(values, wanted[which])}"]
+
+
+def _unlike(values: np.ndarray, truth: np.ndarray) -> float:
+    """Distance of a constant from a parameter; small where it holds the same values in another order."""
+    off = distance(values, truth)
+    if off > SAME and np.array_equal(np.sort(values.ravel()), np.sort(truth.ravel())) and np.ptp(truth) > 0:
+        return 2 * SAME
+    return off
+
+
+def _parts(values: np.ndarray, whole: np.ndarray) -> List[Tuple[np.ndarray, np.ndarray]]:
+    """The parameter, or the third of it that an exporter has cut out (query, key and value share one)."""
+    if whole.size == values.size:
+        return [(values, whole)]
+    if whole.ndim and whole.shape[0] % 3 == 0 and whole.size == 3 * values.size:
+        return [(values, one) for one in np.split(whole, 3)]
+    return []
+
+
+def _turned(values: np.ndarray, whole: np.ndarray, which: str, node: Node) -> bool:
+    """A square matrix lies the wrong way round for its node: both ways are legal there."""
+    if values.ndim != 2 or values.shape[0] != values.shape[1] or values.shape != whole.shape:
+        return False
+    rows_out = which.endswith("weight")  # Linear's and MultiheadAttention's are [out, in]; projections are [in, out]
+    as_held = rows_out == bool(node.op == "Gemm" and node.attributes.get("transB", 0))
+    if node.op not in ("MatMul", "Gemm") or np.array_equal(whole, whole.T):
+        return False
+    return not np.array_equal(values, whole if as_held else whole.T)
+
+
+def _how(values: np.ndarray, truth: np.ndarray) -> str:
+    """In which way weights differ, where it can be seen."""
+    if not values.any():
+        return ": it is all zeros"
+    if np.array_equal(np.sort(values.ravel()), np.sort(np.asarray(truth, np.float32).ravel())):
+        return ": the same values in another order, shifted or transposed"
+    flat = np.asarray(truth, np.float32)
+    for precision in ("fp16", "bf16"):
+        if distance(values, rounded(flat, precision)) <= SAME:
+            return f": it is rounded to {precision}"
+    if values.size > 1024 and min(len(np.unique(row)) for row in (values.ravel(), values[:1].ravel())) <= 256:
+        return f": it has {len(np.unique(values))} distinct values, as after a quantisation to 8 bits"
+    ratio = float((values.ravel() * values.ravel()).sum() / max(1e-30, float((flat * flat).sum()))) ** 0.5
+    return f": its length is {ratio:.3g} of PyTorch's" if abs(ratio - 1) > 0.02 else ""
+
+
+def _lacking(seen: Iterable[str], taps: Sequence[Tap], recorded: Recorded, said: Sequence[str]) -> List[str]:
+    """Parameters of the modules that ran the taps themselves, and that no constant of the region is a copy of."""
+    lacking = []
+    for path in dict.fromkeys(tap.module for tap in taps if tap.module):
+        for name, value in recorded.parameters(path).items():
+            own = name[len(path) + 1 :]
+            if "." not in own and name not in set(seen) and value.any() and own == "bias":
+                lacking.append(f"{name} is nowhere in it" if not said else f"{name} is nowhere in it either")
+    return lacking
+
+
+def constants(graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded) -> List[str]:
+    """Epsilon, the form of GELU, the softmax's axis."""
+    nodes = [graph.nodes[number] for number in region]
+    ops = {node.op for node in nodes}
+    said = []
+    for tap in taps:
+        if "layer_norm" in tap.op or "batch_norm" in tap.op:
+            said += _epsilon(graph, nodes, recorded.setting(tap.module, "eps"))
+        if tap.op == "gelu":
+            exact = recorded.setting(tap.module, "approximate") in (None, "none")
+            form = "x sigmoid(1.702 x)" if "Sigmoid" in ops else "tanh" if "Tanh" in ops else "erf"
+            form = {"tanh": "tanh"}.get(_gelu(nodes), form)
+            if (form == "erf") != exact:
+                said.append(f"the graph has the {form} form of GELU, PyTorch the {'erf' if exact else 'tanh'} form")
+        if "softmax" in tap.op:
+            axes = [node.attributes.get("axis", -1) for node in nodes if node.op == "Softmax"]
+            rank = tap.truth.ndim
+            said += [
+                f"its softmax is over axis {axis}, PyTorch's over the last"
+                for axis in axes
+                if axis not in (-1, rank - 1)
+            ]
+    return said
+
+
+def _gelu(nodes: Sequence[Node]) -> str:
+    return next((str(node.attributes.get("approximate", "none")) for node in nodes if node.op == "Gelu"), "")
+
+
+def _epsilon(graph: Graph, nodes: Sequence[Node], wanted: Optional[float]) -> List[str]:
+    if wanted is None:
+        return []
+    found = [node.attributes.get("epsilon", 1e-5) for node in nodes if "Normalization" in node.op]
+    for node in nodes:
+        if node.op == "Add":
+            held = [graph.constant(name) for name in node.inputs if name not in graph.moving]
+            found += [float(one.ravel()[0]) for one in held if one is not None and one.size == 1]
+    return [f"its epsilon is {one:g}, PyTorch's is {wanted:g}" for one in found if abs(one / wanted - 1) > 1e-3]
+
+
+def missing(ladder: Any, numbers: Sequence[int], region: Sequence[int]) -> List[str]:
+    """Operators of PyTorch that join two results, of which the graph's region takes only one."""
+    graph, said = ladder.graph, []
+    taken = {name for number in region for name in graph.nodes[number].inputs}
+    for n in numbers:
+        tap, parents = ladder.recorded.taps[n], ladder.recorded.taps[n].parents
+        held = [one for one in parents if ladder.tensors.get(one)]
+        lost = [one for one in held if ladder.tensors[one] not in taken]
+        if ladder.rungs[n].error is None and len(parents) > 1 and lost and len(lost) < len(held):
+            names = " and ".join(ladder.recorded.taps[one].name for one in lost)
+            said.append(f"PyTorch's {tap.op} takes {names} too, which the graph leaves out here")
+        elif ladder.rungs[n].error is None and len(parents) == 1 and tap.op in ("add", "mul", "sub", "div"):
+            said.append(f"PyTorch's {tap.op} in {tap.module or 'the tower'} has no counterpart in the graph")
+    return said
+
+
+def values(found: np.ndarray, ladder: Any, number: int, known: Mapping[int, Tap]) -> List[str]:
+    """How a tensor relates to its truth, saturated, scaled, or another tap's values."""
+    tap = ladder.recorded.taps[number]
+    if not np.isfinite(found).all() and np.isfinite(tap.truth).all():
+        return [f"{int((~np.isfinite(found)).sum())} of its {found.size} values are NaN or Inf"]
+    if (np.abs(found) >= LARGEST).any() and np.abs(tap.truth[np.isfinite(tap.truth)]).max() < 1e4 * LARGEST:
+        return [f"{int((np.abs(found) >= LARGEST).sum())} of its {found.size} values are at +-65504, the end of fp16"]
+    for other in known.values():
+        if other.truth.size == found.size and distance(found, other.truth) < 1e-4:
+            return [f"it is {other.name} again, as if {tap.op} were left out"]
+    return _another_token(found, ladder, tap) or _another_scale(found, tap) or _another_order(found, tap)
+
+
+def _another_token(found: np.ndarray, ladder: Any, tap: Tap) -> List[str]:
+    """A pooled vector is that of another position than PyTorch's."""
+    for number in tap.parents:
+        whole = ladder.recorded.taps[number].truth
+        if whole.ndim == 3 and whole.size == found.size * whole.shape[1]:
+            near = [n for n in range(whole.shape[1]) if distance(found, whole[:, n]) < 1e-2]
+            ours = [n for n in range(whole.shape[1]) if distance(tap.truth, whole[:, n]) < 1e-6]
+            if near and near != ours:
+                where = f"PyTorch's is position {ours[0]}" if ours else "PyTorch's is a position of each sample's own"
+                return [f"it is position {near[0]} of {ladder.recorded.taps[number].name}; {where}"]
+    return []
+
+
+def _another_order(found: np.ndarray, tap: Tap) -> List[str]:
+    ours, theirs = np.sort(found.ravel()), np.sort(tap.truth.ravel())
+    return ["its values are PyTorch's in another order"] if relative(ours, theirs) < 1e-3 else []
+
+
+def _another_scale(found: np.ndarray, tap: Tap) -> List[str]:
+    truth = np.where(np.isfinite(tap.truth), tap.truth, 0)
+    ours, theirs = np.linalg.norm(found.astype(np.float64)), np.linalg.norm(truth.astype(np.float64))
+    if ours and theirs and distance(found * (theirs / ours), truth) < 1e-3 and abs(ours / theirs - 1) > 1e-3:
+        return [f"it is PyTorch's times {ours / theirs:.4g}"]
+    return []
+
+
+def precision(graph: Graph, region: Sequence[int], dtype: Any) -> str:
+    """What the region is computed in."""
+    from onnx import TensorProto
+
+    kinds = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+    casts = [graph.nodes[number].attributes.get("to") for number in region if graph.nodes[number].op == "Cast"]
+    narrow = [kinds[one] for one in casts if one in kinds]
+    if narrow and graph.precision == "fp32":
+        return f"{narrow[0]} (the graph casts to it here)"
+    return {"float16": "fp16", "float32": "fp32", "bfloat16": "bf16"}.get(str(dtype), str(dtype))

@@ -1,0 +1,283 @@
+"""An ONNX graph as a person follows it: nodes with names and module paths, and a few of them as a model of their own.
+
+The only module of `clipval.diagnose` that imports onnx.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
+
+import numpy as np
+
+from clipval.errors import InputError, one_line
+
+SEGMENT_BYTES = 64 << 20  # weights that are handed to the runtime at once
+SEGMENT_NODES = 200
+SCOPES = "pkg.torch.onnx.name_scopes"  # of the dynamo exporter: a list of paths, the operator's own name last
+# Operators that give their input's values again, in another shape, order, dtype or place.
+SAME_VALUES = ("Cast", "Dropout", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: its name, its operator, the module path that its exporter left (empty for none), and its tensors.
+
+    `inputs` are those of its subgraphs too; `attributes` are numbers, strings and lists of them.
+    """
+
+    name: str
+    op: str
+    module: str
+    inputs: Tuple[str, ...]
+    outputs: Tuple[str, ...]
+    attributes: Dict[str, Any]
+
+
+class Graph:
+    """A loaded ONNX file.
+
+    Attributes:
+        file: where it came from.
+        nodes: in the order of computation.
+        inputs, outputs: names of the graph's own.
+        producer: tensor -> number of the node that makes it.
+        moving: tensors that depend on the graph's input; the others are constants and shapes of them.
+        opset: of the default domain.
+        precision: `fp32`, or `fp16` or `bf16` where the graph computes in it.
+    """
+
+    def __init__(self, file: Path, model: Any) -> None:
+        self.file = file
+        self.model = model
+        self.nodes = [_node(node) for node in model.graph.node]
+        self.weights: Dict[str, Any] = {one.name: one for one in model.graph.initializer}
+        self.inputs = [one.name for one in model.graph.input if one.name not in self.weights]
+        self.outputs = [one.name for one in model.graph.output]
+        self.producer = {name: n for n, node in enumerate(self.nodes) for name in node.outputs if name}
+        self.moving = self._moving()
+        self.opset = max([one.version for one in model.opset_import if one.domain in ("", "ai.onnx")], default=0)
+        self.precision = self._precision()
+
+    def _moving(self) -> Set[str]:
+        found = set(self.inputs)
+        for node in self.nodes:
+            # shapes depend on the input's shape alone
+            if node.op not in ("Shape", "Size", "ConstantOfShape") and found & set(node.inputs):
+                found.update(name for name in node.outputs if name)
+        return found
+
+    def _precision(self) -> str:
+        from onnx import TensorProto
+
+        held = [one.data_type for one in self.weights.values() if np.prod(one.dims) > 1]
+        for kind, name in ((TensorProto.FLOAT16, "fp16"), (TensorProto.BFLOAT16, "bf16")):
+            if 2 * held.count(kind) > len(held):
+                return name
+        return "fp32"
+
+    def node_of(self, tensor: str) -> Node:
+        """The node that makes a tensor."""
+        return self.nodes[self.producer[tensor]]
+
+    @property
+    def named(self) -> bool:
+        """Most nodes that compute something carry their module's path."""
+        found = [
+            bool(node.module) for node in self.nodes if node.op in ("MatMul", "Gemm", "Conv", "LayerNormalization")
+        ]
+        return 2 * sum(found) > len(found)
+
+    def parents(self, tensor: str) -> List[str]:
+        """Tensors that this one is computed from directly, those that depend on the graph's input."""
+        if tensor not in self.producer:
+            return []
+        return [name for name in self.node_of(tensor).inputs if name in self.moving]
+
+    def between(self, tensor: str, known: Iterable[str]) -> List[int]:
+        """Numbers of the nodes that make a tensor out of known ones, in order."""
+        stop, found, rest = set(known) - {tensor}, set(), [tensor]
+        while rest:
+            name = rest.pop()
+            number = self.producer.get(name)
+            if number is None or number in found:
+                continue
+            found.add(number)
+            rest += [one for one in self.nodes[number].inputs if one in self.moving and one not in stop]
+        return sorted(found)
+
+    def constant(self, tensor: str) -> Any:
+        """A weight or constant as an array; None for what is computed."""
+        from onnx import numpy_helper
+
+        if tensor in self.weights:
+            return numpy_helper.to_array(self.weights[tensor])
+        number = self.producer.get(tensor)
+        if number is None:
+            return None
+        node = self.nodes[number]
+        if node.op == "Constant":
+            held = self.model.graph.node[number].attribute[0]
+            return numpy_helper.to_array(held.t) if held.HasField("t") else np.asarray(node.attributes.get(held.name))
+        if node.op in (*SAME_VALUES, "Sqrt", "QuantizeLinear", "DequantizeLinear") and node.inputs:
+            return self.constant(node.inputs[0]) if node.inputs[0] not in self.moving else None
+        return None
+
+    def segments(self) -> List[List[int]]:
+        """Nodes in runs of bounded weight, in order."""
+        found: List[List[int]] = [[]]
+        size = 0
+        for number, node in enumerate(self.nodes):
+            weight = sum(_bytes(self.weights[name]) for name in set(node.inputs) if name in self.weights)
+            if found[-1] and (size + weight > SEGMENT_BYTES or len(found[-1]) >= SEGMENT_NODES):
+                found.append([])
+                size = 0
+            found[-1].append(number)
+            size += weight
+        return found
+
+    def root(self, tensor: str) -> str:
+        """The tensor whose values a tensor has again, in another shape or order; itself for a result of its own."""
+        while tensor in self.producer:
+            node = self.node_of(tensor)
+            narrow = node.op == "Cast" and node.attributes.get("to") not in (None, self._float)
+            if node.op not in SAME_VALUES or narrow or not node.inputs or node.inputs[0] not in self.moving:
+                return tensor
+            tensor = node.inputs[0]
+        return tensor
+
+    @property
+    def _float(self) -> int:
+        from onnx import TensorProto
+
+        kinds = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+        return int(kinds[self.precision])
+
+    def cut(self, numbers: Sequence[int], fed: Mapping[str, Tuple[int, Sequence[int]]], wanted: Iterable[str]) -> Any:
+        """Some nodes as a model.
+
+        Args:
+            fed: its inputs: element type (of onnx) and shape.
+            wanted: its outputs.
+        """
+        from onnx import helper
+
+        used = {name for number in numbers for name in self.nodes[number].inputs}
+        graph = helper.make_graph(
+            [self.model.graph.node[number] for number in numbers],
+            "segment",
+            [helper.make_tensor_value_info(name, kind, list(shape)) for name, (kind, shape) in fed.items()],
+            [helper.make_empty_tensor_value_info(name) for name in wanted],
+            [self.weights[name] for name in sorted(used) if name in self.weights],
+        )
+        return helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+
+
+def widened(model: Any, names: Sequence[str], ending: str) -> Any:
+    """The model with some results a second time, as float32, under a name with `ending`."""
+    from onnx import TensorProto, helper
+
+    for name in names:
+        model.graph.node.append(helper.make_node("Cast", [name], [f"{name}{ending}"], to=TensorProto.FLOAT))
+        model.graph.output.append(helper.make_empty_tensor_value_info(f"{name}{ending}"))
+    return model
+
+
+def load(file: Path) -> Graph:
+    """Read an ONNX file; functions of its own are written out, nodes without a name get one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(str(file))
+        if model.functions:
+            from onnx import inliner
+
+            model = inliner.inline_local_functions(model)
+    except Exception as error:  # protobuf's, onnx's and the file system's own classes
+        raise InputError(f"ONNX {file}: cannot be read ({one_line(error)}). Give another file") from error
+    name_nodes(model)
+    return Graph(file, model)
+
+
+def name_nodes(model: Any) -> int:
+    """Give each node without a name the one that the graph engine would: `<op_type>_<k>`; how many there were.
+
+    `k` counts nodes without a name (GE `parser/onnx/onnx_parser.cc`, UpdateNodeNameAndOpType), so an OM that was
+    compiled from the file as it was has the same names.
+    """
+    taken = {node.name for node in model.graph.node}
+    count = 0
+    for node in model.graph.node:
+        if not node.name:
+            name = f"{node.op_type}_{count}"
+            node.name = name if name not in taken else f"{name}_unnamed"
+            count += 1
+    return count
+
+
+def _node(node: Any) -> Node:
+    inside = [name for one in node.attribute for graph in _graphs(one) for name in _outer(graph)]
+    attributes = {one.name: _attribute(one) for one in node.attribute}
+    return Node(
+        name=node.name,
+        op=node.op_type,
+        module=module_path(node),
+        inputs=tuple(dict.fromkeys([*(name for name in node.input if name), *inside])),
+        outputs=tuple(node.output),
+        attributes={name: value for name, value in attributes.items() if value is not None},
+    )
+
+
+def module_path(node: Any) -> str:
+    """The module that a node's exporter says it came from: `visual.transformer.resblocks.3.attn`; empty for none.
+
+    TorchScript's exporter writes `/visual/transformer/resblocks.3/attn/MatMul_1`, dynamo's a property with all scopes.
+    """
+    for entry in getattr(node, "metadata_props", ()):
+        if entry.key == SCOPES:
+            try:
+                scopes = ast.literal_eval(entry.value)
+            except (ValueError, SyntaxError):
+                break
+            return _clip(scopes[-2]) if len(scopes) > 1 else ""
+    if not node.name.startswith("/"):
+        return ""
+    return _clip(".".join(node.name.strip("/").split("/")[:-1]))
+
+
+def _clip(path: str) -> str:
+    """The encoder that clipval exports holds the open_clip model as `clip`."""
+    return re.sub(r"^clip(\.|$)", "", path)
+
+
+def _attribute(one: Any) -> Any:
+    from onnx import AttributeProto, helper
+
+    if one.type in (AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS):
+        return helper.get_attribute_value(one)
+    if one.type == AttributeProto.STRING:
+        return one.s.decode("utf-8", "replace")
+    return None
+
+
+def _graphs(attribute: Any) -> List[Any]:
+    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def _outer(graph: Any) -> List[str]:
+    """Tensors that a subgraph takes from around it."""
+    own = {one.name for one in (*graph.input, *graph.initializer)} | {name for n in graph.node for name in n.output}
+    used = [name for node in graph.node for name in node.input if name]
+    used += [name for node in graph.node for one in node.attribute for inner in _graphs(one) for name in _outer(inner)]
+    return [name for name in used if name not in own]
+
+
+def _bytes(tensor: Any) -> int:
+    return int(np.prod(tensor.dims, dtype=np.int64)) * 4

@@ -1,0 +1,234 @@
+"""PyTorch against an ONNX file: every tap compared, and the first part that has more error than its precision costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+import numpy as np
+
+from clipval.diagnose import evaluate, graph, pairs, taps
+from clipval.diagnose.finding import DIVERGENCE, NONE, Finding
+from clipval.diagnose.locate import EXCESS, FLOOR, Rung, suspects
+from clipval.diagnose.part import Part
+from clipval.diagnose.twin import Twin
+
+PAIRED = 2  # samples that decide which tensor is which tap; torch takes other operators for one than for several
+UNRELATED = 1.3  # two tensors that have nothing to do with each other are 1.4 apart
+CLOSE = 0.3  # a tensor that feeds good ones is this tap's only if it is close to it
+# What an operator of PyTorch becomes: by this a tensor is chosen where no value agrees.
+KINDS = {
+    "softmax": ("Softmax",),
+    "layer_norm": ("LayerNormalization", "Add"),
+    "batch_norm": ("BatchNormalization",),
+    "gelu": ("Gelu", "Mul"),
+    "convolution": ("Conv",),
+    "embedding": ("Gather",),
+    "cat": ("Concat",),
+    "select": ("Gather", "Slice"),
+    "index": ("GatherND", "Gather"),
+    "bmm": ("MatMul", "Einsum"),
+    "mm": ("Gemm", "MatMul", "Add"),
+    "add": ("Add", "Sum"),
+    "mul": ("Mul",),
+    "div": ("Div",),
+}
+
+
+@dataclass
+class Ladder:
+    """A candidate compared with the truth.
+
+    Attributes:
+        rungs: by tap number, of the taps that lead to the embedding.
+        tensors: tap number -> the graph's tensor for it.
+    """
+
+    recorded: taps.Recorded
+    graph: graph.Graph
+    rungs: Dict[int, Rung]
+    tensors: Dict[int, str]
+
+    def first(self) -> Optional[int]:
+        """Number of the tap where the error of the embedding starts; the worst start where the embedding is good."""
+        names = list(map(str, self.rungs))
+        good = {str(n): None if rung.error is None else rung.good for n, rung in self.rungs.items()}
+        above = {name: list(map(str, self.recorded.taps[int(name)].parents)) for name in names}
+        start = suspects(good, above, str(self.recorded.output))
+        if not start and good[str(self.recorded.output)]:
+            bad = [name for name in names if good[name] is False]
+            start = [name for name in bad for found in [suspects(good, above, name)] if name in found]
+            start.sort(key=lambda name: -(self.rungs[int(name)].excess or 0))
+        return int(start[0]) if start else None
+
+
+def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Optional[graph.Graph] = None) -> Ladder:
+    """Compare every tap of a tower with the candidate's tensor for it.
+
+    Args:
+        encoder: the PyTorch tower, see `clipval.model.encoder`.
+        candidate: an ONNX graph of the same tower.
+        rows: inputs [n, ...]; the first two decide which tensor is which tap.
+        reference: for a candidate in fp16 or bf16: the same tower's graph in float32, whose twin says what that costs.
+    """
+    one = taps.record(encoder, rows[:PAIRED])
+    twin = None if candidate.precision == "fp32" else Twinned(reference or candidate, one, candidate.precision)
+    found = pairs.pair(candidate, one.taps, evaluate.tensors(candidate, one.rows))
+    noise = noise_of(one, twin, candidate.precision)
+    chosen = choose(candidate, found, [EXCESS * one for one in noise], one)
+    if len(rows) > PAIRED:
+        more = taps.record(encoder, rows)
+        if [tap.op for tap in more.taps] == [tap.op for tap in one.taps]:
+            one, noise = more, noise_of(more, twin, candidate.precision)
+    return measure(one, candidate, chosen, noise)
+
+
+def noise_of(recorded: taps.Recorded, twin: Optional[Twinned], precision: str) -> List[float]:
+    """What a precision costs at each tap: the twin's error, or that of PyTorch's own float32."""
+    found = twin.errors(recorded) if twin else {n: tap.noise for n, tap in enumerate(recorded.taps)}
+    return [max(found.get(n, 0.0), FLOOR[precision]) for n in range(len(recorded.taps))]
+
+
+class Twinned:
+    """The twin of a float32 graph, whose tensors are paired with the taps once.
+
+    Args:
+        whole: a float32 graph of the tower that PyTorch has.
+        recorded: taps of one sample.
+        precision: `fp16` or `bf16`.
+    """
+
+    def __init__(self, whole: graph.Graph, recorded: taps.Recorded, precision: str) -> None:
+        floats: Set[str] = set()
+
+        def noted() -> Iterator[Tuple[str, np.ndarray]]:
+            for name, values in evaluate.tensors(whole, recorded.rows):
+                if values.dtype == np.float32:
+                    floats.add(name)
+                yield name, values
+
+        found = pairs.pair(whole, recorded.taps, noted())
+        bounds = [EXCESS * max(tap.noise, FLOOR["fp32"]) for tap in recorded.taps]
+        best = {n: found.best(n, bounds[n]) for n in recorded.leading()}
+        self.whole = whole
+        self.chosen = {n: one[1] for n, one in best.items() if one is not None and one[0] <= bounds[n]}
+        self.twin = Twin(precision, floats)
+
+    def errors(self, recorded: taps.Recorded) -> Dict[int, float]:
+        """Distance of the twin's tensors from the truth, by tap."""
+        return errors_of(self.whole, recorded, self.chosen, self.twin)
+
+
+def choose(
+    candidate: graph.Graph, found: pairs.Pairs, bounds: Sequence[float], recorded: taps.Recorded
+) -> Dict[int, str]:
+    """The tensor of each tap: the closest one where it is good, else one that no other tap has."""
+    best = {n: one for n in recorded.leading() for one in [found.best(n, bounds[n])] if one is not None}
+    chosen = {n: name for n, (error, name) in best.items() if error <= bounds[n]}
+    used = {candidate.root(name) for name in chosen.values()}
+    feeding = _ancestors(candidate, set(chosen.values()))
+    for n in best:
+        if n in chosen:
+            continue
+        rest = [one for one in [*found.related.get(n, []), *found.any.get(n, [])] if candidate.root(one[1]) not in used]
+        kinds = next((kinds for word, kinds in KINDS.items() if word in recorded.taps[n].op), ())
+        alike = [name for _, name in rest if candidate.node_of(candidate.root(name)).op in kinds and candidate.named]
+        close = [name for error, name in rest if error < UNRELATED and (error < CLOSE or name not in feeding)]
+        chosen.update({n: name for name in [*alike, *close][:1]})
+    return chosen
+
+
+def _ancestors(candidate: graph.Graph, tensors: Set[str]) -> Set[str]:
+    found: Set[str] = set()
+    rest = list(tensors)
+    while rest:
+        name = rest.pop()
+        if name not in found:
+            found.add(name)
+            rest += candidate.parents(name)
+    return found
+
+
+def measure(recorded: taps.Recorded, candidate: graph.Graph, chosen: Dict[int, str], noise: Sequence[float]) -> Ladder:
+    """The rungs of all taps that lead to the embedding, over all samples."""
+    errors = errors_of(candidate, recorded, chosen)
+    rungs = {}
+    for n in recorded.leading():
+        tap, name = recorded.taps[n], chosen.get(n, "")
+        node = candidate.node_of(name) if name in candidate.producer else None
+        before = [errors[one] for one in tap.parents if one in errors]
+        rungs[n] = Rung(
+            name=tap.name,
+            error=errors.get(n),
+            noise=noise[n],
+            error_in=max(before) if before else None,
+            parents=tuple(recorded.taps[one].name for one in tap.parents),
+            pytorch=tap.noise,
+            tensor=name,
+            node=node.name if node else "",
+            op=node.op if node else "",
+            module=tap.module,
+        )
+    return Ladder(recorded, candidate, rungs, chosen)
+
+
+def errors_of(
+    whole: graph.Graph, recorded: taps.Recorded, chosen: Dict[int, str], change: Optional[Twin] = None
+) -> Dict[int, float]:
+    """Relative distance from the truth of the tensors that were chosen for the taps."""
+    wanted: Dict[str, List[int]] = {}
+    for n, name in chosen.items():
+        wanted.setdefault(name, []).append(n)
+    return {
+        n: pairs.distance(values, recorded.taps[n].truth)
+        for name, values in evaluate.tensors(whole, recorded.rows, change)
+        for n in wanted.get(name, ())
+    }
+
+
+def judge(ladder: Ladder, candidate: str) -> Finding:
+    """The finding of a ladder.
+
+    Args:
+        candidate: what was looked at, for the sentence.
+    """
+    rungs = tuple(ladder.rungs.values())
+    first = ladder.first()
+    if first is None:
+        return Finding(NONE, candidate, _no_excess(ladder, candidate), ladder=rungs, samples=len(ladder.recorded.rows))
+    part = Part.of(ladder, first)
+    rung = ladder.rungs[first]
+    causes = tuple(part.causes())
+    where = f"PyTorch module {part.module or 'the tower itself'} ({part.operators})"
+    start = f"its input is within {rung.noise:.1g}" if rung.error_in is None else f"input {rung.error_in:.1e} off"
+    excess = rung.excess or 0.0
+    sentence = (
+        f"{candidate}: diverges in {where}, ONNX {part.nodes}: {start}, output {rung.error:.1e} off, {excess:.3g} times "
+        f"what {ladder.graph.precision} costs there, so the error starts there; computed in {part.precision}"
+    )
+    if causes:
+        sentence += f"; {causes[0]}"
+    return Finding(
+        verdict=DIVERGENCE,
+        candidate=candidate,
+        sentence=sentence,
+        module=part.module,
+        node=rung.node,
+        causes=causes,
+        advice=tuple(part.advice(causes)),
+        ladder=rungs,
+        first=rung.name,
+        samples=len(ladder.recorded.rows),
+    )
+
+
+def _no_excess(ladder: Ladder, candidate: str) -> str:
+    compared = [rung for rung in ladder.rungs.values() if rung.error is not None]
+    worst = max(compared, key=lambda rung: rung.excess or 0.0)
+    end = ladder.rungs[ladder.recorded.output]
+    return (
+        f"{candidate}: no excess: {len(compared)} of {len(ladder.rungs)} taps compared, none is over {EXCESS:g} times "
+        f"what {ladder.graph.precision} costs (worst {worst.excess:.2g}, {worst.name}); a fault shows from "
+        f"{EXCESS * min(rung.noise for rung in compared):.1e} (relative) on at the quietest tap, from "
+        f"{EXCESS * end.noise:.1e} on at the embedding"
+    )

@@ -1,0 +1,90 @@
+"""Where a candidate leaves the truth: the excess of each tap over its noise, and which taps only pass an error on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+# A candidate that adds in another order, or rounds in other places than its twin, has up to 2.4 times the noise
+# (docs/diagnose.md has the measurements); a fault of that size is not told from noise.
+EXCESS = 4.0
+FLOOR = {
+    "fp32": 1e-6,
+    "fp16": 2.0**-12,
+    "bf16": 2.0**-9,
+}  # noise that any tap is granted: half a rounding of its values
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One tap of the ladder, compared.
+
+    Attributes:
+        name: for a person.
+        error: relative L2 distance of the candidate's tensor from the truth; None where it has no such tensor.
+        noise: what its precision costs here: the distance of the twin, or of the float32 model.
+        error_in: the largest error of the taps that it is computed from; None for none.
+        parents: names of those taps.
+        pytorch: the float32 PyTorch model's own distance from the truth; None where PyTorch was not run.
+        tensor, node, op: the candidate's tensor and what makes it; empty where there is none.
+        module: path of the PyTorch module.
+    """
+
+    name: str
+    error: Optional[float]
+    noise: float
+    error_in: Optional[float] = None
+    parents: Tuple[str, ...] = ()
+    pytorch: Optional[float] = None
+    tensor: str = ""
+    node: str = ""
+    op: str = ""
+    module: str = ""
+
+    @property
+    def excess(self) -> Optional[float]:
+        """Error over noise; 1 is what the precision costs."""
+        return None if self.error is None else self.error / self.noise
+
+    @property
+    def growth(self) -> Optional[float]:
+        """Error of the output over error of the input."""
+        return self.error / self.error_in if self.error is not None and self.error_in else None
+
+    @property
+    def good(self) -> bool:
+        return self.excess is not None and self.excess <= EXCESS
+
+
+def suspects(good: Mapping[str, Optional[bool]], parents: Mapping[str, Sequence[str]], output: str) -> List[str]:
+    """Where the error of the output starts: bad tensors that lead to it and whose known inputs are all good.
+
+    Args:
+        good: tensor -> whether it is within its noise; None for one that was not compared, which is seen through.
+        parents: tensor -> what it is computed from, in the order of computation.
+
+    Returns:
+        in the order of `good`; empty where the output is good, or is bad and nothing before it is.
+    """
+    memory: Dict[str, List[str]] = {}
+
+    def known_inputs(name: str) -> List[str]:
+        if name not in memory:
+            memory[name] = []
+            for one in parents.get(name, ()):
+                memory[name] += [one] if good.get(one) is not None else known_inputs(one)
+        return memory[name]
+
+    start, rest, leading = [], [output], set()
+    while rest:
+        name = rest.pop()
+        if name in leading or good.get(name) is True:
+            continue
+        leading.add(name)
+        inputs = known_inputs(name)
+        worse = [one for one in inputs if good[one] is False]
+        if good.get(name) is False and not worse:
+            start.append(name)
+        rest += worse if good.get(name) is not None else inputs
+    order = {name: number for number, name in enumerate(good)}
+    return sorted(start, key=lambda name: order[name])

@@ -1,0 +1,107 @@
+"""The part of a graph in which an error starts: its PyTorch operators, its ONNX nodes, and what differs there."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+
+from clipval.diagnose import evaluate, explain
+from clipval.diagnose.taps import Tap
+
+SHOWN = 12
+
+
+class Part:
+    """Everything between good tensors and the first bad one.
+
+    Attributes:
+        taps: PyTorch's results in it, the first bad one that has a counterpart last.
+        region: numbers of the ONNX nodes in it.
+    """
+
+    def __init__(self, ladder: Any, numbers: Sequence[int]) -> None:
+        self.ladder = ladder
+        self.numbers = list(numbers)
+        self.taps: List[Tap] = [ladder.recorded.taps[n] for n in numbers]
+        good = {ladder.tensors[n] for n, rung in ladder.rungs.items() if rung.good and n in ladder.tensors}
+        self.tensor = ladder.rungs[self.numbers[-1]].tensor
+        self.known = [n for n in ladder.rungs if ladder.rungs[n].good]
+        self.region = ladder.graph.between(self.tensor, good)
+
+    @classmethod
+    def of(cls, ladder: Any, first: int) -> Part:
+        """The part that ends at a tap; results without a counterpart in the graph are seen through."""
+        found, rest = {first}, [first]
+        while rest:
+            for n in ladder.recorded.taps[rest.pop()].parents:
+                if n in ladder.rungs and ladder.rungs[n].error is None and n not in found:
+                    found.add(n)
+                    rest.append(n)
+        return cls(ladder, sorted(found))
+
+    @property
+    def blamed(self) -> Tap:
+        """The first result that has no counterpart, else the one that is bad."""
+        return self.taps[0]
+
+    @property
+    def module(self) -> str:
+        return self.blamed.module
+
+    @property
+    def operators(self) -> str:
+        """PyTorch's operators from the first to the last, with the modules they leave for."""
+        words = []
+        for tap in self.taps:
+            words.append(tap.op if tap.module == self.module else f"{tap.op} of {tap.module or 'the tower'}")
+        return ", ".join(dict.fromkeys(words))
+
+    @property
+    def nodes(self) -> str:
+        """The ONNX nodes; with their neighbours where no module is known."""
+        graph = self.ladder.graph
+        named = [graph.nodes[n] for n in self.region if graph.nodes[n].op not in ("Constant", "Shape", "Identity")]
+        said = [f"{node.op} {node.name}" for node in named]
+        text = ", ".join(said[:SHOWN]) + (f" and {len(said) - SHOWN} more" if len(said) > SHOWN else "")
+        if graph.named or not named:
+            return f"node{'s' if len(said) > 1 else ''} {text or '(none)'}"
+        before = [graph.node_of(name) for name in named[0].inputs if name in graph.producer and name in graph.moving]
+        after = [node for node in graph.nodes if self.tensor in node.inputs]
+        around = [f"after {node.op} {node.name}" for node in before] + [
+            f"before {node.op} {node.name}" for node in after
+        ]
+        return f"node{'s' if len(said) > 1 else ''} {text} ({', '.join(around[:4])})"
+
+    def values(self) -> Any:
+        """The bad tensor."""
+        rows = self.ladder.recorded.rows
+        return next(found for name, found in evaluate.tensors(self.ladder.graph, rows) if name == self.tensor)
+
+    @property
+    def precision(self) -> str:
+        return explain.precision(self.ladder.graph, self.region, self._dtype)
+
+    @property
+    def _dtype(self) -> Any:
+        return self.values().dtype
+
+    def causes(self) -> List[str]:
+        """What was seen to differ, the surest first."""
+        graph, recorded = self.ladder.graph, self.ladder.recorded
+        said = explain.constants(graph, self.region, self.taps, recorded)
+        said += explain.weights(graph, self.region, self.taps, recorded)
+        said += explain.missing(self.ladder, self.numbers, self.region)
+        known: Dict[int, Tap] = {n: recorded.taps[n] for n in self.known}
+        return said + explain.values(np.asarray(self.values(), np.float32), self.ladder, self.numbers[-1], known)
+
+    def advice(self, causes: Sequence[str]) -> List[str]:
+        """What to do about it."""
+        text = " ".join(causes)
+        if "65504" in text or "NaN" in text:
+            return [f"keep these operators in fp32 (--keep-dtype with {self.ladder.rungs[self.numbers[-1]].node})"]
+        if "fp16" in self.precision or "bf16" in self.precision:
+            return ["export or convert this operator in fp32", "another --precision-mode"]
+        if "differs from" in text or "is nowhere" in text or "transposed" in text:
+            return ["export again from the weights under test; nothing may edit the graph's weights afterwards"]
+        return ["export again with clipval export, without an optimiser in between, and diagnose that file"]

@@ -1,0 +1,60 @@
+"""What a precision costs: the same graph with its weights and every result rounded to 16 bits and back, on the CPU.
+
+fp16 clamps at 65504, as an NPU in saturation mode does (aclruntime sets that mode), where plain fp16 overflows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, List, Set
+
+import numpy as np
+
+LARGEST = 65504.0
+PRECISIONS = ("fp16", "bf16")
+STEP = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # largest relative error of one rounding
+INTEGERS = ("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "Constant", "ConstantOfShape", "Range")
+
+
+class Twin:
+    """Changes pieces of a graph so that they compute in `precision`; see `clipval.diagnose.evaluate.tensors`.
+
+    Args:
+        precision: `fp16` or `bf16`.
+        floats: names of the tensors that are float32; a twin of anything else would change what the graph does.
+    """
+
+    def __init__(self, precision: str, floats: Set[str]) -> None:
+        self.precision = precision
+        self.floats = floats
+
+    def __call__(self, model: Any) -> Any:
+        from onnx import TensorProto, helper, numpy_helper
+
+        kind = TensorProto.FLOAT16 if self.precision == "fp16" else TensorProto.BFLOAT16
+        for tensor in model.graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT:
+                exact = numpy_helper.to_array(tensor)
+                tensor.CopyFrom(numpy_helper.from_array(rounded(exact, self.precision), tensor.name))
+        bounds = [helper.make_node("Constant", [], [f"twin{sign}"], value_float=sign * LARGEST) for sign in (-1, 1)]
+        nodes: List[Any] = bounds
+        for node in model.graph.node:
+            nodes.append(node)
+            for place, name in enumerate(node.output):
+                if name in self.floats and node.op_type not in INTEGERS:
+                    node.output[place] = f"{name}:exact"
+                    clip = helper.make_node("Clip", [f"{name}:exact", "twin-1", "twin1"], [f"{name}:clamped"])
+                    half = helper.make_node("Cast", [f"{name}:clamped"], [f"{name}:half"], to=kind)
+                    nodes += [clip, half, helper.make_node("Cast", [f"{name}:half"], [name], to=TensorProto.FLOAT)]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        return model
+
+
+def rounded(values: np.ndarray, precision: str) -> np.ndarray:
+    """float32 values as the nearest ones of fp16 (clamped) or bf16, as float32 again."""
+    if precision == "fp16":
+        return np.asarray(np.clip(values, -LARGEST, LARGEST), np.float16).astype(np.float32)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    even = (bits >> np.uint32(16)) & np.uint32(1)
+    kept = ((bits + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isfinite(values), kept, values).astype(np.float32).reshape(values.shape)
