@@ -9,10 +9,10 @@ import argparse
 import sys
 from typing import List, Optional
 
-from clipval.commands import Parser, lookup, models, recipe, speed
+from clipval.commands import Parser, diagnose, lookup, models, recipe, speed
 from clipval.errors import ClipvalError
 
-COMMANDS = {**recipe.COMMANDS, **speed.COMMANDS, **lookup.COMMANDS, **models.COMMANDS}
+COMMANDS = {**recipe.COMMANDS, **speed.COMMANDS, **lookup.COMMANDS, **models.COMMANDS, **diagnose.COMMANDS}
 
 
 def main(argv: Optional[List[str]] = None) -> int:

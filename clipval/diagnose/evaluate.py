@@ -1,7 +1,7 @@
 """Every tensor of an ONNX graph, a few at a time: in the graph's own precision, or rounded as an accelerator rounds.
 
-The only module of `clipval.diagnose` that imports onnxruntime, whose graph optimisations are off here: what is looked at
-is what the file says.
+The only module of `clipval.diagnose` that imports onnxruntime, whose graph optimisations are off here: what is looked
+at is what the file says.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An ONNX graph as a person follows it: nodes with names and module paths, and a few of them as a model of their own.
 
-The only module of `clipval.diagnose` that imports onnx.
+The modules of `clipval.diagnose` that import onnx are this one and `twin`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from clipval.errors import InputError, one_line
 SEGMENT_BYTES = 64 << 20  # weights that are handed to the runtime at once
 SEGMENT_NODES = 200
 SCOPES = "pkg.torch.onnx.name_scopes"  # of the dynamo exporter: a list of paths, the operator's own name last
+NARROW = {10: "fp16", 16: "bf16"}  # onnx.TensorProto.FLOAT16 and BFLOAT16
 # Operators that give their input's values again, in another shape, order, dtype or place.
 SAME_VALUES = ("Cast", "Dropout", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
@@ -44,7 +45,7 @@ class Graph:
         file: where it came from.
         nodes: in the order of computation.
         inputs, outputs: names of the graph's own.
-        producer: tensor -> number of the node that makes it.
+        producer: tensor -> number of the node that makes it; consumers: tensor -> numbers of those that take it.
         moving: tensors that depend on the graph's input; the others are constants and shapes of them.
         opset: of the default domain.
         precision: `fp32`, or `fp16` or `bf16` where the graph computes in it.
@@ -58,6 +59,10 @@ class Graph:
         self.inputs = [one.name for one in model.graph.input if one.name not in self.weights]
         self.outputs = [one.name for one in model.graph.output]
         self.producer = {name: n for n, node in enumerate(self.nodes) for name in node.outputs if name}
+        self.consumers: Dict[str, List[int]] = {}
+        for number, node in enumerate(self.nodes):
+            for name in node.inputs:
+                self.consumers.setdefault(name, []).append(number)
         self.moving = self._moving()
         self.opset = max([one.version for one in model.opset_import if one.domain in ("", "ai.onnx")], default=0)
         self.precision = self._precision()
@@ -90,6 +95,11 @@ class Graph:
             bool(node.module) for node in self.nodes if node.op in ("MatMul", "Gemm", "Conv", "LayerNormalization")
         ]
         return 2 * sum(found) > len(found)
+
+    def leaves(self, tensor: str, module: str) -> bool:
+        """Something outside a module takes this tensor, so it is what the module gives on."""
+        others = [self.nodes[number].module for number in self.consumers.get(tensor, ())]
+        return any(other != module and not other.startswith(f"{module}.") for other in others)
 
     def parents(self, tensor: str) -> List[str]:
         """Tensors that this one is computed from directly, those that depend on the graph's input."""

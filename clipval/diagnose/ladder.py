@@ -131,10 +131,14 @@ def choose(
         if n in chosen:
             continue
         rest = [one for one in [*found.related.get(n, []), *found.any.get(n, [])] if candidate.root(one[1]) not in used]
-        kinds = next((kinds for word, kinds in KINDS.items() if word in recorded.taps[n].op), ())
+        tap = recorded.taps[n]
+        kinds = next((kinds for word, kinds in KINDS.items() if word in tap.op), ())
+        ends = [name for _, name in rest if candidate.node_of(name).module in tap.ends]
+        exits = [name for name in ends if candidate.leaves(name, candidate.node_of(name).module)]
         alike = [name for _, name in rest if candidate.node_of(candidate.root(name)).op in kinds and candidate.named]
         close = [name for error, name in rest if error < UNRELATED and (error < CLOSE or name not in feeding)]
-        chosen.update({n: name for name in [*alike, *close][:1]})
+        if exits or alike or close:
+            chosen[n] = [*exits, *alike, *close][0]
     return chosen
 
 
@@ -203,8 +207,8 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
     start = f"its input is within {rung.noise:.1g}" if rung.error_in is None else f"input {rung.error_in:.1e} off"
     excess = rung.excess or 0.0
     sentence = (
-        f"{candidate}: diverges in {where}, ONNX {part.nodes}: {start}, output {rung.error:.1e} off, {excess:.3g} times "
-        f"what {ladder.graph.precision} costs there, so the error starts there; computed in {part.precision}"
+        f"{candidate}: diverges in {where}, ONNX {part.nodes}: {start}, output {rung.error:.1e} off, {excess:.3g} "
+        f"times what {ladder.graph.precision} costs there, so the error starts there; computed in {part.precision}"
     )
     if causes:
         sentence += f"; {causes[0]}"

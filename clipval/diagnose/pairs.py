@@ -60,7 +60,8 @@ def pair(graph: Graph, taps: Sequence[Tap], tensors: Iterable[Tuple[str, np.ndar
             # no order of the axes can bring two tensors closer than their lengths are
             least = abs(length - sizes[number]) / sizes[number] if sizes[number] else 0.0
             kept = (found.related if related else found.any).setdefault(number, [])
-            if (not related and least > ALIKE) or (len(kept) == KEPT and least >= kept[-1][0]):
+            limited = not (related and graph.named)  # a module has few tensors, and which one it ends with shows later
+            if (not related and least > ALIKE) or (limited and len(kept) >= KEPT and least >= kept[KEPT - 1][0]):
                 continue
             error = relative(_moved(wide, tap.truth), tap.truth)
             if not related and error > ALIKE:

@@ -9,7 +9,7 @@ import numpy as np
 from clipval.diagnose import evaluate, explain
 from clipval.diagnose.taps import Tap
 
-SHOWN = 12
+SHOWN = 3
 
 
 class Part:
@@ -63,15 +63,15 @@ class Part:
         graph = self.ladder.graph
         named = [graph.nodes[n] for n in self.region if graph.nodes[n].op not in ("Constant", "Shape", "Identity")]
         said = [f"{node.op} {node.name}" for node in named]
-        text = ", ".join(said[:SHOWN]) + (f" and {len(said) - SHOWN} more" if len(said) > SHOWN else "")
+        text = f"nodes {said[0]} to {said[-1]} ({len(said)} nodes)" if len(said) > SHOWN else f"node {', '.join(said)}"
         if graph.named or not named:
-            return f"node{'s' if len(said) > 1 else ''} {text or '(none)'}"
+            return text
         before = [graph.node_of(name) for name in named[0].inputs if name in graph.producer and name in graph.moving]
         after = [node for node in graph.nodes if self.tensor in node.inputs]
         around = [f"after {node.op} {node.name}" for node in before] + [
             f"before {node.op} {node.name}" for node in after
         ]
-        return f"node{'s' if len(said) > 1 else ''} {text} ({', '.join(around[:4])})"
+        return f"{text} ({', '.join(around[:4])})"
 
     def values(self) -> Any:
         """The bad tensor."""

@@ -13,10 +13,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 
 # Operators that give their input's values again, in another shape, order, dtype or place.
-SAME_VALUES = frozenset(
-    ("_reshape_alias", "_to_copy", "_unsafe_view", "alias", "clone", "contiguous", "copy_", "detach", "dropout")
-    + ("expand", "feature_dropout", "flatten", "lift_fresh", "permute", "reshape", "resolve_conj", "squeeze", "t")
-    + ("to", "transpose", "unflatten", "unsqueeze", "view")
+SAME_VALUES = (
+    "_reshape_alias _to_copy _unsafe_view alias clone contiguous copy_ detach dropout expand feature_dropout flatten "
+    "lift_fresh permute reshape resolve_conj squeeze t to transpose unflatten unsqueeze view"
 )
 PARTS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")  # each result is a part of its own
 BYTES = 512 << 20  # of truth that is held at once; more samples than fit are left out
@@ -187,8 +186,8 @@ def _recorder(torch: Any, seen: Optional[Callable[[int, Tap, np.ndarray], None]]
 
         def _note(self, op: str, tensor: Any, parents: Tuple[int, ...]) -> None:
             # parameters' own arithmetic is no step of the computation, but for what becomes of them with an input
-            if op in SAME_VALUES or not tensor.is_floating_point() or tensor.numel() < 2:
-                if parents or op not in SAME_VALUES:
+            if op in SAME_VALUES.split() or not tensor.is_floating_point() or tensor.numel() < 2:
+                if parents or op not in SAME_VALUES.split():
                     tensor._clipval_taps = parents
                 return
             values = tensor.detach().to(torch.float32, copy=True).numpy()

@@ -266,7 +266,7 @@ def mlp_overflows_in_fp16(graph: Graph) -> None:
     """Of a model whose values are that large there: see `large_mlp`."""
     from onnx import TensorProto
 
-    graph.cast(at(f"{VISION}.mlp.c_fc", "Add"), TensorProto.FLOAT16)
+    graph.cast(at(f"{VISION}.mlp.c_fc", "MatMul"), TensorProto.FLOAT16)
 
 
 LARGE = 3e5

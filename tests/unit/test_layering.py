@@ -15,10 +15,10 @@ ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HOMES = {
     "open_clip": {"model.py"},
-    "onnx": {"export.py"},
-    "onnxruntime": {"backends/onnx.py"},
+    "onnx": {"export.py", "diagnose/graph.py", "diagnose/twin.py"},
+    "onnxruntime": {"backends/onnx.py", "diagnose/evaluate.py"},
     "aclruntime": {"ascend/acl.py"},
-    "torch": {"model.py", "export.py", "backends/pytorch.py", "train_shapes.py"},
+    "torch": {"model.py", "export.py", "backends/pytorch.py", "diagnose/taps.py", "train_shapes.py"},
     "pytest": set(),
 }
 

@@ -1,0 +1,62 @@
+"""Where a candidate diverges from PyTorch, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from clipval import backends
+from clipval.commands import Command, Parser, chain_of, model_options
+from clipval.errors import UsageError
+from clipval.options import add_options, at_least
+from clipval.towers import TOWER_NAMES
+
+
+def _declare(parser: Parser) -> None:
+    model_options(parser)
+    names = ["--data-dir", "--captions-format", "--opset-version", "--onnx-providers", "--device-id", "--soc-version"]
+    names += ["--om-dir", "--precision-mode", "--keep-dtype", "--atc-flags", "--allow-simulated", "--rebuild"]
+    add_options(parser.add_argument, names)
+    parser.add_argument("--backend", choices=("onnx",), help="whose tower; without it the ending of --model tells")
+    parser.add_argument("--tower", choices=TOWER_NAMES, help="without it the name of --model tells")
+    parser.add_argument(
+        "--model", type=Path, metavar="FILE", help="the candidate; without it the one that is validated"
+    )
+    parser.add_argument("--samples", type=at_least(int, 1), default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument("--sample", action="append", default=[], metavar="ID", help="look at this sample too")
+    parser.add_argument("--ladder", action="store_true", help="print every tap, not only those about the first excess")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the finding with its ladder")
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    """Say where a candidate leaves PyTorch: module, node, whether the error starts there, in what, what to try.
+
+    Exit codes: 0 no excess, 1 something was found, 2 wrong usage or input.
+    """
+    from clipval.diagnose import candidate, finding
+
+    chain = chain_of(args)
+    chain.check_inputs()
+    name = args.backend or (backends.of_file(args.model) if args.model else None) or "onnx"
+    tower = chain.towers[args.tower or _tower_of(args.model)]
+    if args.model is not None and not args.model.is_file():
+        raise UsageError(f"diagnose --model {args.model}: no such file")
+    picked = candidate.samples(chain, tower, args.sample, args.samples)
+    found = candidate.onnx(chain, tower, picked, file=args.model, backend=name)
+    chain.close()
+    print("\n".join(found.lines()))
+    if args.ladder or found.first:
+        print("\n".join(finding.table(found, 0 if args.ladder else 4)))
+    if args.json:
+        args.json.write_text(json.dumps(found.detail(), indent=1), encoding="utf-8")
+    return int(found.found)
+
+
+def _tower_of(model: Path) -> str:
+    if model is None or ("text" in model.stem) == ("vision" in model.stem):
+        raise UsageError("diagnose: give --tower vision or --tower text")
+    return "text" if "text" in model.stem else "vision"
+
+
+COMMANDS = {"diagnose": Command(_declare, _diagnose, "where a candidate diverges from PyTorch, and why")}

@@ -1,0 +1,112 @@
+"""From a chain to a finding: which file and samples, what is checked first, which ladder is climbed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from clipval import preprocess
+from clipval.diagnose import checks, graph, ladder
+from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
+from clipval.diagnose.locate import EXCESS
+from clipval.diagnose.taps import relative
+from clipval.errors import ClipvalError
+from clipval.export import read_metadata
+from clipval.towers import Tower
+
+SAMPLES = 4
+WORKED = 1e-4  # a runtime's own embedding and that of the graph node by node differ by less: 4e-7 was measured
+
+
+def samples(chain: Any, tower: Tower, named: Sequence[str] = (), count: int = SAMPLES) -> np.ndarray:
+    """Indices of the samples that are looked at: the named ones first, then others spread over the data."""
+    ids = chain.prepared.rows[tower.name].ids
+    spread = np.linspace(0, len(ids) - 1, min(len(ids), count)).round().astype(int).tolist()
+    chosen = [*(ids.index(name) for name in named if name in ids), *spread]
+    return np.array(list(dict.fromkeys(chosen))[: max(count, 1)])
+
+
+def onnx(
+    chain: Any, tower: Tower, picked: np.ndarray, *, file: Optional[Path] = None, backend: str = "onnx"
+) -> Finding:
+    """Where an ONNX file diverges from PyTorch.
+
+    Args:
+        chain: of the settings under test; see `clipval.chain.Chain`.
+        picked: indices of the samples.
+        file: the candidate; without it the chain's own, which is the one that is validated and compiled.
+
+    Raises:
+        InputError: the file cannot be read or run.
+    """
+    rows = chain.prepared.rows[tower.name]
+    ids, fed = [rows.ids[n] for n in picked], np.ascontiguousarray(rows[picked])
+    own = chain.onnx(tower)
+    candidate = graph.load(file or own)
+    name = f"{backend} {tower.name} ({(file or own).name}, {candidate.precision})"
+    encoder = chain.encoder(tower).module
+    said = inputs_differ(chain, tower, picked, fed)
+    climbed = ladder.climb(encoder, candidate, fed, graph.load(own) if candidate.precision != "fp32" else None)
+    said += checks.file(
+        candidate, read_metadata(candidate.file), _wanted(chain, tower, file), climbed.recorded.parameters("")
+    )
+    reference = climbed.recorded.taps[climbed.recorded.output].truth
+    found = _run(chain, backend, tower, candidate.file, fed[: len(reference)])
+    said += checks.embeddings(ids[: len(reference)], reference, found)
+    finding = ladder.judge(climbed, name)
+    if said:
+        return replace(
+            finding, verdict=INPUT, sentence=f"{name}: not numerics: {said[0]}", causes=(*said, *finding.causes)
+        )
+    return _with_runtime(finding, climbed, found)
+
+
+def _run(chain: Any, backend: str, tower: Tower, file: Path, rows: np.ndarray) -> np.ndarray:
+    """The candidate's embeddings by the backend that is validated, not node by node."""
+    opened = chain.open_file(backend, tower, file, len(rows))
+    try:
+        return np.asarray(opened.run(rows))
+    finally:
+        opened.close()
+
+
+def _wanted(chain: Any, tower: Tower, file: Optional[Path]) -> Dict[str, str]:
+    """What the file's own words must be; the opset only of a file that the chain made."""
+    wanted = {"clipval.weights": chain.weights.sha256, "clipval.tower": tower.name, "clipval.normalized": "true"}
+    return wanted if file else {**wanted, "opset": str(chain.settings.opset_version)}
+
+
+def inputs_differ(chain: Any, tower: Tower, picked: np.ndarray, prepared: np.ndarray) -> List[str]:
+    """Prepared rows that are not what the model's own transform or tokenizer makes of the samples now."""
+    if tower.dtype == "float32":
+        fresh = np.stack([preprocess.pixels(chain.dataset.image_paths[n], chain.model) for n in picked])
+    else:
+        fresh = preprocess.tokens([chain.dataset.captions[n] for n in picked], chain.model, tower)
+    return checks.inputs([chain.prepared.rows[tower.name].ids[n] for n in picked], prepared, fresh)
+
+
+def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -> Finding:
+    """Where the graph is right node by node, but what the runtime makes of it is not."""
+    truth = climbed.recorded.taps[climbed.recorded.output].truth
+    noise = climbed.rungs[climbed.recorded.output].noise
+    off = relative(found, truth)
+    if finding.verdict != NONE or off <= max(WORKED, EXCESS * noise):
+        return finding
+    sentence = (
+        f"{finding.candidate}: the graph agrees with PyTorch at every tap when it is run node by node, but the "
+        f"backend's own result is {off:.1e} off: the error comes with the runtime: its optimisations or its provider"
+    )
+    advice = ("--onnx-providers cpu", "another onnxruntime; report this with the bundle")
+    return replace(finding, verdict=DIVERGENCE, sentence=sentence, advice=advice)
+
+
+def explain(chain: Any, backend: str, tower: Tower, named: Sequence[str]) -> Tuple[str, Optional[Finding]]:
+    """For a red gate: one line for its message, and the finding; a diagnosis that fails says why and hides nothing."""
+    try:
+        found = onnx(chain, tower, samples(chain, tower, named), backend=backend)
+    except ClipvalError as error:
+        return f"diagnosis: {error}", None
+    return f"diagnosis: {found.sentence}", found

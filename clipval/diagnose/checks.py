@@ -1,0 +1,140 @@
+"""What is not numerics, checked before any tap is compared: inputs, weights, order, normalisation, batch, outputs.
+
+Each check gives sentences; none means that nothing was found.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Sequence
+
+import numpy as np
+
+from clipval.diagnose.graph import Graph
+from clipval.diagnose.pairs import distance
+from clipval.diagnose.twin import LARGEST
+
+ALIKE = 0.98  # cosine above which two embeddings are taken for one sample's
+SAME_WEIGHTS = 2e-2  # relative distance up to which weights are the same ones, rounded or edited
+
+
+def inputs(ids: Sequence[str], prepared: np.ndarray, fresh: np.ndarray) -> List[str]:
+    """Prepared rows against the model's own transform or tokenizer, run now on the same samples."""
+    off = np.array([np.abs(a.astype(np.float64) - b).max() for a, b in zip(prepared, fresh)])
+    if not (off > 0).any():
+        return []
+    n, what = int(np.argmax(off)), "tokens" if prepared.dtype.kind == "i" else "pixels"
+    return [
+        f"{what} differ from the model's own: {int((off > 0).sum())} of {len(ids)} samples, {ids[n]} by up to "
+        f"{off[n]:.2g}; every backend gets these, so parity cannot see it. Prepare the data again (--rebuild)"
+    ]
+
+
+def embeddings(ids: Sequence[str], reference: np.ndarray, candidate: np.ndarray) -> List[str]:
+    """Length, order and distinctness of a candidate's embeddings of a few samples.
+
+    Args:
+        reference, candidate: [n, width], of the same samples in the same order.
+    """
+    if candidate.shape != reference.shape:
+        return [f"the output is {list(candidate.shape)}, the tower gives {list(reference.shape)}: another output?"]
+    if not np.isfinite(candidate).all():
+        return []  # where that starts is the ladder's question
+    wide, ours = candidate.astype(np.float64), reference.astype(np.float64)
+    lengths, wanted = np.linalg.norm(wide, axis=1), np.linalg.norm(ours, axis=1)
+    unit, true = wide / np.maximum(lengths, 1e-30)[:, None], ours / np.maximum(wanted, 1e-30)[:, None]
+    said = []
+    if np.abs(lengths - 1).max() > 1e-2 and np.abs(wanted - 1).max() < 1e-2:
+        said.append(
+            f"the embeddings are not normalised: their lengths are {lengths.min():.3g} to {lengths.max():.3g}, the "
+            f"contract's are 1. Export with clipval, or normalise in the graph"
+        )
+    near = unit @ true.T
+    return said + _order(ids, near) + _repeated(ids, unit, true)
+
+
+def _order(ids: Sequence[str], near: np.ndarray) -> List[str]:
+    """Samples that have another sample's embedding."""
+    own, best = np.diag(near), near.argmax(axis=1)
+    moved = [n for n in range(len(ids)) if best[n] != n and near[n, best[n]] > max(ALIKE, own[n] + 1e-3)]
+    if not moved:
+        return []
+    n = moved[0]
+    return [
+        f"samples are in another order: {ids[n]} has the embedding of {ids[best[n]]} (cosine {near[n, best[n]]:.4f}, "
+        f"its own {own[n]:.4f}), {len(moved)} of {len(ids)} are so"
+    ]
+
+
+def _repeated(ids: Sequence[str], unit: np.ndarray, true: np.ndarray) -> List[str]:
+    """Samples that share one embedding though PyTorch tells them apart: a fixed batch filled with copies, or a pool."""
+    same = (unit @ unit.T > 1 - 1e-7) & (true @ true.T < 1 - 1e-5)
+    pairs = np.argwhere(np.triu(same, 1))
+    if not len(pairs):
+        return []
+    a, b = pairs[0]
+    return [
+        f"samples {ids[a]} and {ids[b]} have one embedding, PyTorch's differ: padding in place of a sample, or pooling"
+    ]
+
+
+def batches(ids: Sequence[str], together: np.ndarray, alone: np.ndarray, bound: float) -> List[str]:
+    """A sample's embedding must not depend on its batch."""
+    off = np.abs(together.astype(np.float64) - alone).max(axis=1)
+    n = int(np.nan_to_num(off, nan=np.inf).argmax())
+    if not off[n] > bound:
+        return []
+    return [
+        f"sample {ids[n]} depends on its batch: alone it differs by {off[n]:.2g} (bound {bound:.2g}); "
+        f"batch size or padding"
+    ]
+
+
+def file(
+    graph: Graph, metadata: Mapping[str, str], wanted: Mapping[str, str], parameters: Dict[str, np.ndarray]
+) -> List[str]:
+    """An ONNX file is of the model under test, and as it was asked for.
+
+    Args:
+        metadata: the file's own properties; one that it lacks is not held against it.
+        wanted: what they must be, by name: `clipval.weights`, `clipval.tower`, `opset`, ...
+        parameters: PyTorch's weights by path.
+    """
+    said = []
+    for name, value in wanted.items():
+        found = metadata.get(name)
+        if found is not None and found != value:
+            said.append(f"the file says {name} {found[:40]}, under test is {value[:40]}: a stale or another file")
+    if len(graph.outputs) > 1:
+        said.append(
+            f"the file has {len(graph.outputs)} outputs ({', '.join(graph.outputs)}); the first one is compared"
+        )
+    return said + other_weights(graph, parameters)
+
+
+def other_weights(graph: Graph, parameters: Dict[str, np.ndarray]) -> List[str]:
+    """Most matrices of the graph are no parameter of PyTorch: another checkpoint, not one bad layer."""
+    by_size: Dict[int, List[np.ndarray]] = {}
+    for value in parameters.values():
+        parts = [value, *(np.split(value, 3) if value.ndim == 2 and value.shape[0] % 3 == 0 else ())]
+        for part in parts:
+            by_size.setdefault(part.size, []).append(part)
+    found = [_is_held(graph.constant(name), by_size) for name, one in graph.weights.items() if len(one.dims) == 2]
+    known = [one for one in found if one is not None]
+    if len(known) < 4 or 2 * sum(known) >= len(known):
+        return []
+    return [
+        f"the file holds other weights: {len(known) - sum(known)} of {len(known)} matrices are not PyTorch's. "
+        f"Export it from the checkpoint under test"
+    ]
+
+
+def _is_held(values: Any, by_size: Dict[int, List[np.ndarray]]) -> Any:
+    """A matrix is one of PyTorch's, if only nearly; None where sizes do not tell, as after folding."""
+    if values is None or values.dtype.kind != "f" or values.size not in by_size:
+        return None
+    return any(distance(np.asarray(values, np.float32), one) < SAME_WEIGHTS for one in by_size[values.size])
+
+
+def saturated(candidate: np.ndarray) -> bool:
+    """NaN, Inf, or the end of fp16 in an embedding."""
+    return bool(~np.isfinite(candidate).all() or (np.abs(candidate) >= LARGEST).any())
