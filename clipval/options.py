@@ -154,6 +154,11 @@ def table() -> Dict[str, Dict[str, Any]]:
             "metavar": "FLAGS",
             "help": "more flags for atc in one string: --atc-flags='--a=1 --b=2'",
         },
+        "--jobs": {
+            "type": at_least(int, 1),
+            "metavar": "N",
+            "help": "files that atc compiles at a time; default: an eighth of the cores, at least 1",
+        },
         "--device-id": {
             "type": _devices,
             "metavar": "LIST",

@@ -110,6 +110,7 @@ class Store:
         self.root = root.absolute()
         self._rebuild_before = rebuild_before
         self._checked: Set[Path] = set()
+        self._failed: Dict[Path, ClipvalError] = {}
 
     def check(self) -> None:
         """The work directory can be made and written.
@@ -130,7 +131,8 @@ class Store:
         Args:
             kind: a word for people; the folder's parent.
             key: everything the result depends on, JSON-able.
-            build: fills the empty folder that it is given; what it raises is passed on and nothing is kept.
+            build: fills the empty folder that it is given; what it raises is passed on and nothing is kept. What
+                failed is not built again by this store: the next call raises the same error.
 
         Raises:
             InputError: the work directory cannot be written or the disk is full.
@@ -140,12 +142,15 @@ class Store:
         folder = self.root / kind / digest[:32]
         if folder in self._checked:
             return folder
+        if folder in self._failed:
+            raise self._failed[folder].with_traceback(None)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(str(folder) + ".lock"):
                 if not self._usable(folder, whole):
                     self._build(folder, whole, build)
-        except ClipvalError:
+        except ClipvalError as error:
+            self._failed[folder] = error
             raise
         except OSError as error:
             raise InputError(self._explain(error)) from error

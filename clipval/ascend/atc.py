@@ -16,7 +16,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from clipval.ascend import atc_advice
 from clipval.errors import BackendUnavailable, InputError, ToolFailed, UsageError
@@ -48,6 +48,8 @@ OURS_BY_OPTION = {
 # They make an OM that is not of one static batch size, or none at all.
 REFUSED = ("mode", "om", "json", "singleop", "help", "h", "dynamic_batch_size", "dynamic_image_size", "dynamic_dims",
            "input_shape_range")  # fmt: skip
+
+_running: Set[subprocess.Popen[bytes]] = set()
 
 
 @dataclass(frozen=True)
@@ -232,12 +234,21 @@ def _execute(arguments: List[str], folder: Path, log: Path, timeout_seconds: flo
             env={**os.environ, "ASCEND_SLOG_PRINT_TO_STDOUT": "1"},  # else details go to $HOME/ascend/log
             start_new_session=True,
         )
+        _running.add(process)
         try:
             return process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
+            _running.discard(process)
             _kill_group(process)
+
+
+def stop() -> None:
+    """End every atc that other threads run, as an interrupted run must; their `compile_om` then raises ToolFailed."""
+    for process in list(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

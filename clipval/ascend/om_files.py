@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import glob
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple, Union
+
+from tqdm import tqdm
 
 from clipval import store
 from clipval.ascend import atc, npu_smi
-from clipval.errors import InputError
+from clipval.errors import ClipvalError, InputError
 from clipval.towers import Tower
 
 
@@ -63,9 +67,47 @@ def compiled(kept: store.Store, onnx: Path, tower: Tower, batch_size: int, optio
     return kept.get("om", {"onnx": digests, **atc.key(tower, batch_size, options)}, build) / f"{name}.om"
 
 
+def side_by_side(
+    compilations: Sequence[Callable[[], Path]], jobs: Optional[int] = None
+) -> List[Union[Path, ClipvalError]]:
+    """Compile several files at a time; what each made, or why it failed, which stops no other one.
+
+    Args:
+        jobs: how many at a time; None is an eighth of the cores, at least one: each atc starts 8 compilers itself
+            (TE_PARALLEL_COMPILER of the CANN user guide).
+    """
+
+    def attempt(compilation: Callable[[], Path]) -> Union[Path, ClipvalError]:
+        try:
+            return compilation()
+        except ClipvalError as error:
+            return error
+
+    with ThreadPoolExecutor(jobs or max(1, (os.cpu_count() or 1) // 8)) as pool:
+        begun = [pool.submit(attempt, one) for one in compilations]
+        try:
+            for _ in tqdm(as_completed(begun), desc="atc", total=len(begun), disable=None, leave=False):
+                pass
+        except BaseException:
+            for one in begun:
+                one.cancel()
+            atc.stop()
+            raise
+    return [one.result() for one in begun]
+
+
 def origin(folder: Optional[Path], keep_dtype: Optional[Path], flags: Sequence[str]) -> str:
     """What OM files depend on besides model, chip and precision: atc's other options, or the ready files."""
     if folder is not None:
-        return " ".join(["ready", *(f"{file.name} {store.sha256(file)}" for file in sorted(folder.glob("*.om")))])
+        return " ".join(["ready", *(f"{file.name} {_digest(file)}" for file in sorted(folder.glob("*.om")))])
     kept = [f"keep {store.sha256(keep_dtype)}"] if keep_dtype else []
     return " ".join([*kept, *flags])
+
+
+def _digest(file: Path) -> str:
+    return _digest_of(file, file.stat().st_size, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=None)
+def _digest_of(file: Path, size: int, changed: int) -> str:
+    return store.sha256(file)  # every row of throughput asks for it, and it is read once

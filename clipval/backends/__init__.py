@@ -119,6 +119,7 @@ class BackendSettings:
     precision_mode: str = ""
     keep_dtype: Optional[Path] = None
     atc_flags: Tuple[str, ...] = ()
+    jobs: Optional[int] = None
     device_id: Tuple[int, ...] = (0,)
     allow_simulated: bool = False
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import numpy as np
 
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
-from clipval.errors import InputError, UsageError
+from clipval.errors import ClipvalError, InputError, UsageError
 from clipval.options import Settings, add_options, at_least
+
+if TYPE_CHECKING:
+    from clipval.ascend.atc import AtcOptions
+    from clipval.towers import Tower
 
 
 def _declare_preprocess(parser: Parser) -> None:
@@ -74,7 +80,8 @@ def _export(args: argparse.Namespace) -> int:
 
 def _declare_compile(parser: Parser) -> None:
     add_options(
-        parser.add_argument, ["--precision-mode", "--keep-dtype", "--atc-flags", "--device-id", "--batch-sizes"]
+        parser.add_argument,
+        ["--precision-mode", "--keep-dtype", "--atc-flags", "--device-id", "--batch-sizes", "--jobs"],
     )
     parser.add_argument("--soc-version", "--soc_version", metavar="SOC", help="without it npu-smi is asked")
     parser.add_argument("--model", type=Path, help="one ONNX file")
@@ -87,9 +94,7 @@ def _declare_compile(parser: Parser) -> None:
 
 def _compile(args: argparse.Namespace) -> int:
     """ONNX to OM with atc: <prefix>_<tower>_bs<n>.om."""
-    from tqdm import tqdm
-
-    from clipval.ascend import atc
+    from clipval.ascend import om_files
     from clipval.backends.om import atc_options
 
     files = [args.model] if args.model else []
@@ -101,12 +106,21 @@ def _compile(args: argparse.Namespace) -> int:
     chosen = atc_options(Settings.of(args))
     towers = [(file, tower_of_onnx(file)) for file in files]
     wanted = [(file, tower, size) for file, tower in towers for size in sizes]
-    for file, tower, size in tqdm(wanted, desc="atc", disable=None, leave=False):
-        target = args.output or file.with_name(f"{file.stem}_bs{size}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = atc.compile_om(file, target.parent, target.name, tower, size, chosen, logs_folder=target.parent)
-        print(f"{made}: {tower.name}, batch {size}, {chosen.soc_version}")
-    return 0
+    compilations = [partial(_compile_one, args.output, chosen, *one) for one in wanted]
+    failed = [one for one in om_files.side_by_side(compilations, args.jobs) if isinstance(one, ClipvalError)]
+    for error in failed:
+        print(f"clipval compile: {error}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _compile_one(output: Optional[Path], chosen: AtcOptions, file: Path, tower: Tower, size: int) -> Path:
+    from clipval.ascend import atc
+
+    target = output or file.with_name(f"{file.stem}_bs{size}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = atc.compile_om(file, target.parent, target.name, tower, size, chosen, logs_folder=target.parent)
+    print(f"{made}: {tower.name}, batch {size}, {chosen.soc_version}")
+    return made
 
 
 def _batch_of_shape(shape: Optional[str]) -> Tuple[int, ...]:

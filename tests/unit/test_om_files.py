@@ -1,11 +1,20 @@
 """Where OM files come from: a folder of ready ones, or the store, once for each ONNX with all its weights."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
 
+from clipval import cli
 from clipval.ascend import atc, om_files
-from clipval.errors import InputError
+from clipval.errors import InputError, ToolFailed
 from clipval.store import Store
-from clipval.towers import TEXT
+from clipval.towers import TEXT, VISION
+from tests.simulator import environment, tiny
 
 OPTIONS = atc.AtcOptions("Ascend910B4")
 
@@ -43,3 +52,70 @@ def test_ready_files_are_found_by_the_recipes_names(tmp_path):
     (tmp_path / "other_text_bs8.om").write_bytes(b"om")
     with pytest.raises(InputError, match="found other_text_bs8.om, vit_b_32_text_bs8.om"):
         om_files.ready(tmp_path, TEXT, 8)
+
+
+def test_files_are_compiled_side_by_side_and_a_failure_stops_no_other(tmp_path):
+    both = threading.Barrier(2)
+
+    def good():
+        both.wait(timeout=60)  # passes only if the other one runs at the same time
+        return tmp_path
+
+    def bad():
+        both.wait(timeout=60)
+        raise ToolFailed("atc: exit code 1")
+
+    made = om_files.side_by_side([bad, good, lambda: tmp_path], jobs=2)
+    assert [str(one) for one in made] == ["atc: exit code 1", str(tmp_path), str(tmp_path)]
+    assert made[0].kind == ToolFailed.kind
+
+
+def test_the_command_compiles_what_it_can_and_reports_a_failure_once(tmp_path, monkeypatch, capsys):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    tiny.write(tmp_path / "b_vision.onnx", VISION)
+    tiny.write(tmp_path / "b_text.onnx", TEXT, domain="unknown")
+    arguments = ["--onnx-prefix", str(tmp_path / "b"), "--batch-sizes", "1,2", "--soc-version", "Ascend910B4"]
+    assert cli.main(["compile", *arguments, "--jobs", "2"]) == 2
+    assert sorted(path.name for path in tmp_path.glob("*.om")) == ["b_vision_bs1.om", "b_vision_bs2.om"]
+    logs = [f"b_{tower}_bs{size}.log" for tower in ("text", "vision") for size in (1, 2)]
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == logs
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clipval compile: ")]
+    assert len(lines) == 2
+    assert all(f"text tower, batch size {size}" in line for size, line in zip((1, 2), lines))
+
+
+def test_an_interrupt_ends_every_compiler(tmp_path):
+    """Each atc has a session of its own, so that the terminal's signal does not reach it."""
+    program = tmp_path / "bin" / "atc"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/pids\nexec sleep 600\n", encoding="utf-8")
+    program.chmod(0o755)
+    tiny.write(tmp_path / "b_text.onnx", TEXT)
+    arguments = ["--model", str(tmp_path / "b_text.onnx"), "--batch-sizes", "1,2,4", "--soc-version", "Ascend910B4"]
+    path = os.pathsep.join([str(program.parent), os.environ["PATH"]])
+    run = subprocess.Popen(
+        [sys.executable, "-m", "clipval", "compile", *arguments, "--jobs", "2"],
+        env={**os.environ, "PATH": path}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    pids = tmp_path / "pids"
+    _until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) != 0
+    started = [int(pid) for pid in pids.read_text().split()]
+    assert len(started) == 2
+    _until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in started))
+
+
+def _until(true):
+    ends = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def test_ready_files_are_hashed_once(tmp_path, monkeypatch):
+    (tmp_path / "text_bs8.om").write_bytes(b"om")
+    first = om_files.origin(tmp_path, None, ())
+    monkeypatch.setattr(om_files.store, "sha256", lambda file: pytest.fail(f"{file} is hashed again"))
+    assert om_files.origin(tmp_path, None, ()) == first

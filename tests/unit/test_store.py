@@ -123,6 +123,23 @@ def test_paths_of_any_script(tmp_path):
     assert (folder / "a.txt").is_file()
 
 
+def test_what_failed_is_not_built_again_by_the_same_run(tmp_path):
+    tries = []
+
+    def build(folder):
+        tries.append(folder)
+        raise InputError("a compiler that takes minutes to fail")
+
+    kept = Store(tmp_path)
+    for _ in range(2):
+        with pytest.raises(InputError, match="minutes to fail"):
+            kept.get("om", {"batch": 8}, build)
+    assert len(tries) == 1
+    with pytest.raises(InputError):
+        Store(tmp_path).get("om", {"batch": 8}, build)
+    assert len(tries) == 2
+
+
 STAGES = {
     "preprocess": {"arrays", "datasets.images", "model", "preprocess", "towers"},
     "export": {"export", "model", "towers"},
