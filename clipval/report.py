@@ -35,6 +35,7 @@ class Run(msgspec.Struct, kw_only=True):
         verdict: `pass` or `fail`.
         figures: every judged figure, in the order they came.
         expected: gates that the run promised; missing: those of them that were not evaluated.
+        left_out: gates of the whole run that it was narrowed by; narrowed_by: the options that did so.
         not_validated: what the run says nothing about, one line each.
         failures: one entry a failed test: `class`, `test`, `message`.
         advice: what to do though nothing failed, one line each.
@@ -51,6 +52,8 @@ class Run(msgspec.Struct, kw_only=True):
     figures: List[Figure] = []
     expected: List[str] = []
     missing: List[str] = []
+    left_out: List[str] = []
+    narrowed_by: List[str] = []
     not_validated: List[str] = []
     failures: List[Dict[str, str]] = []
     advice: List[str] = []
@@ -242,7 +245,6 @@ def summary_table(run: Run) -> str:
 
     One line a gate that passed, with its first figure; every figure that failed, and every one of throughput.
     """
-    judged = [figure for figure in run.figures if figure.verdict != INFO]
     rows = [("check", "measured", "reference", "difference", "verdict")]
     for one in _in_short(run.figures):
         measured = evidence.number(one.measured, one.unit)
@@ -253,11 +255,22 @@ def summary_table(run: Run) -> str:
     lines = _aligned(rows)
     lines += [f"not validated: {line}" for line in run.not_validated]
     lines += [f"advice: {line}" for line in run.advice]
-    gates = {one.gate for one in judged}
-    failed = {one.gate for one in judged if one.verdict == FAIL}
+    return "\n".join([*lines, _verdict(run)])
+
+
+def _verdict(run: Run) -> str:
+    """The verdict with its counts, and what of the whole run it is not about."""
+    gates = {one.gate for one in run.figures if one.verdict != INFO}
+    failed = {one.gate for one in run.figures if one.verdict == FAIL}
+    passed = len(gates - failed)
+    said = f"{len(run.left_out)} left out by {', '.join(run.narrowed_by)}" if run.left_out else ""
+    if said and run.verdict == PASS:
+        evaluated = {one.gate for one in run.figures}
+        whole = len(evaluated | set(run.left_out))
+        return f"PASS of {len(evaluated)} of {whole} gates; {said}" if evaluated else f"no gate was evaluated; {said}"
     missing = f", {len(run.missing)} not evaluated" if run.missing else ""
-    counts = f"{len(gates - failed)} gates passed, {len(failed)} failed{missing}"
-    return "\n".join([*lines, f"{run.verdict.upper()}: {counts}"])
+    counts = f"{run.verdict.upper()}: {passed} gates passed, {len(failed)} failed{missing}"
+    return f"{counts}; {said}" if said else counts
 
 
 def _in_short(figures: Sequence[Figure]) -> List[Figure]:

@@ -186,8 +186,9 @@ def _declare_evaluate(parser: Parser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     """Embeddings to recall@k both ways; prints the recipe's Metrics line."""
-    from clipval import accuracy, embeddings, gates, retrieval, spec
+    from clipval import embeddings, retrieval, spec
     from clipval.backends import Identity
+    from clipval.gates.retrieval import gated_metrics, recall
 
     vision, text = (embeddings.read(folder, width=None) for folder in (args.vision_embeds, args.text_embeds))
     if args.data_dir is not None:
@@ -213,7 +214,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.spec is None:
         return 0
     wanted, where = spec.load(args.spec), Identity(args.backend, "saved embeddings", str(args.vision_embeds), "unknown")
-    figures = [one for metric in gates.gated_metrics(wanted) for one in accuracy.recall(found, where, wanted, metric)]
+    figures = [one for metric in gated_metrics(wanted) for one in recall(found, where, wanted, metric)]
     return _judged(figures)
 
 

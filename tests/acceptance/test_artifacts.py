@@ -2,22 +2,23 @@
 
 import pytest
 
-from clipval import accuracy
-
-pytestmark = pytest.mark.accuracy
+from clipval.gates import artifacts
 
 
+@pytest.mark.gate(artifacts.PREPARED_IMAGES)
 def test_prepared_images(chain, record):
     rows = chain.prepared.rows["vision"]
-    record(accuracy.prepared_images(rows, chain.dataset, chain.model, chain.spec, chain.input_digests(rows.tower)))
+    record(artifacts.prepared_images(rows, chain.dataset, chain.model, chain.spec, chain.input_digests(rows.tower)))
 
 
+@pytest.mark.gate(artifacts.PREPARED_TEXTS)
 def test_prepared_texts(chain, record):
     rows = chain.prepared.rows["text"]
-    record(accuracy.prepared_texts(rows, chain.dataset, chain.model, chain.spec))
+    record(artifacts.prepared_texts(rows, chain.dataset, chain.model, chain.spec))
 
 
-def test_onnx_file(chain, record, onnx_backend, tower_name):
+@pytest.mark.gate(artifacts.ARTIFACT)
+def test_onnx_file(chain, record, backend_name, tower_name):
     tower = chain.towers[tower_name]
-    where = chain.backend(onnx_backend, tower, chain.accuracy_batch).identity
-    record(accuracy.artifact(chain.onnx(tower), tower, chain.weights.sha256, where))
+    where = chain.backend(backend_name, tower, chain.accuracy_batch).identity
+    record(artifacts.artifact(chain.onnx(tower), tower, chain.weights.sha256, where))

@@ -3,13 +3,11 @@
 import msgspec
 import pytest
 
-from clipval import perf
+from clipval.gates import throughput
 from clipval.throughput import baseline, rows
 from clipval.throughput.feed import Feed
 from clipval.throughput.machine import Pace
 from clipval.throughput.protocol import Plan, measure
-
-pytestmark = pytest.mark.perf
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +25,7 @@ def pace(chain, known):
     return found
 
 
+@pytest.mark.gate(throughput.THROUGHPUT)
 def test_throughput(chain, record, pace, known, benchmark, tower_name, backend_name, batch_size):
     tower, settings = chain.towers[tower_name], chain.settings
     cold = chain.cold_start(backend_name, tower, batch_size)
@@ -48,13 +47,14 @@ def test_throughput(chain, record, pace, known, benchmark, tower_name, backend_n
         end_to_end=rows.end_to_end(chain, backend, batch_size),
         **rows.operations(chain.model_key["config"], row, subject.pace and subject.pace.peak),
     )
-    figures = perf.row(row, spec=chain.spec, required=settings.strict)
+    figures = throughput.row(row, spec=chain.spec, required=settings.strict)
     benchmark.extra_info.update({**figures[0].detail, **figures[0].context})
     record(figures)
 
 
-def test_every_row_of_the_baseline_is_measured(chain, record, baseline_file):
+@pytest.mark.gate(throughput.BASELINE)
+def test_every_row_of_the_baseline_is_measured(chain, record, known):
     backends, sizes = chain.settings.validated, chain.batch_sizes
     measured = [f"{name}/{tower}/{size}" for name in backends for tower in chain.towers for size in sizes]
-    wanted = [name.rpartition("/")[0] for name in baseline.load(baseline_file).rows]
-    record(perf.baseline_rows(wanted, measured, baseline_file))
+    wanted = [name.rpartition("/")[0] for name in known.rows]
+    record(throughput.baseline_rows(wanted, measured, chain.settings.baseline))

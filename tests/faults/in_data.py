@@ -7,8 +7,9 @@ from typing import Any, Callable
 
 import numpy as np
 
-from clipval import accuracy, model, preprocess, retrieval
+from clipval import model, preprocess, retrieval
 from clipval.datasets import karpathy
+from clipval.gates import artifacts
 from tests.faults.table import REBUILD, fault
 
 
@@ -65,7 +66,7 @@ def constant_images() -> None:
 def prepared_tokens(change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Change the tokens that preprocessing writes, not those that the gate holds them to."""
     real = preprocess.tokens
-    assert accuracy.tokens is real
+    assert artifacts.tokens is real
 
     def tokens(*arguments: Any) -> np.ndarray:
         return change(real(*arguments))

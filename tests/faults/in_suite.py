@@ -29,7 +29,7 @@ def empty_run() -> None:
     return None
 
 
-@fault("the file of the parity gates is ignored", "values/pytorch/vision", "not evaluated",
+@fault("the file of the parity gates is ignored", "parity/onnx/text", "not evaluated",
        arguments=(*ACCURACY, "--ignore=tests/acceptance/test_parity.py"))  # fmt: skip
 def ignored_file() -> None:
     return None
@@ -57,7 +57,7 @@ def ended_early() -> None:
     OnnxBackend.run = lambda self, rows: pytest.exit("done", returncode=0)  # type: ignore[method-assign]
 
 
-@fault("a gate file that does not import", "values/pytorch/vision", "tests.acceptance.test_parity", "not evaluated",
+@fault("a gate file that does not import", "parity/onnx/text", "tests.acceptance.test_parity", "not evaluated",
        code=2)  # fmt: skip
 def broken_import() -> None:
     sys.modules["tests.acceptance.test_parity"] = None  # type: ignore[assignment]

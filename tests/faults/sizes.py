@@ -12,11 +12,11 @@ from typing import Callable, Dict, Tuple
 
 import numpy as np
 
-from clipval import accuracy, gates
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.chain import Chain
 from clipval.embeddings import Embeddings, embed
+from clipval.gates import artifacts, embeddings, parity, retrieval
 from clipval.model import encoder, load
 from clipval.options import Settings
 from clipval.preprocess import PreparedRows, expected_pixels
@@ -51,8 +51,8 @@ class Bench:
         bounds = self.chain.bounds(where)
         changed = Embeddings(found.ids, np.asarray(change(found.values.copy()), np.float32))
         reference = self.chain.embeddings("pytorch", tower).embeddings
-        figures = accuracy.values(changed, where, tower, bounds, found.ids)
-        figures += accuracy.agreement(reference, changed, where, tower, bounds)
+        figures = embeddings.values(changed, where, tower, bounds, found.ids)
+        figures += parity.agreement(reference, changed, where, tower, bounds)
         return any(figure.verdict == "fail" for figure in figures)
 
     def weights(self, tower_name: str, change: Callable[[np.ndarray], np.ndarray]) -> bool:
@@ -72,10 +72,10 @@ class Bench:
         """Noise on the text embeddings of batches of one is caught."""
         tower = self.chain.towers["text"]
         where, whole = self.chain.embeddings("onnx", tower)
-        picked = accuracy.invariance_samples(len(whole.ids))
+        picked = embeddings.invariance_samples(len(whole.ids))
         single = self.chain.embed_some("onnx", tower, picked, 1)
         noisy = Embeddings(single.ids, noise(single.values, size))
-        figures = accuracy.invariance(whole, noisy, single, where, tower, self.chain.bounds(where))
+        figures = embeddings.invariance(whole, noisy, single, where, tower, self.chain.bounds(where))
         return any(figure.verdict == "fail" for figure in figures)
 
     def recall(self, order: Callable[[int, int], np.ndarray], images: int) -> bool:
@@ -86,8 +86,8 @@ class Bench:
         ids = found.embeddings.ids, captions.embeddings.ids
         ranked = evaluate(ids[0], mixed, ids[1], captions.embeddings.values, owner)
         spec = self.chain.spec
-        metrics = gates.gated_metrics(spec)
-        figures = [one for metric in metrics for one in accuracy.recall(ranked, found.identity, spec, metric)]
+        metrics = retrieval.gated_metrics(spec)
+        figures = [one for metric in metrics for one in retrieval.recall(ranked, found.identity, spec, metric)]
         return any(figure.verdict == "fail" for figure in figures)
 
     def golden(self, size: float) -> bool:
@@ -99,7 +99,7 @@ class Bench:
         picked = [rows.ids.index(name) for name in pinned.ids]
         backend = PytorchBackend(tower, encoder(noisy(model, size), tower))
         found = embed(backend, pinned.ids, rows[np.array(picked)], 8)
-        figures = accuracy.golden(pinned, found, backend.identity, tower, chain.spec.golden)
+        figures = embeddings.golden(pinned, found, backend.identity, tower, chain.spec.golden)
         return any(figure.verdict == "fail" for figure in figures)
 
     def pixels(self, change: Callable[[np.ndarray], np.ndarray]) -> bool:
@@ -108,7 +108,7 @@ class Bench:
         path, spec = self.chain.dataset.image_paths[0], self.chain.spec
         assert spec.preprocess is not None
         off = np.abs(change(rows[[0]][0]) - expected_pixels(path, 224, spec.preprocess)).max()
-        return bool(off > accuracy.PIXELS)
+        return bool(off > artifacts.PIXELS)
 
 
 def noise(values: np.ndarray, size: float) -> np.ndarray:

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from clipval import accuracy, retrieval, spec
+from clipval import retrieval, spec
 from clipval.backends import Identity
 from clipval.embeddings import Embeddings
 from clipval.errors import InputError
+from clipval.gates import embeddings
+from clipval.gates import retrieval as recalled
 from clipval.towers import TEXT, VISION
 
 WHERE = Identity("onnx", "test", "cpu", "fp32")
@@ -30,7 +32,7 @@ def messages(figures):
 
 
 def test_good_values_pass(rows):
-    assert set(verdicts(accuracy.values(Embeddings(IDS, rows), WHERE, TEXT, BOUNDS, IDS))) == {"pass"}
+    assert set(verdicts(embeddings.values(Embeddings(IDS, rows), WHERE, TEXT, BOUNDS, IDS))) == {"pass"}
 
 
 @pytest.mark.parametrize(
@@ -44,26 +46,26 @@ def test_good_values_pass(rows):
     ],
 )
 def test_bad_values_fail(rows, change, words):
-    found = accuracy.values(Embeddings(IDS, np.asarray(change(rows), np.float32)), WHERE, TEXT, BOUNDS, IDS)
+    found = embeddings.values(Embeddings(IDS, np.asarray(change(rows), np.float32)), WHERE, TEXT, BOUNDS, IDS)
     assert "fail" in verdicts(found)
     assert words in messages(found)
 
 
 def test_a_lost_sample_fails(rows):
-    found = accuracy.values(Embeddings(IDS[:-1], rows[:-1]), WHERE, TEXT, BOUNDS, IDS)
+    found = embeddings.values(Embeddings(IDS[:-1], rows[:-1]), WHERE, TEXT, BOUNDS, IDS)
     assert verdicts(found)[0] == "fail"
 
 
 def test_collapsed_embeddings_are_not_distinct(rows):
     same = np.repeat(rows[:1], 64, axis=0)
-    found = accuracy.distinct(Embeddings(IDS, same), WHERE, TEXT, np.arange(64))
+    found = embeddings.distinct(Embeddings(IDS, same), WHERE, TEXT, np.arange(64))
     assert verdicts(found) == ["fail", "fail"]
     assert "distinct/onnx/text" in messages(found)
 
 
 def test_two_inputs_with_one_embedding_are_named(rows):
     rows[9] = rows[3]
-    found = accuracy.distinct(Embeddings(IDS, rows), WHERE, TEXT, np.arange(64))
+    found = embeddings.distinct(Embeddings(IDS, rows), WHERE, TEXT, np.arange(64))
     assert "samples 3_0 and 9_0" in messages(found)
 
 
@@ -71,20 +73,20 @@ def test_one_input_twice_may_have_one_embedding(rows):
     rows[9] = rows[3]
     digests = np.arange(64)
     digests[9] = digests[3]
-    assert verdicts(accuracy.distinct(Embeddings(IDS, rows), WHERE, TEXT, digests)) == ["pass", "pass"]
+    assert verdicts(embeddings.distinct(Embeddings(IDS, rows), WHERE, TEXT, digests)) == ["pass", "pass"]
 
 
 def test_invariance_compares_by_id(rows):
     whole = Embeddings(IDS, rows)
-    picked = accuracy.invariance_samples(64)
+    picked = embeddings.invariance_samples(64)
     assert picked[-1] == 63
     names = tuple(IDS[n] for n in picked)
     good = Embeddings(names, rows[picked])
     turned = Embeddings(names[::-1], rows[picked][::-1])
-    assert verdicts(accuracy.invariance(whole, good, turned, WHERE, VISION, BOUNDS)) == ["pass", "pass"]
+    assert verdicts(embeddings.invariance(whole, good, turned, WHERE, VISION, BOUNDS)) == ["pass", "pass"]
     wrong = Embeddings(names[::-1], rows[picked])
-    assert verdicts(accuracy.invariance(whole, good, wrong, WHERE, VISION, BOUNDS)) == ["pass", "fail"]
-    assert verdicts(accuracy.invariance(whole, wrong, good, WHERE, VISION, BOUNDS)) == ["fail", "pass"]
+    assert verdicts(embeddings.invariance(whole, good, wrong, WHERE, VISION, BOUNDS)) == ["pass", "fail"]
+    assert verdicts(embeddings.invariance(whole, wrong, good, WHERE, VISION, BOUNDS)) == ["fail", "pass"]
 
 
 def ranked(image_hits, text_hits):
@@ -107,7 +109,7 @@ def ranked(image_hits, text_hits):
     ],
 )
 def test_recall_is_held_on_both_sides(hits, verdict, words):
-    found = accuracy.recall(ranked(hits, 963), WHERE, SPEC, "image_retrieval_recall@5")
+    found = recalled.recall(ranked(hits, 963), WHERE, SPEC, "image_retrieval_recall@5")
     assert verdicts(found) == [verdict]
     assert words in messages(found)
     assert found[0].source.startswith("ModelZoo-PyTorch")
@@ -115,21 +117,21 @@ def test_recall_is_held_on_both_sides(hits, verdict, words):
 
 def test_om_is_held_to_its_own_column():
     where = WHERE._replace(name="om")
-    (found,) = accuracy.recall(ranked(4421, 962), where, SPEC, "image_retrieval_recall@5")
+    (found,) = recalled.recall(ranked(4421, 962), where, SPEC, "image_retrieval_recall@5")
     assert found.reference == 0.8841
 
 
 def test_a_figure_without_tolerance_is_shown():
     reference = spec.Reference(metric="text_retrieval_recall@5", backend="pytorch", value=0.9, count=9, source="x")
     loose = spec.Spec(name="s", title="s", model=SPEC.model, data=SPEC.data, references=[reference])
-    (found,) = accuracy.recall(ranked(4415, 1), WHERE, loose, "text_retrieval_recall@5")
+    (found,) = recalled.recall(ranked(4415, 1), WHERE, loose, "text_retrieval_recall@5")
     assert (found.verdict, found.measured) == ("info", 0.001)
 
 
 def test_paired_names_the_flips():
     bounds = SPEC.paired[1]
-    (good,) = accuracy.paired(ranked(4415, 963), ranked(4415, 960), WHERE, bounds)
-    (bad,) = accuracy.paired(ranked(4415, 963), ranked(4415, 959), WHERE, bounds)
+    (good,) = recalled.paired(ranked(4415, 963), ranked(4415, 960), WHERE, bounds)
+    (bad,) = recalled.paired(ranked(4415, 963), ranked(4415, 959), WHERE, bounds)
     assert (good.verdict, bad.verdict) == ("pass", "fail")
     assert "0 gained, 4 lost" in bad.message
     assert "959" in bad.message
@@ -140,14 +142,14 @@ GOLDEN = spec.GoldenSpec(file="pins.npz", cosine_min=0.99999)
 
 def test_the_reference_is_held_to_pinned_embeddings(rows):
     pinned = Embeddings(IDS[8:4:-1], rows[8:4:-1])  # by id, in any order
-    assert verdicts(accuracy.golden(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)) == ["pass"]
+    assert verdicts(embeddings.golden(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)) == ["pass"]
     rows = rows.copy()
     rows[6] += 0.001
-    (found,) = accuracy.golden(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)
+    (found,) = embeddings.golden(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)
     assert (found.verdict, found.count) == ("fail", 4)
     assert "worst samples 6_0" in found.message
 
 
 def test_a_pinned_sample_that_is_not_there_is_an_error(rows):
     with pytest.raises(InputError, match=r"pins.npz: sample 63_0 is not in the data; run clipval pin again"):
-        accuracy.golden(Embeddings(IDS, rows), Embeddings(IDS[:-1], rows[:-1]), WHERE, TEXT, GOLDEN)
+        embeddings.golden(Embeddings(IDS, rows), Embeddings(IDS[:-1], rows[:-1]), WHERE, TEXT, GOLDEN)

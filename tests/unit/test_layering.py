@@ -19,7 +19,8 @@ HOMES = {
     "onnxruntime": {"backends/onnx.py", "diagnose/evaluate.py"},
     "aclruntime": {"ascend/acl.py"},
     "torch": {"model.py", "export.py", "backends/pytorch.py", "diagnose/taps.py", "train_shapes.py"},
-    "pytest": set(),
+    "pytest": {"plugin.py"},
+    "_pytest": {"plugin.py"},
 }
 
 

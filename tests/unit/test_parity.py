@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from clipval import accuracy, parity, spec
+from clipval import parity, spec
 from clipval.backends import Identity
 from clipval.embeddings import Embeddings
 from clipval.errors import InputError
+from clipval.gates.parity import agreement
 from clipval.towers import VISION
 
 WHERE = Identity("onnx", "test", "cpu", "fp32")
@@ -22,7 +23,7 @@ def rows():
 
 
 def failed(reference, candidate):
-    found = accuracy.agreement(Embeddings(IDS, reference), Embeddings(IDS, candidate), WHERE, VISION, BOUNDS)
+    found = agreement(Embeddings(IDS, reference), Embeddings(IDS, candidate), WHERE, VISION, BOUNDS)
     return [figure for figure in found if figure.verdict == "fail"]
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipval import evidence, perf, spec
+from clipval import evidence, spec
 from clipval.backends import Identity
+from clipval.gates import throughput as perf
 from clipval.throughput.baseline import Judgement
 from clipval.throughput.row import Judged, Row
 from clipval.throughput.statistics import summarise

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Sequence
 import msgspec
 
 from clipval.backends import Identity
-from clipval.gates import context, judge
+from clipval.gates.gate import PERF, Gate, context, judge
 from clipval.results import FAIL, INFO, PASS, Figure
 from clipval.spec import Spec
 from clipval.throughput.baseline import IMPROVED, OK, Judgement
@@ -16,7 +16,8 @@ from clipval.throughput.row import EXECUTE, INFERENCE, Judged, Row
 from clipval.throughput.statistics import PROTOCOL, Timing
 from clipval.throughput.verdict import BAD_OUTPUT, VALID
 
-BASELINE_ROWS = "baseline/rows"
+THROUGHPUT = Gate("throughput", PERF, ("backend_name", "tower_name", "batch_size"))
+BASELINE = Gate("baseline/rows", PERF, (), lambda plan: plan.baseline)
 
 
 def row(found: Row, *, spec: Spec, required: bool) -> List[Figure]:
@@ -26,7 +27,7 @@ def row(found: Row, *, spec: Spec, required: bool) -> List[Figure]:
         required: the backend was named, so that anything but VALID fails; a row of another run is information.
     """
     where, decided = found.made_by, found.decided
-    gate = f"throughput/{where.name}/{found.tower}/{found.batch_size}"
+    gate = THROUGHPUT.of(where.name, found.tower, found.batch_size)
     curve = _published(spec, found)
     failed = decided.verdict == BAD_OUTPUT or (required and decided.verdict != VALID)
     first = Figure(
@@ -98,19 +99,17 @@ def _against(first: Figure, undisturbed: float, earlier: Judgement, where: Ident
 def baseline_rows(wanted: Sequence[str], measured: Sequence[str], file: Path) -> List[Figure]:
     """Every row of the baseline is measured by this run: a row that vanished or was renamed is not a pass."""
     lost = sorted(set(wanted) - set(measured))
-    where = Identity("baseline", str(file), "file", "samples/s")
     return [
         judge(
-            BASELINE_ROWS,
+            BASELINE.of(),
             "rows of the baseline that are not measured",
             len(lost),
             "<=",
             0,
             unit="rows",
             count=len(wanted),
-            where=where,
             worst=", ".join(lost[:5]),
-            because="measure them (--backends, --batch-sizes), or make a new baseline",
+            because=f"measure them (--backends, --batch-sizes), or record a new baseline in place of {file}",
             failure="perf",
         )
     ]

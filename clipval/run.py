@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from clipval import environment
 from clipval.chain import Chain
 from clipval.evidence import detail, row_verdict
-from clipval.gates import ACCURACY, PERF
 from clipval.report import Run
 from clipval.results import FAIL, INFO, PASS, Figure, append
 from clipval.throughput.baseline import IMPROVED
@@ -21,38 +19,27 @@ from clipval.throughput.baseline import IMPROVED
 KEPT_RUNS = 20
 
 
-def kinds(expression: str) -> List[str]:
-    """Of `accuracy` and `perf`, those that a `-m` expression selects; an expression we cannot read selects both."""
-    if not expression.strip():
-        return [ACCURACY, PERF]
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-    except SyntaxError:
-        return [ACCURACY, PERF]
-    return [kind for kind in (ACCURACY, PERF) if _selects(tree, kind)]
-
-
-def _selects(node: ast.AST, kind: str) -> bool:
-    if isinstance(node, ast.BoolOp):
-        parts = [_selects(part, kind) for part in node.values]
-        return all(parts) if isinstance(node.op, ast.And) else any(parts)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return not _selects(node.operand, kind)
-    return node.id == kind if isinstance(node, ast.Name) else True
-
-
 @dataclass
-class Ledger:
+class Account:
     """One run's account.
 
     Attributes:
-        expected: gate ids that must be evaluated; file: JSON lines that figures are appended to as they come.
+        promised: gate ids of the whole run, if no test is left out; file: JSON lines that figures are appended to.
+        deliberate: the person asked for less than the whole run (`-k`, a path) and named no backends, so that what is
+            left out is reported and does not fail. Otherwise everything promised must be evaluated.
+        narrowed_by: what leaves tests out, for the verdict line: `-k 'text'`.
+        selected: gate ids of the tests that were collected and not deselected; None until that is known.
+        always: gates that are left out by nothing: the comparison with a baseline that was given.
         notes: more of what was not validated.
         failures: one entry per failed test: its class (`model`, `environment`, `input`, `perf`), name and message.
     """
 
-    expected: List[str]
+    promised: List[str]
     file: Path
+    deliberate: bool = False
+    narrowed_by: List[str] = field(default_factory=list)
+    selected: Optional[List[str]] = None
+    always: List[str] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
     figures: List[Figure] = field(default_factory=list)
     failures: List[Dict[str, str]] = field(default_factory=list)
@@ -66,10 +53,35 @@ class Ledger:
             self.figures.extend(figures)
 
     @property
+    def left_out(self) -> List[str]:
+        """Gates of the whole run that the person deliberately left out."""
+        if not self.deliberate or self.selected is None:
+            return []
+        kept = {*self.selected, *self.always}
+        return [gate for gate in self.promised if gate not in kept]
+
+    @property
+    def expected(self) -> List[str]:
+        """Gates that must be evaluated: the promised ones that were not left out, and those of the user's own tests."""
+        left = set(self.left_out)
+        return list(dict.fromkeys([*(gate for gate in self.promised if gate not in left), *(self.selected or ())]))
+
+    @property
     def missing(self) -> List[str]:
-        """Promised gates of which no figure came."""
+        """Expected gates of which no figure came."""
         evaluated = {figure.gate for figure in self.figures}
         return [gate for gate in self.expected if gate not in evaluated]
+
+    @property
+    def unexpected(self) -> List[str]:
+        """Gates of which a figure came though no test promised it."""
+        expected = set(self.expected)
+        return list(dict.fromkeys(figure.gate for figure in self.figures if figure.gate not in expected))
+
+    @property
+    def failed(self) -> bool:
+        wrong = self.missing or self.unexpected or self.failures
+        return bool(wrong or any(figure.verdict == FAIL for figure in self.figures))
 
     def run(self, chain: Chain) -> Run:
         """The whole account as a report takes it."""
@@ -95,10 +107,16 @@ class Ledger:
             figures=self.figures,
             expected=self.expected,
             missing=self.missing,
+            left_out=self.left_out,
+            narrowed_by=self.narrowed_by if self.left_out else [],
             not_validated=[*chain.not_validated(), *self.notes, *self._not_gated()],
-            failures=self.failures,
+            failures=[*self.failures, *self._unexpected()],
             advice=self._advice(),
         )
+
+    def _unexpected(self) -> List[Dict[str, str]]:
+        message = "a figure of a gate that no test promised; name the gate with @pytest.mark.gate on the test"
+        return [{"class": "error", "test": gate, "message": f"{gate}: {message}"} for gate in self.unexpected]
 
     def _not_gated(self) -> List[str]:
         verdicts = Counter(row_verdict(figure) for figure in self.figures if figure.verdict == INFO)
@@ -109,11 +127,8 @@ class Ledger:
     def _advice(self) -> List[str]:
         standings = [(figure.gate, detail(figure, "baseline", "status")) for figure in self.figures]
         faster = [gate for gate, status in standings if status == IMPROVED]
-        return [f"faster than the baseline: {len(faster)} rows, as {faster[0]}; make a new one"] if faster else []
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.missing or self.failures or any(figure.verdict == FAIL for figure in self.figures))
+        said = f"{len(faster)} rows are faster than the baseline (e.g. {faster[0]})" if faster else ""
+        return [f"{said}; consider recording a new one"] if faster else []
 
 
 def results_file(workdir: Path) -> Path:

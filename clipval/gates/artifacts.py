@@ -1,0 +1,122 @@
+"""Gates of what the chain builds on the way: the prepared arrays and the ONNX files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import List, Sequence, Tuple
+
+import numpy as np
+
+from clipval.backends import Identity, kind
+from clipval.datasets import RetrievalDataset
+from clipval.export import check, read_metadata
+from clipval.gates.gate import ACCURACY, Gate, judge
+from clipval.model import Model
+from clipval.preprocess import PreparedRows, each_in_threads, expected_pixels, pixels, tokens
+from clipval.results import Figure
+from clipval.spec import Spec
+from clipval.towers import Tower
+
+PREPARED_IMAGES = Gate("prepared/data/vision", ACCURACY)
+PREPARED_TEXTS = Gate("prepared/data/text", ACCURACY)
+ARTIFACT = Gate("artifact", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: kind(backend).takes_onnx)
+COMPARED_IMAGES = 400
+PIXELS = 1e-5  # a rounding of normalised float32 pixels; one grey level is 0.015
+
+
+def prepared_images(
+    data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec, digests: np.ndarray
+) -> List[Figure]:
+    """Prepared pixels are bit for bit the model's own transform of the images, and what the spec says they must be.
+
+    The second comparison does not use the transform, so a wrong mean, crop, channel order or resize cannot hide in it.
+    Of more than 400 images, 400 spread over the set are compared; the store's hashes guard all of them afterwards.
+
+    Args:
+        digests: one per image, equal for equal pixels: [n].
+    """
+    picked = np.unique(np.linspace(0, len(data) - 1, min(len(data), COMPARED_IMAGES)).round().astype(int))
+    side, stated = data.tower.row_shape[-1], spec.preprocess
+
+    def compare(n: int) -> Tuple[float, float]:
+        found, path = data[[n]][0], dataset.image_paths[n]
+        own = np.abs(found - pixels(path, model)).max()
+        return float(own), float(np.abs(found - expected_pixels(path, side, stated)).max()) if stated else 0.0
+
+    off = np.array(each_in_threads(compare, picked.tolist(), "check images", len(picked)))
+    ids = [data.ids[n] for n in picked]
+    _, first = np.unique(digests, return_index=True)
+    again = np.setdiff1d(np.arange(len(digests)), first)
+    figures = [
+        _prepared(PREPARED_IMAGES, "|pixel - transform's|", off[:, 0], 0.0, ids),
+        _prepared(PREPARED_IMAGES, "|pixel - the spec's|", off[:, 1], PIXELS, ids),
+        judge(
+            PREPARED_IMAGES.of(),
+            "images there a second time",
+            len(again),
+            "<=",
+            spec.data.duplicates,
+            unit="images",
+            count=len(data),
+            worst=f"sample {data.ids[again[0]]}" if len(again) else "",
+            because="one image under two ids has two right answers; the spec's data.duplicates allows some",
+            failure="input",
+        ),
+    ]
+    if spec.data.fingerprint:
+        other = np.array([dataset.fingerprint() != spec.data.fingerprint])
+        figures.append(
+            _prepared(PREPARED_IMAGES, "files that differ from the spec's", other, 0.0, ["some image or caption"])
+        )
+    return figures
+
+
+def prepared_texts(data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec) -> List[Figure]:
+    """Prepared tokens are the model's own tokenizer's for every caption, and the captions are the spec's."""
+    found = data[:]
+    off = (found != tokens(dataset.captions, model, data.tower)).sum(axis=1)
+    figures = [_prepared(PREPARED_TEXTS, "tokens that differ", off, 0.0, data.ids)]
+    if spec.data.captions_sha256:
+        digest = hashlib.sha256("".join(f"{caption}\n" for caption in dataset.captions).encode()).hexdigest()
+        same = np.array([digest != spec.data.captions_sha256])
+        figures.append(
+            _prepared(PREPARED_TEXTS, "captions that differ from the spec's", same, 0.0, ["annotation file"])
+        )
+    return figures
+
+
+def _prepared(gate: Gate, metric: str, off: np.ndarray, limit: float, ids: Sequence[str]) -> Figure:
+    worst = int(np.argmax(np.nan_to_num(off, nan=np.inf)))
+    return judge(
+        gate.of(),
+        metric,
+        float(off.max()),
+        "<=",
+        limit,
+        unit="absolute",
+        count=len(off),
+        worst=f"sample {ids[worst]}",
+        failure="input",
+    )
+
+
+def artifact(file: Path, tower: Tower, weights: str, where: Identity) -> List[Figure]:
+    """The ONNX file keeps the contract and was made of the weights under test."""
+    check(file, tower)
+    metadata = read_metadata(file)
+    same = metadata.get("clipval.weights") == weights and metadata.get("clipval.normalized") == "true"
+    found = metadata.get("clipval.weights", "none")[:12]
+    return [
+        judge(
+            ARTIFACT.of(where.name, tower.name),
+            "of the weights under test",
+            float(same),
+            ">=",
+            1,
+            unit="share",
+            count=1,
+            where=where,
+            worst=f"{file.name} is of weights {found}, under test are {weights[:12]}",
+        )
+    ]

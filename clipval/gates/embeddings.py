@@ -1,0 +1,166 @@
+"""Gates of a backend's embeddings by themselves, and of PyTorch's against those that were pinned."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+
+from clipval import parity
+from clipval.backends import REFERENCE, Identity
+from clipval.embeddings import Embeddings
+from clipval.errors import InputError
+from clipval.gates.gate import ACCURACY, Gate, judge
+from clipval.results import Figure
+from clipval.spec import GoldenSpec, ParityBounds
+from clipval.towers import Tower
+
+VALUES = Gate("values", ACCURACY, ("backend_name", "tower_name"))
+DISTINCT = Gate("distinct", ACCURACY, ("backend_name", "tower_name"))
+INVARIANCE = Gate("invariance", ACCURACY, ("backend_name", "tower_name"))
+GOLDEN = Gate(
+    "golden",
+    ACCURACY,
+    ("backend_name", "tower_name"),
+    lambda plan, backend, tower: backend == REFERENCE and plan.spec.golden is not None,
+)
+INVARIANCE_SAMPLES = 32
+SAME = 1e-7  # cosine distance below which two fp32 embeddings are one; two captions of one word more differ by 1e-4
+
+
+def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds, ids: Sequence[str]) -> List[Figure]:
+    """Every sample has one finite embedding of the contract's width and of length one, none saturated."""
+    gate = VALUES.of(where.name, tower.name)
+    wide = found.values.astype(np.float64)
+    shape_ok = found.ids == tuple(ids) and wide.shape == (len(ids), tower.width)
+    bad = ~np.isfinite(wide).all(axis=1) | (np.abs(wide) >= 65504).any(axis=1)
+    norm = np.abs(np.linalg.norm(np.where(np.isfinite(wide), wide, 0), axis=1) - 1)
+    common: Dict[str, Any] = {"where": where, "count": len(wide)}
+    worst = int(np.argmax(norm))
+    first = f"first bad sample {found.ids[int(np.argmax(bad))]}" if bad.any() else ""
+    return [
+        judge(gate, "ids, count and width", float(shape_ok), ">=", 1, unit="share", **common),
+        judge(gate, "NaN, Inf or +-65504", float(bad.sum()), "<=", 0, unit="samples", worst=first, **common),
+        judge(
+            gate,
+            "|L2 norm - 1|",
+            norm[worst],
+            "<=",
+            bounds.norm,
+            unit="absolute",
+            worst=f"sample {found.ids[worst]}",
+            because=bounds.because,
+            **common,
+        ),
+    ]
+
+
+def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray) -> List[Figure]:
+    """Different inputs give different embeddings.
+
+    A text tower whose ArgMax runs in fp16 pools at the start token and gives every caption the same embedding.
+
+    Args:
+        rows: one digest per input, equal for equal inputs: [n].
+    """
+    gate = DISTINCT.of(where.name, tower.name)
+    unit = _unit(found.values)
+    _, first = np.unique(rows, return_index=True)
+    unit = unit[np.sort(first)]
+    names = [found.ids[n] for n in np.sort(first)]
+    twins, example = _nearest(unit)
+    worst = f"samples {names[example[0]]} and {names[example[1]]}" if twins else ""
+    limit = 0.0
+    spread = float(1 - np.square(unit.mean(axis=0)).sum())
+    common: Dict[str, Any] = {"where": where, "count": len(unit)}
+    return [
+        judge(gate, "inputs with one embedding", twins, "<=", limit, unit="samples", worst=worst, **common),
+        judge(gate, "spread (1 - |mean|^2)", spread, ">=", 1e-3, unit="absolute", **common),
+    ]
+
+
+def _unit(values_: np.ndarray) -> np.ndarray:
+    wide = values_.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit: np.ndarray = np.nan_to_num(wide / np.linalg.norm(wide, axis=1, keepdims=True))
+    return unit
+
+
+def _nearest(unit: np.ndarray) -> Any:
+    """How many rows have another row within `SAME`, and one such pair."""
+    twins, example = 0, (0, 0)
+    for start in range(0, len(unit), 1024):
+        block = unit[start : start + 1024] @ unit.T
+        block[np.arange(len(block)), start + np.arange(len(block))] = -1
+        near = block.max(axis=1)
+        close = near > 1 - SAME
+        twins += int(close.sum())
+        if close.any():
+            row = int(np.argmax(close))
+            example = (start + row, int(block[row].argmax()))
+    return twins, example
+
+
+def invariance_samples(count: int) -> np.ndarray:
+    """Indices spread over the set, the last sample among them: it is the one that padding stands behind."""
+    return np.unique(np.linspace(0, count - 1, min(count, INVARIANCE_SAMPLES)).round().astype(int))
+
+
+def invariance(
+    whole: Embeddings, single: Embeddings, shuffled: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds
+) -> List[Figure]:
+    """A sample's embedding depends neither on its batch size nor on its neighbours.
+
+    Args:
+        whole: the accuracy run, in batches; single: some of its samples one at a time; shuffled: the same samples in
+            another order and so with other neighbours.
+    """
+    figures = []
+    row = {name: n for n, name in enumerate(whole.ids)}
+    for metric, other in (("in batches of 1", single), ("reordered", shuffled)):
+        compared = parity.compare(other.ids, whole.values[[row[name] for name in other.ids]], other.values)
+        worst = int(np.argmax(np.nan_to_num(compared.max_abs, nan=np.inf)))
+        figures.append(
+            judge(
+                INVARIANCE.of(where.name, tower.name),
+                f"|difference| {metric}",
+                compared.max_abs[worst],
+                "<=",
+                bounds.max_abs,
+                unit="absolute",
+                count=len(other.ids),
+                where=where,
+                worst=f"sample {other.ids[worst]}",
+                because=bounds.because,
+            )
+        )
+    return figures
+
+
+def golden(pinned: Embeddings, reference: Embeddings, where: Identity, tower: Tower, spec: GoldenSpec) -> List[Figure]:
+    """PyTorch still makes what it once made of a few samples: parity cannot see what is wrong in every backend alike.
+
+    Raises:
+        InputError: a pinned sample is not in the data.
+    """
+    row = {name: n for n, name in enumerate(reference.ids)}
+    lost = [name for name in pinned.ids if name not in row]
+    if lost:
+        raise InputError(f"golden embeddings {spec.file}: sample {lost[0]} is not in the data; run clipval pin again")
+    found = reference.values[[row[name] for name in pinned.ids]]
+    compared = parity.compare(pinned.ids, pinned.values, found)
+    named = ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in compared.worst())
+    return [
+        judge(
+            GOLDEN.of(where.name, tower.name),
+            "minimum cosine with pinned embeddings",
+            compared.cosine.min(),
+            ">=",
+            spec.cosine_min,
+            unit="cosine",
+            count=len(pinned.ids),
+            where=where,
+            worst=f"worst samples {named}",
+            because=spec.because,
+        )
+    ]

@@ -1,0 +1,138 @@
+"""What a gate is: its id, the cases that a run promises, and a figure held to its bound."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from clipval.backends import Identity
+from clipval.results import FAIL, PASS, Figure
+from clipval.spec import Spec
+from clipval.towers import TOWER_NAMES
+
+ACCURACY, PERF = "accuracy", "perf"
+
+
+class Plan(NamedTuple):
+    """What a run validates, as far as its gates depend on it.
+
+    Attributes:
+        trained: the weights are not random, so recall applies; baseline: `--baseline` was given.
+    """
+
+    spec: Spec
+    backends: Tuple[str, ...]
+    batch_sizes: Tuple[int, ...]
+    trained: bool
+    baseline: bool = False
+
+
+def _always(plan: Plan, *case: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One check. Its acceptance test names it, `@pytest.mark.gate(VALUES)`, and is run once for each of its cases.
+
+    Attributes:
+        check: what its ids begin with: `parity` of `parity/onnx/vision`.
+        kind: `accuracy` or `perf`, which `-m` selects by.
+        params: parameters of the test; their values, in this order, are the rest of the id. Of `backend_name`,
+            `tower_name`, `batch_size` and `metric`.
+        applies: the plan and the values of one case -> whether a run of this plan promises it.
+    """
+
+    check: str
+    kind: str
+    params: Tuple[str, ...] = ()
+    applies: Callable[..., bool] = _always
+
+    def of(self, *values: Any) -> str:
+        """The gate's id for the values of its parameters."""
+        return "/".join([self.check, *map(str, values)])
+
+    def cases(self, plan: Plan) -> List[Tuple[Any, ...]]:
+        """Values of the parameters, one tuple for each id that the plan promises."""
+        spec = plan.spec
+        axes: Dict[str, Any] = {
+            "backend_name": plan.backends,
+            "tower_name": TOWER_NAMES,
+            "batch_size": plan.batch_sizes,
+            "metric": dict.fromkeys([*(one.metric for one in spec.references), *(one.metric for one in spec.paired)]),
+        }
+        product = itertools.product(*(axes[name] for name in self.params))
+        return [case for case in product if self.applies(plan, *case)]
+
+    def ids(self, plan: Plan) -> List[str]:
+        """The ids that the plan promises."""
+        return [self.of(*case) for case in self.cases(plan)]
+
+
+def context(identity: Identity, **more: Any) -> Dict[str, Any]:
+    """What made a figure, for its record."""
+    return {
+        "backend": identity.name,
+        "version": identity.version,
+        "device": identity.device,
+        "precision": identity.precision,
+        "simulated": identity.simulated,
+        **more,
+    }
+
+
+def judge(
+    gate: str,
+    metric: str,
+    measured: float,
+    bound: str,
+    limit: float,
+    *,
+    unit: str,
+    count: int,
+    where: Optional[Identity] = None,
+    because: str = "",
+    worst: str = "",
+    reference: Optional[float] = None,
+    source: str = "",
+    detail: Optional[Dict[str, Any]] = None,
+    failure: str = "model",
+) -> Figure:
+    """One figure against its limit; a NaN fails.
+
+    Args:
+        bound: `>=`, `<=`, or `within` (limit around `reference`).
+        where: what made the figure; None for a figure of files or data.
+        worst: names the sample that decided; because: why the limit is what it is.
+    """
+    if bound == "within":
+        assert reference is not None
+        ok = abs(measured - reference) <= limit + 1e-9
+        wanted = f"{reference:.4f} +- {limit:g}"
+    else:
+        ok = measured >= limit if bound == ">=" else measured <= limit
+        wanted = f"{bound} {limit:g}"
+    message = f"{gate}: {metric} is {measured:.7g} over {count}, expected {wanted}"
+    message += f" ({worst})" if worst else ""
+    message += f"; {because}" if because else ""
+    message += f"; reference: {source}" if source else ""
+    message += f". Made by {where}" if where else ""
+    return Figure(
+        gate=gate,
+        metric=metric,
+        unit=unit,
+        measured=float(measured) if np.isfinite(measured) else None,
+        count=count,
+        reference=reference,
+        source=source,
+        bound=bound,
+        limit=limit,
+        verdict=PASS if ok else FAIL,
+        failure="" if ok else failure,
+        message="" if ok else message,
+        context=context(where) if where else {},
+        detail=detail or {},
+    )

@@ -1,0 +1,53 @@
+"""The gate of parity: a backend's embeddings against PyTorch's, sample by sample."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List
+
+import numpy as np
+
+from clipval import parity
+from clipval.backends import REFERENCE, Identity
+from clipval.embeddings import Embeddings
+from clipval.gates.gate import ACCURACY, Gate, judge
+from clipval.results import Figure
+from clipval.spec import ParityBounds
+from clipval.towers import Tower
+
+PARITY = Gate("parity", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE)
+
+
+def agreement(
+    reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds
+) -> List[Figure]:
+    """Per-sample parity with the reference: minimum and mean cosine, largest difference of one element."""
+    gate = PARITY.of(where.name, tower.name)
+    compared = parity.compare(found.ids, reference.values, found.values)
+    worst = compared.worst()
+    named = "worst samples " + ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in worst)
+    largest = int(np.argmax(np.nan_to_num(compared.max_abs, nan=np.inf)))
+    common: Dict[str, Any] = {"where": where, "count": len(found.ids), "because": bounds.because}
+    return [
+        judge(
+            gate,
+            "minimum cosine",
+            compared.cosine.min(),
+            ">=",
+            bounds.cosine_min,
+            unit="cosine",
+            worst=named,
+            detail=compared.detail(),
+            **common,
+        ),
+        judge(gate, "mean cosine", compared.cosine.mean(), ">=", bounds.cosine_mean, unit="cosine", **common),
+        judge(
+            gate,
+            "max |difference|",
+            compared.max_abs[largest],
+            "<=",
+            bounds.max_abs,
+            unit="absolute",
+            worst=f"sample {found.ids[largest]}",
+            **common,
+        ),
+    ]

@@ -1,0 +1,142 @@
+"""Gates of retrieval: recall against the published figures, and against PyTorch's on the same samples."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List
+
+from clipval import retrieval
+from clipval.backends import REFERENCE, Identity
+from clipval.gates.gate import ACCURACY, Gate, context, judge
+from clipval.results import INFO, Figure
+from clipval.spec import PairedBounds, Reference, Spec, published
+
+SHOWN_FLIPS = 20
+
+
+def gated_metrics(spec: Spec) -> List[str]:
+    """Metrics that the spec has a figure for, in its order."""
+    return list(dict.fromkeys(reference.metric for reference in spec.references))
+
+
+RECALL = Gate(
+    "recall",
+    ACCURACY,
+    ("backend_name", "metric"),
+    lambda plan, backend, metric: plan.trained and metric in gated_metrics(plan.spec),
+)
+PAIRED = Gate(
+    "paired",
+    ACCURACY,
+    ("backend_name", "metric"),
+    lambda plan, backend, metric: (
+        plan.trained and backend != REFERENCE and metric in [bounds.metric for bounds in plan.spec.paired]
+    ),
+)
+
+
+def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str) -> List[Figure]:
+    """One recall figure against its published or pinned one; too good is as suspect as too bad."""
+    direction, k = _direction(found, metric)
+    measured = direction.recall(k)
+    reference = spec.reference(metric, where.name)
+    gate = RECALL.of(where.name, metric)
+    assert reference is not None
+    if reference.within is None:
+        return [_shown(gate, metric, measured, direction, reference, where, spec)]
+    off = round((measured - reference.value) * len(direction.ranks))
+    return [
+        judge(
+            gate,
+            metric,
+            measured,
+            "within",
+            reference.within,
+            unit="share",
+            count=len(direction.ranks),
+            where=where,
+            reference=reference.value,
+            source=reference.source,
+            worst=f"{off:+d} of {len(direction.ranks)} queries",
+            because=reference.because,
+            detail=_recall_detail(direction, spec, metric),
+        )
+    ]
+
+
+def _recall_detail(direction: retrieval.Direction, spec: Spec, metric: str) -> Dict[str, Any]:
+    """What a report shows beside a recall: other k, the interval, and every published figure of this model."""
+    figures: List[Dict[str, Any]] = [
+        {"backend": one.backend, "value": one.value, "source": one.source}
+        for one in spec.references
+        if one.metric == metric
+    ]
+    rows = published(spec.model.name, spec.model.pretrained, spec.data.name)
+    figures += [{"value": row.recalls[metric], "source": row.source} for row in rows if row.recalls.get(metric)]
+    return {**direction.detail(), "published": figures}
+
+
+def _shown(
+    gate: str,
+    metric: str,
+    measured: float,
+    direction: retrieval.Direction,
+    reference: Reference,
+    where: Identity,
+    spec: Spec,
+) -> Figure:
+    return Figure(
+        gate=gate,
+        metric=metric,
+        unit="share",
+        measured=measured,
+        count=len(direction.ranks),
+        reference=reference.value,
+        source=reference.source,
+        verdict=INFO,
+        context=context(where),
+        detail=_recall_detail(direction, spec, metric),
+    )
+
+
+def paired(
+    reference: retrieval.Retrieval,
+    found: retrieval.Retrieval,
+    where: Identity,
+    bounds: PairedBounds,
+    retrieved: Callable[[str, str], List[str]] = lambda direction, query_id: [],
+) -> List[Figure]:
+    """Recall against PyTorch's on the same samples, with the queries that flipped.
+
+    Args:
+        retrieved: direction and query id -> ids of the best candidates, for the queries that flipped.
+    """
+    direction, k = _direction(found, bounds.metric)
+    base, _ = _direction(reference, bounds.metric)
+    result = retrieval.pair(base, direction, k)
+    flips = ", ".join(f"{one['id']} (margin {one['margin']:+.1e})" for one in result.flips[:5])
+    figure = judge(
+        PAIRED.of(where.name, bounds.metric),
+        "recall less pytorch's",
+        result.difference,
+        "within",
+        bounds.within,
+        unit="share",
+        count=len(direction.ranks),
+        where=where,
+        reference=0.0,
+        worst=f"{result.gains} gained, {result.losses} lost, McNemar p {result.p_value:.3g}, flipped {flips or 'none'}",
+        because=bounds.because,
+        detail={
+            "gains": result.gains,
+            "losses": result.losses,
+            "p_value": result.p_value,
+            "flips": [{**one, "retrieved": retrieved(result.name, one["id"])} for one in result.flips[:SHOWN_FLIPS]],
+        },
+    )
+    return [figure]
+
+
+def _direction(found: retrieval.Retrieval, metric: str) -> Any:
+    """`image_retrieval_recall@5` -> (that direction, 5)."""
+    name, _, k = metric.partition("_recall@")
+    return {one.name: one for one in found.directions}[name], int(k)

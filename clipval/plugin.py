@@ -1,0 +1,326 @@
+"""What is honest about a run under pytest: what it promises, no skips, the record of its figures, the verdict.
+
+What --backends names is required: a skip, a missing runtime or a gate that was not evaluated is a failure. Acceptance
+tests name their gate, `@pytest.mark.gate(VALUES)`; its cases become the test's parameters and its kind a mark.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple
+
+import pytest
+from _pytest.mark.expression import Expression
+
+from clipval import evidence, gates, options, report
+from clipval.chain import Chain
+from clipval.errors import ClipvalError
+from clipval.results import FAIL, Figure, from_json, to_json
+from clipval.run import Account, results_file
+from clipval.throughput import baseline
+
+CHAIN: pytest.StashKey[Chain] = pytest.StashKey()
+ACCOUNT: pytest.StashKey[Account] = pytest.StashKey()
+STARTED: pytest.StashKey[float] = pytest.StashKey()
+FIGURES: pytest.StashKey[List[Figure]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.has_plugin("clipval-options"):  # clipval is run from its folder without being installed
+        options.pytest_addoption(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Start again with our pytest.ini where pytest took another folder of the command line for the tests' root.
+
+    It does so for the value of an option that is an existing path outside this project, before any plugin is loaded.
+    """
+    ini, args = _root(config) / "pytest.ini", [str(argument) for argument in config.invocation_params.args]
+    if config.inipath != ini and config.option.inifilename is None and args == sys.argv[1:]:
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", "-c", str(ini), *args])
+
+
+def _root(config: pytest.Config) -> Path:
+    """The folder of the conftest.py that uses this plugin."""
+    found = next(one for one in config.pluginmanager.get_plugins() if __name__ in getattr(one, "pytest_plugins", ()))
+    return Path(str(found.__file__)).parent
+
+
+def _acceptance(config: pytest.Config) -> Path:
+    return (_root(config) / "tests" / "acceptance").resolve()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings = _shared_threads(config, options.Settings.of(config.option))
+    config.stash[STARTED] = getattr(config, "workerinput", {}).get("clipval_started", time.time())
+    config.stash[CHAIN] = Chain(settings, config.stash[STARTED] if settings.rebuild else None)
+    json_file = getattr(config.option, "benchmark_json", None)
+    if json_file:  # pytest-benchmark would lose every figure at the end for want of its folder
+        file = json_file if isinstance(json_file, Path) else Path(json_file.name)  # pytest-benchmark 4 opens it itself
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        config.stash[ACCOUNT] = _account(config)
+    except ClipvalError as error:
+        raise pytest.UsageError(str(error)) from None
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        config.pluginmanager.register(Keeper(config))  # without a name, so that -p no:NAME cannot switch it off
+
+
+def _shared_threads(config: pytest.Config, settings: options.Settings) -> options.Settings:
+    """Workers of xdist share the cores: with all threads in each, torch spends its time waiting for its own threads."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1 and settings.threads is None:
+        return dataclasses.replace(settings, threads=max(1, (os.cpu_count() or 1) // workers))
+    return settings
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["clipval_started"] = node.config.stash[STARTED]
+
+
+def plan(config: pytest.Config) -> gates.Plan:
+    """What this run validates, as far as its gates depend on it."""
+    chain = config.stash[CHAIN]
+    settings = chain.settings
+    return gates.Plan(chain.spec, settings.validated, chain.batch_sizes, chain.trained, settings.baseline is not None)
+
+
+def _account(config: pytest.Config) -> Account:
+    """The account of this run, with what it promises: the gates that `-m` selects."""
+    settings = config.stash[CHAIN].settings
+    found = gates.promised(plan(config))  # reads the spec, so that a mistake in it is a usage error of any run
+    promised = [name for name, gate in found.items() if _selects(config.option.markexpr, gate)]
+    kinds = {found[name].kind for name in promised}
+    if settings.baseline is not None:  # read now: a comparison that was asked for is made, or fails
+        baseline.load(settings.baseline)
+        if gates.PERF not in kinds:
+            raise pytest.UsageError("--baseline compares throughput, which -m leaves out; add perf to it")
+    said, deliberate = _narrowing(config)
+    account = Account(promised, results_file(settings.workdir), narrowed_by=said)
+    account.deliberate = deliberate and not settings.strict
+    account.always = [name for name in promised if found[name] is gates.BASELINE]
+    if _distributed(config):
+        compared = settings.strict or settings.baseline is not None or gates.ACCURACY not in kinds
+        if gates.PERF in kinds and compared and not (account.deliberate and settings.baseline is None):
+            raise pytest.UsageError("throughput cannot be measured by several workers at once; run perf without -n")
+        account.promised = [name for name in promised if found[name].kind != gates.PERF]
+        account.notes.append("throughput: several workers cannot measure it")
+    return account
+
+
+def _selects(expression: str, gate: gates.Gate) -> bool:
+    """Whether `-m` selects the gate's test; of an expression that pytest itself will refuse, everything."""
+    try:
+        compiled = Expression.compile(expression) if expression else None
+    except Exception:  # its class is another one in each pytest
+        return True
+    return compiled is None or compiled.evaluate(lambda name, /, **_: name in (gate.kind, "gate"))
+
+
+def _narrowing(config: pytest.Config) -> Tuple[List[str], bool]:
+    """Options that leave tests out, and whether the person asked by one of them for less than the whole run.
+
+    `--deselect` and `--ignore` are for tests that are broken; a promise that loses gates to them fails.
+    """
+    option = config.option
+    said = [f"-k {option.keyword!r}"] if option.keyword else []
+    said += [flag for flag, name in (("--lf", "lf"), ("--sw", "stepwise")) if getattr(option, name, False)]
+    if option.file_or_dir and not any(_covers(config, str(name)) for name in option.file_or_dir):
+        said.append("the paths given")
+    deliberate = bool(said)
+    said += [f"--{name.replace('_', '-')}" for name in ("deselect", "ignore", "ignore_glob") if getattr(option, name)]
+    return said, deliberate
+
+
+def _covers(config: pytest.Config, argument: str) -> bool:
+    """An argument of the command line names all acceptance tests."""
+    acceptance = _acceptance(config)
+    path = (config.invocation_params.dir / argument).resolve()
+    return "::" not in argument and path in (acceptance, *acceptance.parents)
+
+
+def _distributed(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput") or bool(getattr(config.option, "numprocesses", None))
+
+
+def _gate(item: pytest.Item) -> Optional[gates.Gate]:
+    marker = item.get_closest_marker("gate")
+    return marker.args[0] if marker else None
+
+
+def _gate_id(item: pytest.Item) -> str:
+    """Id of the gate that a test answers for; empty for any other test."""
+    gate = _gate(item)
+    if gate is None:
+        return ""
+    given = item.callspec.params if gate.params else {}  # type: ignore[attr-defined]
+    return gate.of(*(given[name] for name in gate.params))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a case of its gate; one, which is dropped again, where the gate does not apply to this run."""
+    marker = metafunc.definition.get_closest_marker("gate")
+    if marker is None or not marker.args[0].params:
+        return
+    params = marker.args[0].params
+    cases = marker.args[0].cases(plan(metafunc.config))
+    names = ["-".join(f"bs{one}" if isinstance(one, int) else one for one in case) for case in cases]
+    metafunc.parametrize(params, cases or [("absent",) * len(params)], ids=names or ["absent"])
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    gate = _gate(item)
+    if gate is not None:
+        item.add_marker(gate.kind)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """Leave out what cannot apply: recall of random weights, gates of a lone backend, perf under several workers."""
+    here = plan(config)
+
+    def applies(item: pytest.Item) -> bool:
+        gate = _gate(item)
+        if gate is None:
+            return True
+        return _gate_id(item) in gate.ids(here) and not (gate.kind == gates.PERF and _distributed(config))
+
+    dropped = [item for item in items if not applies(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if applies(item)]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    selected = [name for name in map(_gate_id, session.items) if name]
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["clipval_selected"] = selected
+    elif not _distributed(session.config):  # the controller of xdist collects nothing
+        session.config.stash[ACCOUNT].selected = selected
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    selected = getattr(node, "workeroutput", {}).get("clipval_selected")
+    if selected is not None:
+        node.config.stash[ACCOUNT].selected = selected
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """One clear error for missing data or weights, before anything is built."""
+    config, account = session.config, session.config.stash[ACCOUNT]
+    known = account.selected is not None or not account.deliberate
+    if account.expected and known and not hasattr(config, "workerinput") and not config.option.collectonly:
+        try:
+            config.stash[CHAIN].check_inputs()
+        except ClipvalError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+class Recorder:
+    """Takes the figures of one test: into the results, the JUnit file and the report."""
+
+    def __init__(self, item: pytest.Item) -> None:
+        self.item = item
+
+    def __call__(self, figures: Sequence[Figure]) -> None:
+        """Record figures, and fail the test where one of them failed."""
+        self.item.stash.setdefault(FIGURES, []).extend(figures)
+        self.item.user_properties.extend((f"{one.gate} {one.metric}", one.measured) for one in figures)
+        rows = [(f"{one.gate} is", evidence.row_verdict(one)) for one in figures]
+        self.item.user_properties.extend(row for row in rows if row[1])
+        failed = [one.message for one in figures if one.verdict == FAIL]
+        assert figures, "a gate without a figure"
+        if failed:
+            pytest.fail("\n".join(failed), pytrace=False)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    """Send figures along with the report (also from an xdist worker), one line for our errors, and no skips."""
+    outcome = yield
+    made = outcome.get_result()
+    if _gate(item) is None:
+        return
+    if call.excinfo is not None and isinstance(call.excinfo.value, ClipvalError):
+        made.longrepr = str(call.excinfo.value)
+    if made.skipped:  # an expected failure too
+        made.outcome = "failed"
+        made.longrepr = f"{item.name}: skipped, and a gate must not be skipped: {made.longrepr}"
+    if made.when == "call":
+        made.clipval_figures = [to_json(figure) for figure in item.stash.get(FIGURES, [])]
+    if made.failed:
+        made.clipval_failure = _failure(item, call)
+
+
+def _failure(item: pytest.Item, call: pytest.CallInfo[None]) -> Dict[str, str]:
+    failed = [figure.failure for figure in item.stash.get(FIGURES, []) if figure.verdict == FAIL]
+    error = call.excinfo.value if call.excinfo is not None else "passed, expected to fail"
+    kind = failed[0] if failed else getattr(error, "kind", "error")
+    return {"class": kind, "test": item.nodeid, "message": str(error)}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, None]:
+    """A gate module that skips itself is a failure too."""
+    outcome = yield
+    made = outcome.get_result()
+    if made.skipped and _acceptance(collector.config) in collector.path.parents:
+        made.outcome = "failed"
+        made.longrepr = f"{collector.nodeid}: skipped, and gates must not be skipped: {made.longrepr}"
+
+
+class Keeper:
+    """Keeps the account of a run in the process that reports it: the only one, or the controller of xdist."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.account = config.stash[ACCOUNT]
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.account.add([from_json(text) for text in getattr(report, "clipval_figures", ())])
+        if hasattr(report, "clipval_failure"):
+            self.account.failures.append(report.clipval_failure)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._failed(report.nodeid, str(report.longrepr))
+
+    def _failed(self, test: str, message: str) -> None:
+        self.account.failures.append({"class": "error", "test": test, "message": message})
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """A promised gate without a figure fails the run, whatever pytest makes of it (no tests ran, all passed)."""
+        if exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR) and not self.account.failures:
+            self._failed("session", "the run ended before its tests did")
+        if self.account.failed and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+        account = self.account
+        if exitstatus == pytest.ExitCode.USAGE_ERROR or not (account.figures or account.expected):
+            return
+        terminalreporter.section("clipval")
+        run = account.run(self.config.stash[CHAIN])
+        terminalreporter.write_line(report.summary_table(run))
+        if account.figures:
+            terminalreporter.write_line(f"figures: {account.file}")
+        for path in self._write(run):
+            terminalreporter.write_line(f"report: {path}")
+
+    def _write(self, run: report.Run) -> Sequence[Any]:
+        chain = self.config.stash[CHAIN]
+        if chain.settings.report is None:
+            return []
+        try:
+            return report.write(chain.settings.report, run, report.Assets(chain.image_path, chain.caption))
+        except ClipvalError as error:
+            return [str(error)]

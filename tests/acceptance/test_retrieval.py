@@ -1,0 +1,23 @@
+"""Gates of retrieval: against the published figures, and against PyTorch on the same samples."""
+
+import pytest
+
+from clipval.backends import REFERENCE
+from clipval.gates import retrieval
+
+
+@pytest.mark.gate(retrieval.RECALL)
+def test_recall(chain, record, backend_name, metric):
+    where = chain.embeddings(backend_name, chain.towers["text"]).identity
+    record(retrieval.recall(chain.retrieval(backend_name), where, chain.spec, metric))
+
+
+@pytest.mark.gate(retrieval.PAIRED)
+def test_recall_beside_pytorch(chain, record, backend_name, metric):
+    where = chain.embeddings(backend_name, chain.towers["text"]).identity
+    bounds = next(bounds for bounds in chain.spec.paired if bounds.metric == metric)
+
+    def retrieved(direction, query_id):
+        return chain.retrieved(backend_name, direction, query_id)
+
+    record(retrieval.paired(chain.retrieval(REFERENCE), chain.retrieval(backend_name), where, bounds, retrieved))
