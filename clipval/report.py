@@ -19,6 +19,7 @@ from clipval.results import FAIL, INFO, PASS, Figure
 
 SCHEMA = 1
 TEMPLATES = Path(__file__).parent / "templates"
+UNPROMISED = "unpromised"  # class of the failure of a figure that no test promised
 COLUMNS = 99  # of the terminal table
 NAMED = 10  # missing gates that the terminal table names
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
@@ -253,6 +254,7 @@ def summary_table(run: Run) -> str:
     if len(run.missing) > NAMED:
         rows.append((f"... and {len(run.missing) - NAMED} more gates", "", "", "", "MISSING"))
     lines = _aligned(rows)
+    lines += [one["message"] for one in run.failures if one["class"] == UNPROMISED]
     lines += [f"not validated: {line}" for line in run.not_validated]
     lines += [f"advice: {line}" for line in run.advice]
     return "\n".join([*lines, _verdict(run)])
@@ -263,12 +265,14 @@ def _verdict(run: Run) -> str:
     gates = {one.gate for one in run.figures if one.verdict != INFO}
     failed = {one.gate for one in run.figures if one.verdict == FAIL}
     passed = len(gates - failed)
-    said = f"{len(run.left_out)} left out by {', '.join(run.narrowed_by)}" if run.left_out else ""
+    by = ", ".join(run.narrowed_by)
+    said = f"{len(run.left_out)} left out by {by}" if run.left_out else ""
     if said and run.verdict == PASS:
         evaluated = {one.gate for one in run.figures}
         whole = len(evaluated | set(run.left_out))
         return f"PASS of {len(evaluated)} of {whole} gates; {said}" if evaluated else f"no gate was evaluated; {said}"
     missing = f", {len(run.missing)} not evaluated" if run.missing else ""
+    missing += f" (run with {by})" if missing and by else ""
     counts = f"{run.verdict.upper()}: {passed} gates passed, {len(failed)} failed{missing}"
     return f"{counts}; {said}" if said else counts
 

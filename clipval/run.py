@@ -12,7 +12,7 @@ from typing import Dict, List, Optional, Sequence
 from clipval import environment
 from clipval.chain import Chain
 from clipval.evidence import detail, row_verdict
-from clipval.report import Run
+from clipval.report import UNPROMISED, Run
 from clipval.results import FAIL, INFO, PASS, Figure, append
 from clipval.throughput.baseline import IMPROVED
 
@@ -108,7 +108,7 @@ class Account:
             expected=self.expected,
             missing=self.missing,
             left_out=self.left_out,
-            narrowed_by=self.narrowed_by if self.left_out else [],
+            narrowed_by=self.narrowed_by if self.left_out or self.missing else [],
             not_validated=[*chain.not_validated(), *self.notes, *self._not_gated()],
             failures=[*self.failures, *self._unexpected()],
             advice=self._advice(),
@@ -116,7 +116,7 @@ class Account:
 
     def _unexpected(self) -> List[Dict[str, str]]:
         message = "a figure of a gate that no test promised; name the gate with @pytest.mark.gate on the test"
-        return [{"class": "error", "test": gate, "message": f"{gate}: {message}"} for gate in self.unexpected]
+        return [{"class": UNPROMISED, "test": gate, "message": f"{gate}: {message}"} for gate in self.unexpected]
 
     def _not_gated(self) -> List[str]:
         verdicts = Counter(row_verdict(figure) for figure in self.figures if figure.verdict == INFO)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 
 from clipval.backends.onnx import OnnxBackend
+from clipval.gates import parity
 from tests.faults.in_backends import output
 from tests.faults.table import ACCURACY, fault
 
@@ -52,15 +54,26 @@ def expected_failure() -> None:
     output(lambda rows: -rows)  # and the mark is set when tests are collected
 
 
-@fault("a run that is ended early with exit code 0", "recall/pytorch/image_retrieval_recall@1", "not evaluated")
+@fault("a run that is ended early with exit code 0", "invariance/onnx/text", "not evaluated")
 def ended_early() -> None:
     OnnxBackend.run = lambda self, rows: pytest.exit("done", returncode=0)  # type: ignore[method-assign]
 
 
-@fault("a gate file that does not import", "parity/onnx/text", "tests.acceptance.test_parity", "not evaluated",
+@fault("a gate file that does not import", "values/pytorch/vision", "tests.acceptance.test_parity", "not evaluated",
        code=2)  # fmt: skip
 def broken_import() -> None:
     sys.modules["tests.acceptance.test_parity"] = None  # type: ignore[assignment]
+
+
+@fault("a figure of a gate that no test promised", "parity/onnx/other", "no test promised")
+def unpromised_figure() -> None:
+    real = parity.agreement
+
+    def agreement(*arguments: Any) -> Any:
+        figures = real(*arguments)
+        return [*figures, msgspec.structs.replace(figures[0], gate="parity/onnx/other")]
+
+    parity.agreement = agreement
 
 
 def collected(items: Any, name: str) -> None:
