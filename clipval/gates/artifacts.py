@@ -20,7 +20,9 @@ from clipval.towers import Tower
 
 PREPARED_IMAGES = Gate("prepared/data/vision", ACCURACY)
 PREPARED_TEXTS = Gate("prepared/data/text", ACCURACY)
-ARTIFACT = Gate("artifact", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: kind(backend).takes_onnx)
+ARTIFACT = Gate(
+    "artifact", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: kind(backend).takes_onnx
+)
 COMPARED_IMAGES = 400
 PIXELS = 1e-5  # a rounding of normalised float32 pixels; one grey level is 0.015
 
