@@ -7,8 +7,8 @@ import sys
 from typing import List, Optional, Sequence
 
 from clipval import environment, model
-from clipval.ascend import host
 from clipval.ascend.host import Finding
+from clipval.backends import kind, names
 from clipval.errors import ClipvalError
 
 INSTALL = "pip install -r requirements.txt"
@@ -18,7 +18,7 @@ def check(backends: Optional[Sequence[str]], device_id: int) -> List[Finding]:
     """Findings in the order in which a person mends them.
 
     Args:
-        backends: named backends; `om` among them makes the NPU host required. None looks at everything.
+        backends: named ones, whose hosts are looked at: for `om` that of an NPU. None looks at everything.
     """
     supported = (3, 8) <= sys.version_info[:2] <= (3, 13)
     python = ".".join(map(str, sys.version_info[:3]))
@@ -30,8 +30,8 @@ def check(backends: Optional[Sequence[str]], device_id: int) -> List[Finding]:
         version = environment.version(package)
         found.append(Finding(package, version is not None, True, version or "not installed", INSTALL))
     found += [*_torch_build(), _open_clip()]
-    if backends is None or "om" in backends:
-        found += host.check_host(device_id)
+    for name in names() if backends is None else backends:
+        found += kind(name).host(device_id)
     return found
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Tuple
 
 import numpy as np
 
 from clipval.errors import UsageError
 from clipval.store import Store
 from clipval.towers import Tower
+
+if TYPE_CHECKING:
+    from clipval.ascend.host import Finding
 
 # By name, the reference first; a backend's module is imported when it is asked for.
 MODULES: Dict[str, str] = {
@@ -175,6 +178,10 @@ def _nothing_else(_: BackendSettings) -> str:
     return ""
 
 
+def _no_host(_: int) -> List[Finding]:
+    return []
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a backend is to the rest of clipval.
@@ -186,6 +193,7 @@ class Kind:
         fixed_batch: the artifact takes one batch size only.
         one_session: a device holds one session at a time, and `--device-id` says which devices are validated.
         precision: which of a spec's parity bounds hold for an identity, `fp32` or `fp16`.
+        host: what a host of this backend has and lacks, by the number of the device.
         origin: what artifacts depend on besides model, device and precision, in words that differ where they do.
     """
 
@@ -195,6 +203,7 @@ class Kind:
     fixed_batch: bool = False
     one_session: bool = False
     precision: Callable[[Identity], str] = _fp32
+    host: Callable[[int], List[Finding]] = _no_host
     origin: Callable[[BackendSettings], str] = _nothing_else
 
     @property

@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from clipval.ascend import acl, atc, npu_smi, occupancy, om_files
+from clipval.ascend import acl, atc, host, npu_smi, occupancy, om_files
 from clipval.backends import Backend, BackendSettings, Identity, Kind, Materials, Opening
 from clipval.errors import BackendUnavailable, ClipvalError, InputError, one_line
 from clipval.towers import Tower
@@ -391,5 +391,6 @@ KIND = Kind(
     fixed_batch=True,
     one_session=True,
     precision=lambda where: atc.precision_class(where.precision),
+    host=host.check_host,
     origin=lambda asked: om_files.origin(asked.om_dir, asked.keep_dtype, asked.atc_flags),
 )

@@ -1,4 +1,4 @@
-"""The backends that are open: each is opened once, and closed where its device takes one session only."""
+"""The backends that are open: the reference and one other at most, so that no three hold both towers in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from clipval.backends import Backend, kind
+from clipval.backends import REFERENCE, Backend, kind
 from clipval.errors import BackendUnavailable
 from clipval.towers import Tower
 
@@ -44,8 +44,7 @@ class Pool:
         """
         key = _key(name, tower, batch_size)
         if key not in self._backends:
-            if kind(name).one_session:
-                self.close(name)
+            self._make_room(name)
             backend = self._open(name, tower, batch_size)
             backend.identity = backend.identity._replace(name=name)
             self._require_real(backend)
@@ -80,6 +79,12 @@ class Pool:
         """Close the backends, or those of one name."""
         for key in [key for key in self._backends if only in (None, key[0])]:
             self._backends.pop(key).close()
+
+    def _make_room(self, name: str) -> None:
+        """Close the backend that was open besides the reference, and the only session that a device may hold."""
+        for other in {key[0] for key in self._backends} - {REFERENCE}:
+            if other != name or kind(name).one_session:
+                self.close(other)
 
     def _require_real(self, backend: Backend) -> None:
         if backend.identity.simulated and not self._allow_simulated:

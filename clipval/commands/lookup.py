@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clipval.backends import REFERENCE
 from clipval.commands import Command, Parser, chain_of, model_options
 from clipval.errors import InputError, UsageError
 from clipval.options import add_options, at_least
@@ -59,7 +60,7 @@ def _pin(args: argparse.Namespace) -> int:
     for name, tower in chain.towers.items():
         count = len(chain.prepared.rows[name])
         picked = arrays.spread(count, args.samples)
-        found[name] = chain.embed_some("pytorch", tower, picked, 1)
+        found[name] = chain.embed_some(REFERENCE, tower, picked, 1)
     embeddings.write_golden(args.save, found)
     captions = "".join(f"{caption}\n" for caption in chain.dataset.captions)
     print(f'[data]\ncaptions_sha256 = "{hashlib.sha256(captions.encode()).hexdigest()}"')

@@ -8,7 +8,7 @@ import pytest
 from clipval.backends import Identity
 from clipval.chain import Chain
 from clipval.options import Settings
-from clipval.towers import TEXT
+from clipval.towers import TEXT, VISION
 
 
 class Recorded(Chain):
@@ -52,3 +52,18 @@ def test_it_is_measured_once_a_file(name, starts):
     for size in (1, 8, 8):
         chain.cold_start(name, TEXT, size)
     assert sum(one.startswith("opened") for one in chain.seen) == starts
+
+
+def test_the_reference_and_one_other_backend_are_open_at_most():
+    chain = Recorded()
+    for tower in (TEXT, VISION):
+        chain.backend("pytorch", tower, 8)
+    first = [chain.backend("onnx", tower, 8) for tower in (TEXT, VISION)]
+    assert [chain.backend("onnx", tower, 1) for tower in (TEXT, VISION)] == first
+    assert "closed" not in chain.seen
+    chain.backend("om", TEXT, 8)
+    assert chain.seen.count("closed") == 2
+    chain.backend("om", VISION, 8)  # one session a device
+    assert chain.seen.count("closed") == 3
+    chain.backend("pytorch", TEXT, 8)
+    assert sum("opened pytorch" in one for one in chain.seen) == 2
