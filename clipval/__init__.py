@@ -2,7 +2,7 @@
 
 Data flows one way, and a module imports only from its left:
 
-errors -> towers -> results, store, environment, arrays -> ascend -> backends -> options -> spec -> datasets
+errors -> towers -> results, store, environment, arrays -> ascend -> backends, datasets -> options -> spec
 -> embeddings -> model -> preprocess, probe -> export -> parity, ranks, doctor
 -> retrieval, architectures -> chain -> throughput -> gates, diagnose -> plots -> evidence -> report -> run
 -> plugin -> train_shapes, commands -> cli -> __main__

@@ -10,12 +10,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import msgspec
 import numpy as np
 
-from clipval import backends, environment, export, preprocess, store
+from clipval import backends, datasets, environment, export, preprocess, store
 from clipval import model as models
 from clipval import spec as specs
 from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, base_name
 from clipval.backends.pool import ColdStart, Pool
-from clipval.datasets import RetrievalDataset, karpathy, shapes
+from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings, embed, read_golden
 from clipval.errors import InputError, UsageError
 from clipval.options import Settings
@@ -58,7 +58,7 @@ class Chain:
         pretrained = self.settings.pretrained or spec.beside(spec.model.pretrained)
         given = self.settings
         own = given.model_name is None and given.pretrained in (None, spec.model.pretrained)
-        own = own and (given.data_dir is None or spec.data.kind != "shapes")
+        own = own and (given.data_dir is None or datasets.kind(spec.data.kind).draw is None)
         return msgspec.structs.replace(
             spec,
             model=msgspec.structs.replace(spec.model, name=name, pretrained=pretrained),
@@ -89,7 +89,12 @@ class Chain:
     @property
     def drawn(self) -> bool:
         """The drawn scenes are the data: the spec says so, or random weights are fed and no data was given."""
-        return self.settings.data_dir is None and (self.spec.data.kind == "shapes" or not self.trained)
+        return self.settings.data_dir is None and (self._draws or not self.trained)
+
+    @property
+    def _draws(self) -> bool:
+        """The spec's own data are drawn."""
+        return datasets.kind(self.spec.data.kind).draw is not None
 
     def check_inputs(self) -> None:
         """Find data and weights before anything is built.
@@ -118,17 +123,20 @@ class Chain:
         if folder is None and not self.drawn:
             self.check_inputs()
         if folder is None:
-            code = store.code_hash("clipval.datasets.shapes")
-            key = {
-                "code": code,
-                "seed": shapes.SEED_TEST,
-                "images": data.images,
-                "pillow": environment.version("pillow"),
-            }
-            folder = self.store.get("dataset", key, lambda path: shapes.write(path, count=data.images))
-        dataset = karpathy.read(folder, captions_format=self.settings.captions_format)
-        karpathy.expect(dataset, images=data.images, captions=data.captions)
+            folder = self._draw(data.kind if self._draws else datasets.DRAWN)
+        chosen = self.settings
+        dataset = datasets.read(
+            folder, expected=data.kind, named=chosen.data_format, captions_format=chosen.captions_format
+        )
+        datasets.expect(dataset, images=data.images, captions=data.captions)
         return dataset
+
+    def _draw(self, kind: str) -> Path:
+        draw, images = datasets.kind(kind).draw, self.spec.data.images
+        assert draw is not None
+        code = store.code_hash(datasets.MODULES[kind])
+        key = {"code": code, "kind": kind, "images": images, "pillow": environment.version("pillow")}
+        return self.store.get("dataset", key, lambda path: draw(path, images))
 
     @cached_property
     def weights(self) -> models.Weights:
@@ -318,6 +326,6 @@ class Chain:
             left.append("golden: no embeddings were pinned, so what is wrong in the model itself shows in recall alone")
         if not self.trained:
             left.append("recall: the weights are random, so figures of recall mean nothing")
-            if self.drawn and self.spec.data.kind != "shapes":
+            if self.drawn and not self._draws:
                 left.append(f"data: drawn scenes stand in for {self.spec.data.name}, as no --data-dir was given")
         return left

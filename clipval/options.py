@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from clipval import datasets
 from clipval.backends import REFERENCE, BackendSettings, kind, names
 
 DEFAULT_BACKENDS = ("pytorch", "onnx")
@@ -29,6 +30,7 @@ class Settings(BackendSettings):
     model_name: Optional[str] = None
     pretrained: Optional[str] = None
     data_dir: Optional[Path] = None
+    data_format: Optional[str] = None
     captions_format: str = "csv"
     backends: Optional[Tuple[str, ...]] = None
     batch_sizes: Optional[Tuple[int, ...]] = None
@@ -128,7 +130,8 @@ def table() -> Dict[str, Dict[str, Any]]:
         "--spec": {"metavar": "NAME", "help": "what to validate: a shipped spec or a TOML file"},
         "--model-name": {"metavar": "NAME", "help": "open_clip architecture or JSON config, instead of the spec's"},
         "--pretrained": {"metavar": "W", "help": "weights: tag, checkpoint file, or random; instead of the spec's"},
-        "--data-dir": {"type": Path, "metavar": "DIR", "help": "folder of images with their *_karpathy.txt"},
+        "--data-dir": {"type": Path, "metavar": "DIR", "help": "folder of images with their annotation file"},
+        "--data-format": {"choices": tuple(datasets.names()), "help": "kind of data set; without it recognised"},
         "--captions-format": {"choices": CAPTION_FORMATS, "help": "how annotations are read"},
         "--backends": {
             "type": _backends,

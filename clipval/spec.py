@@ -10,6 +10,7 @@ from typing import Dict, List, Optional, Tuple
 
 import msgspec
 
+from clipval import datasets
 from clipval.backends import REFERENCE, base_name
 from clipval.errors import InputError, UsageError
 from clipval.towers import Tower, towers
@@ -48,7 +49,7 @@ class DataSpec(_Table, frozen=True):
 
     Attributes:
         name: as published tables call it: `flickr30k`, `mscoco_captions`, `shapes`.
-        kind: `karpathy` (a folder in the recipe's layout, `--data-dir`) or `shapes` (drawn).
+        kind: one of `clipval.datasets.MODULES`; a folder that holds another kind is still recognised.
         images, captions: how many there must be; 0 takes what is there.
         captions_sha256: of the captions in order, each ended by a newline; empty is not compared.
         fingerprint: of ids, captions and the bytes of every image, as `clipval pin` prints it; empty is not compared.
@@ -232,8 +233,8 @@ def load(name: str) -> Spec:
 
 def _check(spec: Spec) -> None:
     problems = []
-    if spec.data.kind not in ("karpathy", "shapes"):
-        problems.append(f"data.kind is {spec.data.kind!r}, expected karpathy or shapes")
+    if spec.data.kind not in datasets.names():
+        problems.append(f"data.kind is {spec.data.kind!r}, expected one of {', '.join(datasets.names())}")
     if not spec.throughput.batch_sizes or min(spec.throughput.batch_sizes) < 1:
         problems.append("throughput.batch_sizes must be positive numbers")
     if spec.golden is not None and not 0 < spec.golden.cosine_min < 1:

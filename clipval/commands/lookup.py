@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clipval import datasets
 from clipval.backends import REFERENCE
 from clipval.commands import Command, Parser, chain_of, model_options
 from clipval.errors import InputError, UsageError
@@ -43,7 +44,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _declare_pin(parser: Parser) -> None:
     model_options(parser)
-    add_options(parser.add_argument, ["--data-dir", "--captions-format"])
+    add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
     parser.add_argument("--samples", type=at_least(int, 1), default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="the .npz file to write")
 
@@ -64,7 +65,7 @@ def _pin(args: argparse.Namespace) -> int:
     embeddings.write_golden(args.save, found)
     captions = "".join(f"{caption}\n" for caption in chain.dataset.captions)
     print(f'[data]\ncaptions_sha256 = "{hashlib.sha256(captions.encode()).hexdigest()}"')
-    if chain.spec.data.kind == "karpathy":  # drawn images are files of this machine's JPEG coder
+    if datasets.kind(chain.spec.data.kind).draw is None:  # drawn images are files of this machine's JPEG coder
         print(f'fingerprint = "{chain.dataset.fingerprint()}"')
     print(f'\n[golden]\nfile = "{args.save.name}"\ncosine_min = 0.9999')
     print(f'because = "PyTorch by {len(found["vision"].ids)} images and {len(found["text"].ids)} captions"')

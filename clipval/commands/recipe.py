@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import numpy as np
 
-from clipval import backends
+from clipval import backends, datasets
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
+from clipval.datasets import RetrievalDataset
 from clipval.errors import ClipvalError, InputError, UsageError
 from clipval.options import Settings, add_options, at_least
 
@@ -22,14 +23,13 @@ if TYPE_CHECKING:
 
 def _declare_preprocess(parser: Parser) -> None:
     model_options(parser)
-    add_options(parser.add_argument, ["--data-dir", "--captions-format"])
+    add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
     parser.add_argument("--save-dir", type=Path, default=Path("prep_data"), metavar="DIR", help="default: %(default)s")
 
 
 def _preprocess(args: argparse.Namespace) -> int:
     """Images and captions to arrays: prep_data/images/<id>.npy, prep_data/texts/<id>_<k>.npy."""
     from clipval import preprocess
-    from clipval.datasets import karpathy
 
     if args.pretrained is None:
         args.pretrained = "random"  # the transform and the tokenizer need no weights
@@ -37,7 +37,7 @@ def _preprocess(args: argparse.Namespace) -> int:
     if args.data_dir is None and args.model_name is not None:
         raise UsageError("preprocess --model-name: say which images with --data-dir")
     given = args.data_dir is not None
-    dataset = karpathy.read(args.data_dir, captions_format=args.captions_format) if given else chain.dataset
+    dataset = _given(args) if given else chain.dataset
     wanted = {"images": set(dataset.image_ids), "texts": set(dataset.caption_ids)}
     for folder, ids in wanted.items():
         foreign = sorted(path.name for path in (args.save_dir / folder).glob("*.npy") if path.stem not in ids)
@@ -49,6 +49,11 @@ def _preprocess(args: argparse.Namespace) -> int:
     preprocess.prepare(dataset, chain.model, chain.towers, args.save_dir)
     print(f"{args.save_dir}: {len(dataset.image_ids)} images, {len(dataset.caption_ids)} texts")
     return 0
+
+
+def _given(args: argparse.Namespace) -> RetrievalDataset:
+    """The data set of `--data-dir`."""
+    return datasets.read(args.data_dir, named=args.data_format, captions_format=args.captions_format)
 
 
 def _declare_export(parser: Parser) -> None:
@@ -177,7 +182,7 @@ def _tower_of_input(folder: Path) -> str:
 
 
 def _declare_evaluate(parser: Parser) -> None:
-    add_options(parser.add_argument, ["--data-dir", "--captions-format"])
+    add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
     parser.add_argument("--vision-embeds", type=Path, required=True, metavar="DIR", help="<id>_0.npy files")
     parser.add_argument("--text-embeds", type=Path, required=True, metavar="DIR", help="<id>_<k>_0.npy files")
     parser.add_argument("--spec", metavar="NAME", help="hold the recall to this spec's figures; else it is only shown")
@@ -192,9 +197,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     vision, text = (embeddings.read(folder, width=None) for folder in (args.vision_embeds, args.text_embeds))
     if args.data_dir is not None:
-        from clipval.datasets import karpathy
-
-        dataset = karpathy.read(args.data_dir, captions_format=args.captions_format)
+        dataset = _given(args)
         vision, text = embeddings.align(vision, dataset.image_ids), embeddings.align(text, dataset.caption_ids)
     row = {name: n for n, name in enumerate(vision.ids)}
     owners = [embeddings.image_id_of(name) for name in text.ids]

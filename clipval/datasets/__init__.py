@@ -1,17 +1,31 @@
-"""What a data set is once it is read: images, captions, and which caption is of which image."""
+"""What a data set is once it is read, and the registry of kinds of data sets.
+
+A kind is one file and one line of `MODULES`; the file holds a `KIND`, which says how a folder of it is found and read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from clipval.errors import InputError
+from clipval.errors import InputError, UsageError
 from clipval.store import sha256
+
+# By name; `data.kind` of a spec and `--data-format` take these.
+MODULES: Dict[str, str] = {
+    "karpathy": "clipval.datasets.karpathy",
+    "karpathy_json": "clipval.datasets.karpathy_json",
+    "coco": "clipval.datasets.coco",
+    "kaggle": "clipval.datasets.kaggle",
+    "shapes": "clipval.datasets.shapes",
+}
+DRAWN = "shapes"  # stands in where random weights are fed and no data was given
 
 
 @dataclass(frozen=True)
@@ -74,3 +88,76 @@ class RetrievalDataset:
                 f"image {error.filename}: cannot be read ({error.strerror or error}); replace it"
             ) from error
         return digest.hexdigest()
+
+
+class Kind(NamedTuple):
+    """A kind of data set.
+
+    Attributes:
+        name: its key in `MODULES`.
+        holds: what a folder of it holds, for messages.
+        find: what of this kind a folder holds, by content, not by name: its annotation files; empty for none.
+        read: the data set of a folder, given it and how captions are read (`csv` or `clip_benchmark`).
+        draw: writes the first n images into a folder, where the kind is drawn and not brought; else None.
+        check: holds what is read to what the kind knows of its pictures; raises InputError.
+    """
+
+    name: str
+    holds: str
+    find: Callable[[Path], List[Path]]
+    read: Callable[[Path, str], RetrievalDataset]
+    draw: Optional[Callable[[Path, int], None]] = None
+    check: Optional[Callable[[RetrievalDataset], None]] = None
+
+
+def names() -> List[str]:
+    """Every kind, in order."""
+    return list(MODULES)
+
+
+def kind(name: str) -> Kind:
+    """One kind.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    if name not in MODULES:
+        raise UsageError(f"data format {name!r}: unknown; expected one of {', '.join(MODULES)}")
+    found: Kind = import_module(MODULES[name]).KIND
+    return found
+
+
+def read(
+    folder: Path, *, expected: str = "karpathy", named: Optional[str] = None, captions_format: str = "csv"
+) -> RetrievalDataset:
+    """Read a folder, as the kind that was named, or as what it holds.
+
+    Args:
+        expected: the spec's kind, which is taken where the folder holds it, or nothing that is recognised.
+        named: as the user says; taken whatever the folder holds.
+
+    Raises:
+        UsageError: there is no such kind or captions_format.
+        InputError: the folder holds several other kinds, or what is missing or wrong, with file and place.
+    """
+    if named is None and not kind(expected).find(folder):
+        others = {name: found for name in MODULES if name != expected and (found := kind(name).find(folder))}
+        if len(others) > 1:
+            listed = ", ".join(f"{found[0].name} ({name})" for name, found in others.items())
+            raise InputError(f"data {folder}: annotations of several kinds: {listed}; name one with --data-format")
+        expected = next(iter(others), expected)
+    return kind(named or expected).read(folder, captions_format)
+
+
+def expect(dataset: RetrievalDataset, *, images: int, captions: int) -> None:
+    """Hold a data set to the spec's counts; 0 takes any.
+
+    Raises:
+        InputError: another split, or an incomplete copy.
+    """
+    for what, found, wanted in (("images", dataset.image_ids, images), ("captions", dataset.captions, captions)):
+        if wanted and len(found) != wanted:
+            raise InputError(
+                f"data {dataset.folder}: {len(found)} {what}, the spec says {wanted}; "
+                f"it is another split or an incomplete copy"
+            )

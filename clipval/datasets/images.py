@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -13,6 +14,21 @@ from clipval.errors import InputError, one_line
 MOST_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb: its MAX_IMAGE_PIXELS
 # Named, so that no file is handed to a plugin that runs an outside program (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+# Their decoders differ, or Pillow has none: a picture would not be the same pixels everywhere.
+OTHERS = {
+    "AVIF": rb".{4}ftyp(avif|avis|mif1.{4}avif)",
+    "HEIC": rb".{4}ftyp(hei[cfmsx]|hev[cx]|mif1|msf1)",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "a git-lfs pointer (run git lfs pull)": rb"version https://git-lfs",
+    "a web page": rb"\s*(<!doctype html|<html)",
+    "SVG": rb"\s*(<\?xml|<svg)",
+    "a PDF": rb"%PDF",
+    "PostScript": rb"%!PS",
+    "a film": rb".{4}ftyp|\x1aE\xdf\xa3",
+    "packed by gzip": rb"\x1f\x8b",
+    "a zip archive": rb"PK\x03\x04",
+    "Photoshop's": rb"8BPS",
+}
 WIDE_MODES = ("I", "F")  # more than 8 bits a channel, which Pillow would clip to white instead of scaling
 _opening = threading.Lock()
 
@@ -41,9 +57,24 @@ def open_rgb(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"image {path}: too large to decode; scale it down ({error})") from error
     except Exception as error:  # each of Pillow's format plugins raises its own
+        codec = _codec(path)
+        if codec:
+            raise InputError(
+                f"image {path}: is {codec}, which is not read; expected one of {', '.join(FORMATS)}"
+            ) from error
         raise InputError(
             f"image {path}: cannot be read, not a picture or damaged ({one_line(error)}); replace it"
         ) from error
+
+
+def _codec(path: Path) -> str:
+    """What a file is that is none of `FORMATS`, by its first bytes; an empty string for what is not known."""
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(64)
+    except OSError:
+        return ""
+    return next((name for name, form in OTHERS.items() if re.match(form, start, re.S | re.I)), "")
 
 
 def _open(path: Path) -> Image.Image:

@@ -14,6 +14,8 @@ from typing import List, NamedTuple, Sequence, Tuple
 
 from PIL import Image, ImageDraw
 
+from clipval.datasets import Kind, karpathy
+
 ANNOTATIONS = "shapes_test_karpathy.txt"
 SEED_TEST = 20_001
 SEED_TRAIN = 10_001
@@ -227,3 +229,12 @@ def _draw_shape(
     else:  # a moon is a disc with a bite of the background
         pen.ellipse(box, fill=ink)
         pen.ellipse((x - r * 0.4, y - r * 1.05, x + r * 1.4, y + r * 0.75), fill=ground)
+
+
+KIND = Kind(
+    "shapes",
+    karpathy.HOLDS,
+    find=lambda folder: [],
+    read=karpathy.read,
+    draw=lambda folder, count: write(folder, count=count),
+)

@@ -7,8 +7,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from clipval import model, preprocess, retrieval
-from clipval.datasets import karpathy
+from clipval import datasets, model, preprocess, retrieval
 from clipval.gates import artifacts
 from tests.faults.table import REBUILD, fault
 
@@ -86,12 +85,12 @@ def one_caption_replaced() -> None:
 
 def dataset(change: Callable[[Any], Any]) -> None:
     """Change what the reader gives on."""
-    real = karpathy.read
+    real = datasets.read
 
     def read(*arguments: Any, **more: Any) -> Any:
         return change(real(*arguments, **more))
 
-    karpathy.read = read  # type: ignore[assignment]
+    datasets.read = read  # type: ignore[assignment]
 
 
 @fault("captions shuffled by one", "recall/pytorch/image_retrieval_recall@5", "queries")

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipval import datasets
 from clipval.datasets import RetrievalDataset, karpathy, shapes
 from clipval.errors import InputError, UsageError
 
@@ -123,7 +124,8 @@ def test_any_bytes_give_a_data_set_or_one_line(folder, content, captions_format)
         ("image,caption\n9.jpg,a\n", "line 2: image '9.jpg' is not in"),
         ('image,caption\n1.jpg,"a\nb"\n\n9.jpg,a\n', "line 5: image '9.jpg' is not in"),
         ("image,caption\n,a\n", "line 2: the image is empty"),
-        ("image;caption\n1.jpg;a\n", "line 1: 1 columns"),
+        ("image;caption\n1.jpg;a\n3.jpg;b;c\n", "line 3: 3 columns, .*caption that holds ';'"),
+        ("image caption\n1.jpg a\n", "line 1: 1 columns"),
         ("caption,image\na,1.jpg\n", "line 1: image 'caption' is not in"),
         ("sub/1.jpg,a\n", "line 1: image 'sub/1.jpg' is not in"),
         ("a/../1.jpg,a\n", "is not below the data folder"),
@@ -183,7 +185,9 @@ def test_a_csv_or_txt_is_found_if_it_is_the_only_one(folder):
     (folder / "captions.csv").write_text("1.jpg,a\n", encoding="utf-8")
     (folder / "._captions.csv").write_bytes(b"\0\5\x16\7")  # as macOS leaves on other disks
     assert karpathy.read(folder).captions == ("a",)
-    (folder / "notes.txt").write_text("x", encoding="utf-8")
+    (folder / "notes.txt").write_text("nothing of the kind", encoding="utf-8")
+    assert karpathy.read(folder).captions == ("a",)
+    (folder / "notes.txt").write_text("1.jpg,b", encoding="utf-8")
     with pytest.raises(InputError, match=r"captions.csv, notes.txt"):
         karpathy.read(folder)
 
@@ -216,9 +220,9 @@ def test_two_images_of_one_id(folder):
 
 def test_counts_are_held(folder):
     found = karpathy.read(annotate(folder, "1.jpg,a\n3.jpg,b\n"))
-    karpathy.expect(found, images=2, captions=0)
+    datasets.expect(found, images=2, captions=0)
     with pytest.raises(InputError, match="2 images, the spec says 1000"):
-        karpathy.expect(found, images=1000, captions=0)
+        datasets.expect(found, images=1000, captions=0)
 
 
 def test_the_fingerprint_follows_captions_and_pixels(folder):

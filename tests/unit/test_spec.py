@@ -63,7 +63,7 @@ def test_a_backend_without_figures_takes_pytorchs():
         (("value = 0.5", "value = 50.0"), "share in \\[0, 1\\]"),
         (("value = 0.5", "value = 0.5\nwithin = 2.0"), "within must be"),
         (('source = "me"', 'source = "me"\ntolerance = 0.1'), "unknown field `tolerance`"),
-        (('[data]\nname = "flickr30k"', '[data]\nname = "flickr30k"\nkind = "coco"'), "data.kind is 'coco'"),
+        (('[data]\nname = "flickr30k"', '[data]\nname = "flickr30k"\nkind = "tar"'), "data.kind is 'tar'"),
         (("title =", "title"), "spec .*mine.toml"),
         (('source = "me"', 'source = "me"\n[throughput]\nbatch_sizes = [0]'), "batch_sizes"),
     ],

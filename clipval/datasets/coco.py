@@ -1,0 +1,85 @@
+"""COCO's captions, `captions_val2014.json` or `coco_test_karpathy.json`.
+
+With Karpathy's `dataset_coco.json` beside it, its test split alone; else every image that it lists. Source: COCO's
+format of captions (`images[].id, file_name`, `annotations[].image_id, id, caption`), cocodataset.org/#format-data.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Dict, Iterator, List
+
+import msgspec
+
+from clipval.datasets import Kind, RetrievalDataset, karpathy_json
+from clipval.datasets.folder import Row, gather, one_of, parsed_json, recognised
+from clipval.errors import InputError, UsageError
+
+HOLDS = "COCO's captions as JSON: images with id and file_name, annotations with image_id and caption"
+
+
+class _Image(msgspec.Struct):
+    id: int
+    file_name: str
+
+
+class _Annotation(msgspec.Struct):
+    image_id: int
+    caption: str
+    id: int = 0
+
+
+class _Root(msgspec.Struct):
+    images: List[_Image]
+    annotations: List[_Annotation]
+
+
+def find(folder: Path) -> List[Path]:
+    """JSON files with captions of numbered images; none beside Karpathy's own file, which has its captions too."""
+    return [] if karpathy_json.find(folder) else _files(folder)
+
+
+def _files(folder: Path) -> List[Path]:
+    def recognises(ends: str) -> bool:
+        return bool(re.match(r"\s*\{", ends)) and '"image_id"' in ends and '"caption"' in ends
+
+    return recognised(folder, recognises)
+
+
+def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
+    """Read the captions, an image's in the order of their ids.
+
+    Raises:
+        UsageError: a captions_format of the recipe's file.
+        InputError: what is missing or wrong, with file and place.
+    """
+    if captions_format != "csv":
+        raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
+    file = one_of(folder, _files(folder), HOLDS)
+    root = parsed_json(file, _Root)
+    splits = karpathy_json.find(folder)
+    if splits:
+        chosen = one_of(folder, splits, karpathy_json.HOLDS)
+        names = [image.filename for image in karpathy_json.split(chosen)]
+    else:
+        names = [image.file_name for image in root.images]
+    return gather(folder, file, _rows(file, root, names))
+
+
+def _rows(file: Path, root: _Root, names: List[str]) -> Iterator[Row]:
+    captions: Dict[int, List[_Annotation]] = {}
+    for annotation in root.annotations:
+        captions.setdefault(annotation.image_id, []).append(annotation)
+    by_name = {image.file_name: image.id for image in root.images}
+    for name in names:
+        found = captions.get(by_name.get(name, -1), [])
+        if not found:
+            raise InputError(f"annotations {file}: no caption of image {name}; it is another year's or part's file")
+        for annotation in sorted(found, key=lambda one: one.id):
+            if not annotation.caption.strip():
+                raise InputError(f"annotations {file}, annotation {annotation.id}: the caption is empty")
+            yield Row(f"annotation {annotation.id}", name, annotation.caption.strip())
+
+
+KIND = Kind("coco", HOLDS, find, read)

@@ -1,0 +1,213 @@
+"""A folder of images beside one annotation file: find that file, place its images, group its captions.
+
+What each kind of data set has in common; how its annotation file is read stands in its own module.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Tuple, Type, TypeVar
+
+import msgspec
+import numpy as np
+
+from clipval.datasets import RetrievalDataset
+from clipval.errors import InputError, one_line
+
+Parsed = TypeVar("Parsed")
+ENDINGS = (".txt", ".csv", ".tsv", ".token", ".json")
+ENOUGH = 1 << 16  # bytes of either end of a file by which its kind is known
+
+
+class Row(NamedTuple):
+    """One annotation: where it stands in its file (`line 3`), the image's name as written, and the caption."""
+
+    where: str
+    image: str
+    caption: str
+
+
+def gather(folder: Path, annotations: Path, rows: Iterable[Row]) -> RetrievalDataset:
+    """The data set of some rows. Rows of one image need not be adjacent, and it may have any number of captions.
+
+    A caption may occur twice, for one image or for two (Flickr30k has one): each row is a caption with its own id.
+
+    Args:
+        folder: images may lie in sub-folders, linked ones too; images without a caption are not part of the set.
+
+    Raises:
+        InputError: what is missing or wrong, with file and place.
+    """
+    kept = list(rows)
+    if not kept:
+        raise InputError(f"annotations {annotations}: no captions in it")
+    paths = _place(folder, annotations, kept)
+    grouped: Dict[str, List[str]] = {}
+    for row in kept:
+        grouped.setdefault(paths[row.image].stem, []).append(row.caption)
+    by_id = {path.stem: path for path in paths.values()}
+    ids = tuple(grouped)
+    return RetrievalDataset(
+        folder=folder,
+        image_ids=ids,
+        image_paths=tuple(by_id[name] for name in ids),
+        captions=tuple(caption for name in ids for caption in grouped[name]),
+        caption_ids=tuple(f"{name}_{k}" for name in ids for k in range(len(grouped[name]))),
+        image_of_caption=np.repeat(np.arange(len(ids), dtype=np.int64), [len(grouped[name]) for name in ids]),
+    )
+
+
+def annotation_files(folder: Path) -> List[Path]:
+    """Files of a folder that may be annotations, by their endings.
+
+    Raises:
+        InputError: there is no such folder, or it cannot be listed.
+    """
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
+        raise InputError(f"data {folder}: no such folder; expected images beside one annotation file")
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"data {folder}: cannot be listed ({error.strerror}); check its permissions") from error
+    # Hidden files are not meant: macOS leaves a "._x" beside each x that it copies.
+    return [folder / name for name in names if name.lower().endswith(ENDINGS) and name[0] != "."]
+
+
+def recognised(folder: Path, recognises: Callable[[str], bool]) -> List[Path]:
+    """Annotation files whose content `recognises` takes: it is given both ends of a file as text."""
+    return [path for path in annotation_files(folder) if recognises(_ends(path))]
+
+
+def one_of(folder: Path, files: List[Path], holds: str) -> Path:
+    """The only file, or the only one named as the recipe's.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    named = [path for path in files if path.stem.endswith("_karpathy")]
+    for found in (named, files):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise InputError(f"data {folder}: several annotation files ({names}); keep one")
+    raise InputError(f"data {folder}: no annotation file; expected images beside {holds}")
+
+
+def _ends(path: Path) -> str:
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(ENOUGH)
+            size = os.fstat(stream.fileno()).st_size
+            if size > ENOUGH:
+                stream.seek(max(ENOUGH, size - ENOUGH))
+                data += stream.read(ENOUGH)
+    except OSError:
+        return ""  # reading it whole will say why
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def text_of(file: Path) -> str:
+    """An annotation file's text.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"annotations {file}, line {line}: not UTF-8; save the file as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"annotations {file}: cannot be read ({error.strerror})") from error
+    if "\0" in text:
+        raise InputError(f"annotations {file}: holds NUL bytes, so it is not a text file")
+    return text
+
+
+def parsed_json(file: Path, kind: Type[Parsed]) -> Parsed:
+    """A JSON annotation file as msgspec's struct.
+
+    Raises:
+        InputError: it cannot be read, or a field is missing or of another type.
+    """
+    try:
+        return msgspec.json.decode(text_of(file).encode("utf-8"), type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"annotations {file}: not the JSON that is expected ({one_line(error)})") from error
+
+
+def _place(folder: Path, annotations: Path, rows: List[Row]) -> Dict[str, Path]:
+    """The file of each image, by its name as the rows write it; no two files have one id."""
+    files: Dict[str, List[Path]] = {}
+    for path in _walk(folder):
+        files.setdefault(path.name, []).append(path)
+    placed: Dict[str, Path] = {}
+    owners: Dict[str, Path] = {}
+    for row in rows:
+        if row.image in placed:
+            continue
+        path = placed[row.image] = _resolve(folder, files, annotations, row)
+        known = owners.setdefault(path.stem, path)
+        if known != path:
+            where = f"annotations {annotations}, {row.where}"
+            raise InputError(f"{where}: {path} and {known} have one id, {path.stem!r}; rename one and its rows")
+    return placed
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below the folder, through linked folders too: one walk, not one look-up a caption."""
+    waiting: List[Tuple[str, FrozenSet[str]]] = [(str(folder), frozenset())]
+    while waiting:
+        parent, above = waiting.pop()
+        real = os.path.realpath(parent)
+        if real in above:  # a link back up
+            continue
+        try:
+            entries = list(os.scandir(parent))
+        except OSError:  # such as lost+found; an image in there is reported as missing
+            continue
+        for entry in entries:
+            try:
+                if entry.is_dir():
+                    waiting.append((entry.path, above | {real}))
+                elif entry.is_file():
+                    yield Path(entry.path)
+            except OSError:  # a link to itself
+                continue
+
+
+def _resolve(folder: Path, files: Dict[str, List[Path]], annotations: Path, row: Row) -> Path:
+    where = f"annotations {annotations}, {row.where}"
+    written = Path(row.image.replace("\\", "/"))
+    if not written.parts or ".." in written.parts or written.is_absolute():
+        raise InputError(f"{where}: image {row.image[:80]!r} is not below the data folder; name it relative to that")
+    found = files.get(written.name, [])
+    if folder / written in found:
+        return folder / written
+    if len(written.parts) == 1 and len(found) == 1:
+        return found[0]
+    if len(written.parts) == 1 and found:
+        one, other = sorted(found)[:2]
+        raise InputError(f"{where}: image {row.image[:80]!r} lies in several folders: {one} and {other}; name its own")
+    raise InputError(f"{where}: image {row.image[:80]!r} is not in {folder}; {_near(written, files)}")
+
+
+def _near(written: Path, files: Dict[str, List[Path]]) -> str:
+    """What to do about an image that is missing; one that differs in case, ending or Unicode form is shown."""
+
+    def form(name: str) -> str:
+        return unicodedata.normalize("NFC", name)
+
+    keys: Dict[str, Callable[[str], str]] = {
+        "in its Unicode form": form,
+        "in case": lambda name: form(name).casefold(),
+        "in its ending": lambda name: form(os.path.splitext(name)[0]).casefold(),
+    }
+    for differs, key in keys.items():
+        near = sorted(name for name in files if key(name) == key(written.name))
+        if near:
+            return f"{near[0]!r} is there, which differs {differs}: rename it, or change its rows"
+    return "copy it there or take out its rows"

@@ -1,0 +1,78 @@
+"""Karpathy's own file, `dataset_flickr30k.json` (or `_flickr8k`, `_coco`): every split; the recipe's is `test`.
+
+Source: cs.stanford.edu/people/karpathy/deepimagesent, caption_datasets.zip:
+`images[].filename, split, sentences[].raw`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Iterator, List
+
+import msgspec
+
+from clipval.datasets import Kind, RetrievalDataset
+from clipval.datasets.folder import Row, gather, one_of, parsed_json, recognised
+from clipval.errors import InputError, UsageError
+
+HOLDS = "Karpathy's dataset_flickr30k.json: images, each with filename, split and sentences"
+SPLIT = "test"
+
+
+class _Sentence(msgspec.Struct):
+    raw: str
+
+
+class Image(msgspec.Struct):
+    filename: str
+    split: str
+    sentences: List[_Sentence]
+
+
+class _Root(msgspec.Struct):
+    images: List[Image]
+
+
+def find(folder: Path) -> List[Path]:
+    """JSON files whose images have sentences."""
+    return recognised(folder, lambda ends: bool(re.match(r"\s*\{", ends)) and '"sentences"' in ends)
+
+
+def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
+    """Read the test split.
+
+    Raises:
+        UsageError: a captions_format of the recipe's file.
+        InputError: what is missing or wrong, with file and place.
+    """
+    if captions_format != "csv":
+        raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
+    file = one_of(folder, find(folder), HOLDS)
+    return gather(folder, file, _rows(file, split(file)))
+
+
+def split(file: Path) -> List[Image]:
+    """The images of the test split.
+
+    Raises:
+        InputError: the file cannot be read, or has none.
+    """
+    images = parsed_json(file, _Root).images
+    found = [image for image in images if image.split == SPLIT]
+    if not found:
+        others = ", ".join(sorted({image.split for image in images})) or "no images"
+        raise InputError(f"annotations {file}: no image of the split {SPLIT!r} (it has {others}); get the whole file")
+    return found
+
+
+def _rows(file: Path, images: List[Image]) -> Iterator[Row]:
+    for image in images:
+        where = f"image {image.filename}"
+        for sentence in image.sentences:
+            if not sentence.raw.strip():
+                raise InputError(f"annotations {file}, {where}: the caption is empty")
+            yield Row(where, image.filename, sentence.raw.strip())
+
+
+KIND = Kind("karpathy_json", HOLDS, find, read)
