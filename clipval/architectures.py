@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from clipval import environment, export, model, parity, probe
+from clipval.arrays import spread
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.errors import ClipvalError, one_line
@@ -114,7 +115,7 @@ def _distance(loaded: model.Model, name: str, tower: Tower, folder: Path, seed: 
     file = folder / f"{name.replace('/', '_')}_{tower.name}.onnx"
     export.export(loaded, tower, file, metadata={"clipval.model": name})
     inputs = probe_inputs(loaded, name, tower, seed)
-    picked = np.unique(np.linspace(0, len(inputs.ids) - 1, SAMPLES).round().astype(int))
+    picked = spread(len(inputs.ids), SAMPLES)
     reference, found = PytorchBackend(tower, model.encoder(loaded, tower)), OnnxBackend(tower, file)
     pairs = [(reference.run(inputs.rows[[n]]), found.run(inputs.rows[[n]])) for n in picked]
     found.close()

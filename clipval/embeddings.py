@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from clipval import arrays
+from clipval import arrays, store
 from clipval.arrays import Rows
 from clipval.errors import InputError, one_line
 from clipval.towers import Tower
@@ -118,14 +117,11 @@ def write(folder: Path, embeddings: Embeddings) -> None:
 
 def _publish(folder: Path, embeddings: Embeddings) -> None:
     """Write beside the folder and move into place: half a folder would be evaluated as if it were a smaller set."""
-    scratch = folder.with_name(f"{folder.name}.writing")
+    with store.aside(folder) as scratch:
 
-    def save(n: int) -> None:
-        np.save(scratch / f"{embeddings.ids[n]}_0.npy", embeddings.values[n : n + 1])
+        def save(n: int) -> None:
+            np.save(scratch / f"{embeddings.ids[n]}_0.npy", embeddings.values[n : n + 1])
 
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
-    try:
-        scratch.mkdir(parents=True)
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(save, range(len(embeddings.ids))))
         if not folder.exists():
@@ -133,8 +129,6 @@ def _publish(folder: Path, embeddings: Embeddings) -> None:
             return
         for path in scratch.iterdir():
             os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read(folder: Path, width: Optional[int] = None) -> Embeddings:

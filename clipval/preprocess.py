@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clipval.arrays import PreparedRows as PreparedRows
+from clipval.arrays import PreparedRows
 from clipval.datasets.images import open_rgb
 from clipval.model import Model, check_tokens
 from clipval.towers import Tower

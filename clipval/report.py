@@ -5,14 +5,12 @@ A report holds what was judged and shows it; it judges nothing. `compare` sets t
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 import msgspec
 
-from clipval import evidence
+from clipval import evidence, store
 from clipval.errors import InputError
 from clipval.evidence import Assets as Assets
 from clipval.results import FAIL, INFO, PASS, Figure
@@ -94,7 +92,7 @@ def write(folder: Path, run: Run, assets: Assets) -> List[Path]:
         path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(path, make())
+            store.write(path, make().encode())
         except OSError as error:
             raise InputError(f"report {path}: cannot be written ({error.strerror or error})") from error
         written.append(path)
@@ -126,18 +124,6 @@ def _encode(run: Run) -> str:
 def _plain(value: Any) -> Any:
     """A numpy value as Python's own; anything else as its text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-        os.chmod(scratch, 0o644)  # mkstemp's files are private; a report is for others
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
 
 
 def markdown(run: Run) -> str:

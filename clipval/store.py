@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Set, Union
 
@@ -166,17 +167,12 @@ class Store:
             return False
 
     def _build(self, folder: Path, key: Dict[str, Any], build: Build) -> None:
-        scratch = folder.with_name(folder.name + ".building")
-        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
         shutil.rmtree(folder, ignore_errors=True)
-        scratch.mkdir()
-        try:
+        with aside(folder) as scratch:
             build(scratch)
             manifest = {"key": key, "built": time.time(), "files": _list(scratch)}
             (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             os.replace(str(scratch), str(folder))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
     def _explain(self, error: OSError) -> str:
         # numpy's own "requested and written" has no number, and a short write means a full disk
@@ -186,6 +182,31 @@ class Store:
             return f"work directory {self.root}: cannot be written ({error.strerror}); give another --workdir"
         where = error.filename or self.root
         return f"{where}: {error.strerror or error}; check it, or give another --workdir"
+
+
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """An empty folder next to one that is being made, to be moved into its place when it is complete."""
+    scratch = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file at once or not at all; its folder must exist."""
+    descriptor, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=str(file.absolute().parent))
+    try:
+        with open(descriptor, "wb") as stream:
+            stream.write(content)
+        os.chmod(scratch, 0o644)  # mkstemp's files are private; these are for others too
+        os.replace(scratch, str(file))
+    except BaseException:
+        os.unlink(scratch)
+        raise
 
 
 def _list(folder: Path) -> Dict[str, Dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from clipval import preprocess
+from clipval.arrays import spread
 from clipval.diagnose import checks, graph, ladder
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
 from clipval.diagnose.locate import EXCESS
@@ -24,8 +25,7 @@ WORKED = 1e-4  # a runtime's own embedding and that of the graph node by node di
 def samples(chain: Any, tower: Tower, named: Sequence[str] = (), count: int = SAMPLES) -> np.ndarray:
     """Indices of the samples that are looked at: the named ones first, then others spread over the data."""
     ids = chain.prepared.rows[tower.name].ids
-    spread = np.linspace(0, len(ids) - 1, min(len(ids), count)).round().astype(int).tolist()
-    chosen = [*(ids.index(name) for name in named if name in ids), *spread]
+    chosen = [*(ids.index(name) for name in named if name in ids), *spread(len(ids), count).tolist()]
     return np.array(list(dict.fromkeys(chosen))[: max(count, 1)])
 
 

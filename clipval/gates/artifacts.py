@@ -8,12 +8,13 @@ from typing import List, Sequence, Tuple
 
 import numpy as np
 
+from clipval.arrays import PreparedRows, spread
 from clipval.backends import Identity, kind
 from clipval.datasets import RetrievalDataset
 from clipval.export import check, read_metadata
 from clipval.gates.gate import ACCURACY, Gate, judge
 from clipval.model import Model
-from clipval.preprocess import PreparedRows, each_in_threads, expected_pixels, pixels, tokens
+from clipval.preprocess import each_in_threads, expected_pixels, pixels, tokens
 from clipval.results import Figure
 from clipval.spec import Spec
 from clipval.towers import Tower
@@ -38,7 +39,7 @@ def prepared_images(
     Args:
         digests: one per image, equal for equal pixels: [n].
     """
-    picked = np.unique(np.linspace(0, len(data) - 1, min(len(data), COMPARED_IMAGES)).round().astype(int))
+    picked = spread(len(data), COMPARED_IMAGES)
     side, stated = data.tower.row_shape[-1], spec.preprocess
 
     def compare(n: int) -> Tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
-from clipval import parity
+from clipval import arrays, parity
 from clipval.backends import REFERENCE, Identity
 from clipval.embeddings import Embeddings
 from clipval.errors import InputError
@@ -64,7 +64,7 @@ def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray)
         rows: one digest per input, equal for equal inputs: [n].
     """
     gate = DISTINCT.of(where.name, tower.name)
-    unit = _unit(found.values)
+    unit = np.nan_to_num(arrays.unit(found.values))
     _, first = np.unique(rows, return_index=True)
     unit = unit[np.sort(first)]
     names = [found.ids[n] for n in np.sort(first)]
@@ -77,13 +77,6 @@ def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray)
         judge(gate, "inputs with one embedding", twins, "<=", limit, unit="samples", worst=worst, **common),
         judge(gate, "spread (1 - |mean|^2)", spread, ">=", 1e-3, unit="absolute", **common),
     ]
-
-
-def _unit(values_: np.ndarray) -> np.ndarray:
-    wide = values_.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        unit: np.ndarray = np.nan_to_num(wide / np.linalg.norm(wide, axis=1, keepdims=True))
-    return unit
 
 
 def _nearest(unit: np.ndarray) -> Any:
@@ -103,7 +96,7 @@ def _nearest(unit: np.ndarray) -> Any:
 
 def invariance_samples(count: int) -> np.ndarray:
     """Indices spread over the set, the last sample among them: it is the one that padding stands behind."""
-    return np.unique(np.linspace(0, count - 1, min(count, INVARIANCE_SAMPLES)).round().astype(int))
+    return arrays.spread(count, INVARIANCE_SAMPLES)
 
 
 def invariance(

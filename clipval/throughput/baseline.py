@@ -12,13 +12,13 @@ alarms falsely in 0.5 % (0) of nights; a loss of 10 % of a row is seen in 99.4 %
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import msgspec
 import numpy as np
 
+from clipval import store
 from clipval.errors import InputError
 from clipval.throughput import noise
 from clipval.throughput.machine import SETTLED
@@ -125,9 +125,7 @@ def slow_sessions(sessions: Sequence[Baseline]) -> List[int]:
 def save(baseline: Baseline, file: Path) -> None:
     """Write the file at once or not at all."""
     file.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(file.name + ".new")
-    scratch.write_bytes(msgspec.json.format(msgspec.json.encode(baseline), indent=1))
-    os.replace(str(scratch), str(file))
+    store.write(file, msgspec.json.format(msgspec.json.encode(baseline), indent=1))
 
 
 def load(file: Path) -> Baseline:

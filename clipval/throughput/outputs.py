@@ -7,6 +7,7 @@ from typing import Callable, List, NamedTuple, Sequence
 
 import numpy as np
 
+from clipval import arrays
 from clipval.backends import Backend
 from clipval.parity import compare
 from clipval.throughput.feed import Feed
@@ -40,7 +41,7 @@ def check_outputs(backend: Backend, feed: Feed, expected: Expected) -> str:
     known: List[float] = []
     given: List[np.ndarray] = []
     for index, batch in zip(feed.indices[:2], feed.batches[:2]):
-        spread = np.unique(np.linspace(0, len(batch) - 1, CHECKED_ROWS).round().astype(int))
+        spread = arrays.spread(len(batch), CHECKED_ROWS)
         start = time.perf_counter()
         found = backend.run(batch)
         known.append(time.perf_counter() - start)

@@ -12,6 +12,7 @@ from typing import Callable, Dict, Tuple
 
 import numpy as np
 
+from clipval.arrays import PreparedRows
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.chain import Chain
@@ -19,7 +20,7 @@ from clipval.embeddings import Embeddings, embed
 from clipval.gates import artifacts, embeddings, parity, retrieval
 from clipval.model import encoder, load
 from clipval.options import Settings
-from clipval.preprocess import PreparedRows, expected_pixels
+from clipval.preprocess import expected_pixels
 from clipval.retrieval import evaluate
 from tests import small
 from tests.faults.in_data import noisy

@@ -257,8 +257,8 @@ def test_half_a_folder_never_appears(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="out: cannot be written .*0 written"):
             embeddings.write(tmp_path / "out", some())
     assert not list(tmp_path.iterdir())
-    (tmp_path / "out.writing").mkdir()
-    (tmp_path / "out.writing" / "old_0.npy").write_bytes(b"from a run that was killed")
+    (tmp_path / "out.building").mkdir()
+    (tmp_path / "out.building" / "old_0.npy").write_bytes(b"from a run that was killed")
     embeddings.write(tmp_path / "out", some())
     assert len(embeddings.read(tmp_path / "out").ids) == 12
 

@@ -82,7 +82,7 @@ def test_a_failed_replacement_leaves_the_old_report_and_no_scratch(tmp_path, mon
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", refuse)
+    monkeypatch.setattr(report.store.os, "replace", refuse)
     with pytest.raises(InputError, match="No space left"):
         report.write(tmp_path, make(title="another"), Assets())
 
