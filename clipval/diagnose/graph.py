@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
 
@@ -88,7 +89,7 @@ class Graph:
         """The node that makes a tensor."""
         return self.nodes[self.producer[tensor]]
 
-    @property
+    @cached_property
     def named(self) -> bool:
         """Most nodes that compute something carry their module's path."""
         found = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from clipval.diagnose.twin import Twin
 
 PAIRED = 2  # samples that decide which tensor is which tap; torch takes other operators for one than for several
 UNRELATED = 1.3  # two tensors that have nothing to do with each other are 1.4 apart
+PASSED_ON = 0.1  # a residual sum keeps at least this share of the error of what is added to it
 CLOSE = 0.3  # a tensor that feeds good ones is this tap's only if it is close to it
 # What an operator of PyTorch becomes: by this a tensor is chosen where no value agrees.
 KINDS = {
@@ -50,16 +51,28 @@ class Ladder:
     tensors: Dict[int, str]
 
     def first(self) -> Optional[int]:
-        """Number of the tap where the error of the embedding starts; the worst start where the embedding is good."""
+        """Number of the tap where the error of the embedding starts.
+
+        In 16 bits a part that is worse than its precision may drown in the noise of what follows: where the embedding
+        is good, that is the worst such part.
+        """
         names = list(map(str, self.rungs))
         good = {str(n): None if rung.error is None else rung.good for n, rung in self.rungs.items()}
         above = {name: list(map(str, self.recorded.taps[int(name)].parents)) for name in names}
-        start = suspects(good, above, str(self.recorded.output))
-        if not start and good[str(self.recorded.output)]:
+        output = str(self.recorded.output)
+        start = suspects(good, above, output)
+        if not start and good[output] and self.graph.precision != "fp32":
             bad = [name for name in names if good[name] is False]
-            start = [name for name in bad for found in [suspects(good, above, name)] if name in found]
+            start = [name for name in bad if name in suspects(good, above, name)]
             start.sort(key=lambda name: -(self.rungs[int(name)].excess or 0))
         return int(start[0]) if start else None
+
+
+def seen(rungs: Dict[int, Rung], recorded: taps.Recorded, number: int) -> bool:
+    """What is computed from a tap has a share of its error; else the graph lacks it, and another tensor was taken."""
+    own = rungs[number].error or 0.0
+    children = [rungs[n] for n in rungs if number in recorded.taps[n].parents]
+    return not children or any(rung.error is None or rung.error > PASSED_ON * own for rung in children)
 
 
 def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Optional[graph.Graph] = None) -> Ladder:
@@ -173,7 +186,10 @@ def measure(recorded: taps.Recorded, candidate: graph.Graph, chosen: Dict[int, s
             op=node.op if node else "",
             module=tap.module,
         )
-    return Ladder(recorded, candidate, rungs, chosen)
+    for n in [n for n, rung in rungs.items() if rung.error is not None and not rung.good]:
+        if not seen(rungs, recorded, n):
+            rungs[n] = replace(rungs[n], error=None, tensor="", node="", op="")
+    return Ladder(recorded, candidate, rungs, {n: name for n, name in chosen.items() if n in rungs and rungs[n].tensor})
 
 
 def errors_of(
