@@ -5,7 +5,7 @@ Data flows one way, and a module imports only from its left:
 errors -> towers -> results, store, environment, arrays -> ascend -> backends, datasets -> options -> spec
 -> embeddings -> model -> preprocess, probe -> export -> parity, ranks, doctor
 -> retrieval, architectures -> chain -> throughput -> gates, diagnose -> plots -> evidence -> report -> run
--> plugin -> train_shapes, commands -> cli -> __main__
+-> promise, entry, supervise -> plugin -> train_shapes, commands -> cli -> __main__
 
 A module of a package counts as the package. `tests/unit/test_layering.py` holds the imports to this.
 """

@@ -1,7 +1,4 @@
-"""Every option once: `add_options` declares them for pytest and for the command line, `Settings` holds their values.
-
-This module is also the pytest plugin `clipval-options` of the installed package, which only declares the options.
-"""
+"""Every option once: `add_options` declares them for pytest and for the command line, `Settings` holds their values."""
 
 from __future__ import annotations
 
@@ -42,6 +39,7 @@ class Settings(BackendSettings):
     perf_noise: Optional[float] = None
     baseline: Optional[Path] = None
     report: Optional[Path] = None
+    gate: Optional[Tuple[str, ...]] = None
 
     @classmethod
     def of(cls, namespace: Any) -> Settings:
@@ -71,6 +69,13 @@ def _backends(text: str) -> Tuple[str, ...]:
     unknown = [name for name in given if name not in known]
     if unknown or not given:
         raise argparse.ArgumentTypeError(f"unknown backend {(unknown or ['(none)'])[0]!r}; known: {', '.join(known)}")
+    return given
+
+
+def _listed(text: str) -> Tuple[str, ...]:
+    given = tuple(dict.fromkeys(part.strip(" /") for part in text.split(",") if part.strip(" /")))
+    if not given:
+        raise argparse.ArgumentTypeError(f"no gate in {text!r}; expected ids such as parity/onnx/text")
     return given
 
 
@@ -178,6 +183,11 @@ def table() -> Dict[str, Dict[str, Any]]:
         },
         "--baseline": {"type": Path, "metavar": "FILE", "help": "throughput must not fall below this baseline"},
         "--report": {"type": Path, "metavar": "DIR", "help": "write report.json, report.md, report.html there"},
+        "--gate": {
+            "type": _listed,
+            "metavar": "LIST",
+            "help": "judge these gates alone, e.g. parity/onnx/text or parity",
+        },
     }
 
 
@@ -196,8 +206,24 @@ def add_options(add: Callable[..., Any], only: Optional[List[str]] = None) -> No
             add(flag, **{**keywords, "dest": name, "default": default, "help": keywords["help"] + shown})
 
 
+def arguments(settings: Settings) -> List[str]:
+    """The settings as a command line, less what says where a run writes: to repeat a run in part."""
+    found: List[str] = []
+    for flag in table():
+        name = flag[2:].replace("-", "_")
+        value = getattr(settings, name)
+        if value == getattr(Settings(), name) or name in ("gate", "rebuild", "report"):
+            continue
+        shown = shlex.join(value) if name == "atc_flags" else _show(value)
+        found.append(flag if value is True else f"{flag}={shown}")
+    return found
+
+
 def pytest_addoption(parser: Any) -> None:
-    """Declare the options to pytest before it reads its command line."""
+    """Declare the options to pytest before it reads its command line; once, whoever asks for it."""
+    if getattr(parser, "clipval", False):
+        return
+    parser.clipval = True
     add_options(parser.getgroup("clipval", "clipval: what is validated, and how").addoption)
 
 

@@ -6,43 +6,58 @@ tests name their gate, `@pytest.mark.gate(VALUES)`; its cases become the test's 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Generator, List, Optional, Sequence
 
 import pytest
-from _pytest.mark.expression import Expression
 
-from clipval import evidence, gates, options, report
+from clipval import evidence, gates, options, promise, report, supervise
 from clipval.chain import Chain
 from clipval.errors import ClipvalError
 from clipval.results import FAIL, Figure, from_json, to_json
-from clipval.run import Account, results_file
-from clipval.throughput import baseline
+from clipval.run import Account
 
 CHAIN: pytest.StashKey[Chain] = pytest.StashKey()
 ACCOUNT: pytest.StashKey[Account] = pytest.StashKey()
 STARTED: pytest.StashKey[float] = pytest.StashKey()
+UNWATCHED: pytest.StashKey[str] = pytest.StashKey()
 FIGURES: pytest.StashKey[List[Figure]] = pytest.StashKey()
 
 
-def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    if not pluginmanager.has_plugin("clipval-options"):  # clipval is run from its folder without being installed
-        options.pytest_addoption(parser)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options.pytest_addoption(parser)  # clipval is run from its folder without being installed, or from another folder
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Start again with our pytest.ini where pytest took another folder of the command line for the tests' root.
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, None]:
+    """Run under supervision, and with our pytest.ini.
 
-    It does so for the value of an option that is an existing path outside this project, before any plugin is loaded.
+    pytest takes another folder for the tests' root where the value of an option is an existing path outside this
+    project; it does so before any plugin is loaded, so the only cure is to start again.
     """
     ini, args = _root(config) / "pytest.ini", [str(argument) for argument in config.invocation_params.args]
-    if config.inipath != ini and config.option.inifilename is None and args == sys.argv[1:]:
-        os.execv(sys.executable, [sys.executable, "-m", "pytest", "-c", str(ini), *args])
+    if args == sys.argv[1:] and not hasattr(config, "workerinput"):  # not a program that calls pytest.main
+        if config.inipath != ini and config.option.inifilename is None:
+            os.execv(sys.executable, [sys.executable, "-m", "pytest", "-c", str(ini), *args])
+        config.stash[UNWATCHED] = supervise.why_not()
+        code = None if config.stash[UNWATCHED] else supervise.fork(partial(_say, config))
+        if code is not None:
+            os._exit(code)  # what others do at the end of a process is the child's to do, and done
+    outcome = yield
+    if outcome.excinfo is None:
+        supervise.close(outcome.get_result())
+
+
+def _say(config: pytest.Config, line: str) -> None:
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _root(config: pytest.Config) -> Path:
@@ -59,15 +74,24 @@ def pytest_configure(config: pytest.Config) -> None:
     settings = _shared_threads(config, options.Settings.of(config.option))
     config.stash[STARTED] = getattr(config, "workerinput", {}).get("clipval_started", time.time())
     config.stash[CHAIN] = Chain(settings, config.stash[STARTED] if settings.rebuild else None)
-    json_file = getattr(config.option, "benchmark_json", None)
-    if json_file:  # pytest-benchmark would lose every figure at the end for want of its folder
-        file = json_file if isinstance(json_file, Path) else Path(json_file.name)  # pytest-benchmark 4 opens it itself
-        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    reports = not hasattr(config, "workerinput") and not config.option.collectonly
+    line = promise.Line(
+        config.option,
+        folder=config.invocation_params.dir,
+        acceptance=_acceptance(config),
+        distributed=_distributed(config),
+        timer=config.pluginmanager.has_plugin("benchmark"),
+    )
     try:
-        config.stash[ACCOUNT] = _account(config)
+        config.stash[ACCOUNT] = promise.account(config.stash[CHAIN], line)
+        if reports:
+            promise.check_outputs(config.option)
     except ClipvalError as error:
         raise pytest.UsageError(str(error)) from None
-    if not hasattr(config, "workerinput") and not config.option.collectonly:
+    unwatched = config.stash.get(UNWATCHED, "")
+    if unwatched:
+        config.stash[ACCOUNT].notes.append(f"the exit code: nothing watches this process, as {unwatched}")
+    if reports:
         config.pluginmanager.register(Keeper(config))  # without a name, so that -p no:NAME cannot switch it off
 
 
@@ -82,67 +106,6 @@ def _shared_threads(config: pytest.Config, settings: options.Settings) -> option
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     node.workerinput["clipval_started"] = node.config.stash[STARTED]
-
-
-def plan(config: pytest.Config) -> gates.Plan:
-    """What this run validates, as far as its gates depend on it."""
-    chain = config.stash[CHAIN]
-    settings = chain.settings
-    return gates.Plan(chain.spec, settings.validated, chain.batch_sizes, chain.trained, settings.baseline is not None)
-
-
-def _account(config: pytest.Config) -> Account:
-    """The account of this run, with what it promises: the gates that `-m` selects."""
-    settings = config.stash[CHAIN].settings
-    found = gates.promised(plan(config))  # reads the spec, so that a mistake in it is a usage error of any run
-    promised = [name for name, gate in found.items() if _selects(config.option.markexpr, gate)]
-    kinds = {found[name].kind for name in promised}
-    if settings.baseline is not None:  # read now: a comparison that was asked for is made, or fails
-        baseline.load(settings.baseline)
-        if gates.PERF not in kinds:
-            raise pytest.UsageError("--baseline compares throughput, which -m leaves out; add perf to it")
-    said, deliberate = _narrowing(config)
-    account = Account(promised, results_file(settings.workdir), narrowed_by=said)
-    account.deliberate = deliberate and not settings.strict
-    account.always = [name for name in promised if found[name] is gates.BASELINE]
-    if _distributed(config):
-        compared = settings.strict or settings.baseline is not None or gates.ACCURACY not in kinds
-        if gates.PERF in kinds and compared and not (account.deliberate and settings.baseline is None):
-            raise pytest.UsageError("throughput cannot be measured by several workers at once; run perf without -n")
-        account.promised = [name for name in promised if found[name].kind != gates.PERF]
-        account.notes.append("throughput: several workers cannot measure it")
-    return account
-
-
-def _selects(expression: str, gate: gates.Gate) -> bool:
-    """Whether `-m` selects the gate's test; of an expression that pytest itself will refuse, everything."""
-    try:
-        compiled = Expression.compile(expression) if expression else None
-    except Exception:  # its class is another one in each pytest
-        return True
-    return compiled is None or compiled.evaluate(lambda name, /, **_: name in (gate.kind, "gate"))
-
-
-def _narrowing(config: pytest.Config) -> Tuple[List[str], bool]:
-    """Options that leave tests out, and whether the person asked by one of them for less than the whole run.
-
-    `--deselect` and `--ignore` are for tests that are broken; a promise that loses gates to them fails.
-    """
-    option = config.option
-    said = [f"-k {option.keyword!r}"] if option.keyword else []
-    said += [flag for flag, name in (("--lf", "lf"), ("--sw", "stepwise")) if getattr(option, name, False)]
-    if option.file_or_dir and not any(_covers(config, str(name)) for name in option.file_or_dir):
-        said.append("the paths given")
-    deliberate = bool(said)
-    said += [f"--{name.replace('_', '-')}" for name in ("deselect", "ignore", "ignore_glob") if getattr(option, name)]
-    return said, deliberate
-
-
-def _covers(config: pytest.Config, argument: str) -> bool:
-    """An argument of the command line names all acceptance tests."""
-    acceptance = _acceptance(config)
-    path = (config.invocation_params.dir / argument).resolve()
-    return "::" not in argument and path in (acceptance, *acceptance.parents)
 
 
 def _distributed(config: pytest.Config) -> bool:
@@ -169,7 +132,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is None or not marker.args[0].params:
         return
     params = marker.args[0].params
-    cases = marker.args[0].cases(plan(metafunc.config))
+    cases = marker.args[0].cases(promise.plan(metafunc.config.stash[CHAIN]))
     names = ["-".join(f"bs{one}" if isinstance(one, int) else one for one in case) for case in cases]
     metafunc.parametrize(params, cases or [("absent",) * len(params)], ids=names or ["absent"])
 
@@ -183,10 +146,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     """Leave out what cannot apply: recall of random weights, gates of a lone backend, perf under several workers."""
-    here = plan(config)
+    here, chosen = promise.plan(config.stash[CHAIN]), config.stash[ACCOUNT].chosen
 
     def applies(item: pytest.Item) -> bool:
         gate = _gate(item)
+        if chosen is not None:
+            return _gate_id(item) in chosen
         if gate is None:
             return True
         return _gate_id(item) in gate.ids(here) and not (gate.kind == gates.PERF and _distributed(config))
@@ -239,7 +204,11 @@ class Recorder:
         failed = [one.message for one in figures if one.verdict == FAIL]
         assert figures, "a gate without a figure"
         if failed:
-            pytest.fail("\n".join(failed), pytrace=False)
+            pytest.fail("\n".join([*failed, _again(self.item)]), pytrace=False)
+
+
+def _again(item: pytest.Item) -> str:
+    return f"to judge this gate alone: {item.config.stash[ACCOUNT].again} --gate={_gate_id(item)}"
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -250,7 +219,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if _gate(item) is None:
         return
     if call.excinfo is not None and isinstance(call.excinfo.value, ClipvalError):
-        made.longrepr = str(call.excinfo.value)
+        made.longrepr = f"{call.excinfo.value}\n{_again(item)}"
     if made.skipped:  # an expected failure too
         made.outcome = "failed"
         made.longrepr = f"{item.name}: skipped, and a gate must not be skipped: {made.longrepr}"
@@ -264,7 +233,8 @@ def _failure(item: pytest.Item, call: pytest.CallInfo[None]) -> Dict[str, str]:
     failed = [figure.failure for figure in item.stash.get(FIGURES, []) if figure.verdict == FAIL]
     error = call.excinfo.value if call.excinfo is not None else "passed, expected to fail"
     kind = failed[0] if failed else getattr(error, "kind", "error")
-    return {"class": kind, "test": item.nodeid, "message": str(error)}
+    message = str(error).replace(f"\n{_again(item)}", "")
+    return {"class": kind, "test": item.nodeid, "message": message}
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -283,6 +253,8 @@ class Keeper:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.account = config.stash[ACCOUNT]
+        self.run: Optional[report.Run] = None
+        self.written: Sequence[Any] = ()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.account.add([from_json(text) for text in getattr(report, "clipval_figures", ())])
@@ -301,20 +273,21 @@ class Keeper:
         """A promised gate without a figure fails the run, whatever pytest makes of it (no tests ran, all passed)."""
         if exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR) and not self.account.failures:
             self._failed("session", "the run ended before its tests did")
+        if exitstatus != pytest.ExitCode.USAGE_ERROR and self._concerned():
+            self.run = self.account.run(self.config.stash[CHAIN])
+            self.written = self._write(self.run)
         if self.account.failed and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
-        account = self.account
-        if exitstatus == pytest.ExitCode.USAGE_ERROR or not self._concerned():
+        if self.run is None:
             return
         terminalreporter.section("clipval")
-        run = account.run(self.config.stash[CHAIN])
-        terminalreporter.write_line(report.summary_table(run))
-        if account.figures:
-            terminalreporter.write_line(f"figures: {account.file}")
-        for path in self._write(run):
-            terminalreporter.write_line(f"report: {path}")
+        terminalreporter.write_line(report.summary_table(self.run))
+        if self.account.figures:
+            terminalreporter.write_line(f"figures: {self.account.file}")
+        for line in self.written:
+            terminalreporter.write_line(f"report: {line}")
 
     def _concerned(self) -> bool:
         """The run is about gates; one of other tests is not, which their paths say."""
@@ -328,5 +301,6 @@ class Keeper:
             return []
         try:
             return report.write(chain.settings.report, run, report.Assets(chain.image_path, chain.caption))
-        except ClipvalError as error:
-            return [str(error)]
+        except ClipvalError as error:  # the disk is full by now, or the folder gone
+            self._failed("session", str(error))
+            return [error]

@@ -253,6 +253,7 @@ def _verdict(run: Run) -> str:
     passed = len(gates - failed)
     by = ", ".join(run.narrowed_by)
     said = f"{len(run.left_out)} left out by {by}" if run.left_out else ""
+    said += " and not judged" if said and by.startswith("--gate") else ""
     if said and run.verdict == PASS:
         evaluated = {one.gate for one in run.figures}
         whole = len(evaluated | set(run.left_out))

@@ -30,6 +30,8 @@ class Account:
         narrowed_by: what leaves tests out, for the verdict line: `-k 'text'`.
         selected: gate ids of the tests that were collected and not deselected; None until that is known.
         always: gates that are left out by nothing: the comparison with a baseline that was given.
+        chosen: gate ids of `--gate`, which are judged alone; None without it.
+        again: the command line of this run, which `--gate` narrows to some of its gates.
         notes: more of what was not validated.
         failures: one entry per failed test: its class (`model`, `environment`, `input`, `perf`), name and message.
     """
@@ -40,6 +42,8 @@ class Account:
     narrowed_by: List[str] = field(default_factory=list)
     selected: Optional[List[str]] = None
     always: List[str] = field(default_factory=list)
+    chosen: Optional[List[str]] = None
+    again: str = ""
     notes: List[str] = field(default_factory=list)
     figures: List[Figure] = field(default_factory=list)
     failures: List[Dict[str, str]] = field(default_factory=list)
@@ -54,10 +58,10 @@ class Account:
 
     @property
     def left_out(self) -> List[str]:
-        """Gates of the whole run that the person deliberately left out."""
-        if not self.deliberate or self.selected is None:
-            return []
-        kept = {*self.selected, *self.always}
+        """Gates of the whole run that the person left out, by `--gate` or, with no backends named, by a selection."""
+        kept = set(self.promised if self.chosen is None else self.chosen)
+        if self.deliberate and self.selected is not None:
+            kept &= {*self.selected, *self.always}
         return [gate for gate in self.promised if gate not in kept]
 
     @property

@@ -1,6 +1,7 @@
 """What a line that is narrowed by anything says, and what it may end with."""
 
 import re
+import shlex
 
 import pytest
 
@@ -58,3 +59,26 @@ def test_the_last_failed_of_a_run_without_a_record_are_all(small_spec, clean, tm
     ended = small.run(small_spec, clean, *arguments, NAMED)
     assert ended.code == 0, ended.output[-3000:]
     assert re.search(r"PASS: \d+ gates passed", ended.output)
+
+
+def test_some_gates_are_judged_alone(small_spec, clean):
+    ended = small.run(small_spec, clean, NAMED, "--gate=parity/onnx/text,prepared")
+    assert ended.code == 0, ended.output[-3000:]
+    assert re.search(r"PASS of 3 of \d+ gates; \d+ left out by --gate and not judged", ended.output)
+    assert {one.gate for one in ended.figures} == {"parity/onnx/text", "prepared/data/vision", "prepared/data/text"}
+
+
+def test_a_failure_ends_with_the_command_that_judges_its_gate_alone(small_spec, workdir):
+    red = small.run(small_spec, workdir, "-m", "accuracy", NAMED, CLIPVAL_FAULT="rounded_to_fp16")
+    (command,) = re.findall(r"to judge this gate alone: pytest (.*--gate=parity/onnx/text)$", red.output, re.MULTILINE)
+    assert NAMED in command
+    alone = small.run(small_spec, workdir, *shlex.split(command), CLIPVAL_FAULT="rounded_to_fp16")
+    assert (alone.code, alone.red) == (1, ["parity/onnx/text"])
+    assert small.run(small_spec, workdir, *shlex.split(command)).code == 0
+
+
+@pytest.mark.parametrize("narrowed", [["-k", "vision"], ["--deselect=tests/acceptance/test_parity.py"]])
+def test_gates_that_were_named_are_evaluated_whatever_narrows(narrowed, small_spec, clean):
+    ended = small.run(small_spec, clean, NAMED, "--gate=parity/onnx", *narrowed)
+    assert ended.code == 1
+    assert re.search(r"\d not evaluated", ended.output)

@@ -20,7 +20,7 @@ HOMES = {
     "aclruntime": {"ascend/acl.py"},
     "torch": {"model.py", "export.py", "backends/pytorch.py", "diagnose/taps.py", "train_shapes.py"},
     "pytest": {"plugin.py"},
-    "_pytest": {"plugin.py"},
+    "_pytest": {"promise.py"},
 }
 
 

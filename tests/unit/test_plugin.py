@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipval import gates, plugin
+from clipval import gates, promise
 from clipval.gates.parity import PARITY
 from clipval.gates.throughput import THROUGHPUT
 
@@ -23,5 +23,5 @@ from clipval.gates.throughput import THROUGHPUT
     ],
 )
 def test_what_an_expression_selects(expression, wanted):
-    assert [gate.kind for gate in (PARITY, THROUGHPUT) if plugin._selects(expression, gate)] == wanted
+    assert [gate.kind for gate in (PARITY, THROUGHPUT) if promise.selects(expression, gate)] == wanted
     assert {gate.kind for gate in gates.CATALOGUE} == {"accuracy", "perf"}

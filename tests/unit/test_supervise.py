@@ -1,0 +1,99 @@
+"""A run that is watched from outside: its exit code is what its closing record says, and signals reach it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from clipval import supervise
+
+pytestmark = pytest.mark.skipif(bool(supervise.why_not()), reason="this system cannot fork and wait for signals")
+WATCHED = """
+import atexit, os, signal, sys, time
+from clipval import supervise
+code = supervise.fork(lambda line: print(line, file=sys.stderr))
+if code is not None:
+    os._exit(code)
+print(os.getpid(), flush=True)
+"""
+
+
+def run(body):
+    command = [sys.executable, "-c", WATCHED + body]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        ("supervise.close(0)", 0, ""),
+        ("supervise.close(1); sys.exit(1)", 1, ""),
+        ("sys.exit(4)", 4, ""),
+        ("os._exit(0)", 1, "FAIL: the process ended with exit code 0 before its verdict"),
+        ("", 1, "before its verdict"),
+        ("atexit.register(os._exit, 0); supervise.close(1); sys.exit(1)", 1, "its exit hooks changed that to 0"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "ended by SIGKILL before its verdict"),
+        ("supervise.close(0); os.kill(os.getpid(), signal.SIGSEGV)", 139, "SIGSEGV while it was ending"),
+    ],
+)
+def test_the_exit_code_is_what_the_run_said_at_its_end(body, code, words):
+    ended = run(body)
+    assert (ended.returncode, bool(ended.stderr)) == (code, bool(words))
+    assert words in ended.stderr
+
+
+def test_a_process_that_is_left_behind_does_not_hold_the_run_up():
+    ended = run("supervise.close(0)\nif os.fork() == 0:\n    os.close(1), os.close(2), time.sleep(30)")
+    assert ended.returncode == 0
+
+
+def started(body):
+    process = subprocess.Popen([sys.executable, "-c", WATCHED + body], stdout=subprocess.PIPE, text=True)
+    return process, int(process.stdout.readline())
+
+
+def test_an_interrupt_reaches_the_run_once_and_it_ends_in_its_own_way():
+    body = """
+heard = 0
+try:
+    print("ready", flush=True)
+    time.sleep(30)
+except KeyboardInterrupt:
+    heard += 1
+try:
+    time.sleep(0.5)
+except KeyboardInterrupt:
+    heard += 1
+supervise.close(2)
+sys.exit(2 if heard == 1 else 99)
+"""
+    process, _ = started(body)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 2
+
+
+def test_a_run_that_is_killed_leaves_no_child():
+    process, child = started("time.sleep(30)")
+    process.kill()
+    process.wait(timeout=30)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        with open(f"/proc/{child}/stat", encoding="utf-8") as stat:
+            if stat.read().rpartition(")")[2].split()[0] == "Z":  # dead, and nobody here to collect it
+                return
+        time.sleep(0.05)
+    pytest.fail("the child outlived the run")
+
+
+def test_threads_and_debuggers_are_left_alone(monkeypatch):
+    assert supervise.why_not() == ""
+    monkeypatch.setitem(sys.modules, "pydevd", sys)
+    assert supervise.why_not() == "pydevd is attached"
