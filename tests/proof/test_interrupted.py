@@ -62,7 +62,7 @@ def test_ctrl_c_while_throughput_is_measured(narrowed, small_spec, workdir):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output[-3000:]
     assert "KeyboardInterrupt" in output
-    assert ("not evaluated" in output) != bool(narrowed)  # a selection of tests promises nothing
+    assert "not evaluated" in output  # of a selection too: what it selected
     assert "FAIL: " in output
     assert "PASS: " not in output
     (file,) = (workdir / "runs").glob("*.jsonl")
