@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ BIN = FOLDER / "bin"
 LIB = FOLDER / "lib"
 TOOLKIT = FOLDER / "toolkit" / "latest"
 PREFIX = "CLIPVAL_SIM_"
+MODULES = ("aclruntime", "simulated_binding", "simulated_acl")
+GENERATIONS = ("A", "B-early", "B", "C")  # of aclruntime
 
 
 def environment(**switches: Any) -> Dict[str, str]:
@@ -30,3 +33,12 @@ def environment(**switches: Any) -> Dict[str, str]:
         "ASCEND_OPP_PATH": str(TOOLKIT / "opp"),
     }
     return {**found, **{PREFIX + name.upper(): str(value) for name, value in switches.items()}}
+
+
+def forget() -> None:
+    """Drop the simulated runtime, so that the next import is that of a fresh process with the switches of then."""
+    former = sys.modules.get("aclruntime")
+    if former is not None:
+        atexit.unregister(former._static_destructors)
+    for name in MODULES:
+        sys.modules.pop(name, None)

@@ -1,16 +1,18 @@
 """The simulated host's own quirks: a simulator that is kinder than the device would prove nothing."""
 
+import ctypes
 import importlib
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from clipval.ascend import npu_smi
 from clipval.towers import TEXT, VISION
-from tests.simulator import BIN, LIB, environment, tiny
+from tests.simulator import BIN, GENERATIONS, LIB, environment, forget, tiny
 
 
 @pytest.fixture
@@ -27,17 +29,15 @@ def variables(monkeypatch):
 def runtime(variables, monkeypatch):
     """Import aclruntime of a generation."""
     monkeypatch.syspath_prepend(str(LIB))
-    before = sys.modules.pop("aclruntime", None)
 
     def runtime(**switches):
         variables(**switches)
-        sys.modules.pop("aclruntime", None)
+        forget()
         return importlib.import_module("aclruntime")
 
+    forget()
     yield runtime
-    sys.modules.pop("aclruntime", None)
-    if before is not None:
-        sys.modules["aclruntime"] = before
+    forget()
 
 
 def atc(folder, *flags, **changed):
@@ -139,6 +139,16 @@ def test_three_positional_arguments(session):
         module.InferenceSession(model_path="x.om", device_id=0, options=module.session_options())
 
 
+def printed(capfd):
+    """What the runtime wrote; like C, it keeps text back where file descriptor 1 is no terminal."""
+    ctypes.CDLL(None).fflush(None)
+    return capfd.readouterr().out
+
+
+def at(module, rows):
+    return module.BaseTensor(rows.__array_interface__["data"][0], rows.nbytes)
+
+
 def on_device(module, rows):
     tensor = module.Tensor(rows)
     tensor.to_device(0)
@@ -156,9 +166,9 @@ def test_only_bytes_are_compared(session, capfd):
     wrong = opened.run([name], [on_device(module, rows.view(np.float64))])[0]
     wrong.to_host()
     assert np.array_equal(np.array(right), np.array(wrong)), "the same bytes under another dtype pass"
-    with pytest.raises(RuntimeError, match=r"^\[1\]\[ACL: invalid parameter\]$"):
+    with pytest.raises(RuntimeError, match=r"^\[-1\]\[ACL: general failure\] $"):
         opened.run([name], [on_device(module, rows.astype(np.int32))])
-    assert "in size:616 needsize:1232 not match" in capfd.readouterr().out
+    assert "in size:616 needsize:1232 not match" in printed(capfd)
 
 
 def test_strides_and_long_long_are_misread(session):
@@ -181,7 +191,7 @@ def test_feeds_and_outnames(session):
             opened.run(names, feeds)
     with pytest.raises(RuntimeError):
         opened.run(["text_embed"], [tensor])
-    with pytest.raises(RuntimeError, match="not on the device"):
+    with pytest.raises(RuntimeError, match="general failure"):
         opened.run([name], [module.Tensor(rows)])
 
 
@@ -189,6 +199,7 @@ def test_feeds_and_outnames(session):
     ("generation", "has", "lacks"),
     [
         ("A", ["sumary", "reset_sumaryinfo"], ["summary", "free_resource", "reset_summaryinfo"]),
+        ("B-early", ["sumary", "reset_sumaryinfo"], ["summary", "free_resource", "reset_summaryinfo"]),
         ("B", ["sumary", "reset_sumaryinfo", "free_resource"], ["summary", "reset_summaryinfo"]),
         ("C", ["sumary", "summary", "reset_summaryinfo", "free_resource"], ["reset_sumaryinfo"]),
     ],
@@ -200,17 +211,158 @@ def test_generations(session, generation, has, lacks):
     assert isinstance(entry, float) if generation == "A" else entry[0] < entry[1]
     assert all(hasattr(opened, name) for name in has)
     assert not any(hasattr(opened, name) for name in lacks)
-    if generation == "A":
+    if generation in ("A", "B-early"):
         with pytest.raises(TypeError):
             module.InferenceSession.finalize()
-        opened.finalize()
+        assert opened.finalize() == 0
     else:
         module.InferenceSession.finalize()
-    for use in (opened.get_inputs, opened.sumary, module.InferenceSession.finalize):
-        with pytest.raises((RuntimeError, TypeError)):
-            use()
-    with pytest.raises(RuntimeError, match="100001"):
-        module.InferenceSession("x.om", 0, module.session_options())
+    with pytest.raises(RuntimeError):
+        opened.run([opened.get_outputs()[0].name], [at(module, tiny.rows(TEXT, 2))])
+    with pytest.raises(RuntimeError, match=r"^\[100001\]\[ACL is not initialized\] $"):
+        module.InferenceSession(__file__, 0, module.session_options())
+
+
+FEEDS = {"tensor": on_device, "address": at}
+
+
+@pytest.mark.parametrize(
+    ("generation", "feed", "first", "second"),
+    [
+        ("A", "tensor", True, True),
+        ("A", "address", True, True),
+        ("B-early", "tensor", True, True),
+        ("B", "tensor", True, False),
+        ("B", "address", True, True),
+        ("C", "tensor", True, False),
+        ("C", "address", True, True),
+    ],
+)
+def test_to_device_uses_context_0_which_ends_with_the_first_session(
+    session, folder, capfd, generation, feed, first, second
+):
+    """As the public bindings do over an ACL that enforces contexts."""
+    module, opened = session(generation=generation)
+    for works in (first, second):
+        rows, name = tiny.rows(TEXT, 2), opened.get_outputs()[0].name
+        if works:
+            opened.run([name], [FEEDS[feed](module, rows)])
+        else:
+            with pytest.raises(RuntimeError, match=r"^\[1\]\[ACL: invalid parameter\] $"):
+                FEEDS[feed](module, rows)
+            assert "SetContext failed: device 0 is not set or context 0 is not created." in printed(capfd)
+        if hasattr(opened, "free_resource"):
+            assert opened.free_resource() == 0
+        del opened  # A and B-early unload in the destructor
+        opened = module.InferenceSession(str(folder / "text_bs2.om"), 0, module.session_options())
+    assert opened.get_inputs()
+
+
+def test_a_failed_load_leaves_context_0_behind(session, folder, capfd):
+    module, opened = session(generation="B")
+    opened.free_resource()
+    with pytest.raises(RuntimeError, match=r"^\[1\]\[ACL: invalid parameter\] $"):
+        module.InferenceSession(str(folder / "none.om"), 1, module.session_options())
+    words = printed(capfd)
+    assert "E13000" in words
+    assert "[ERROR] load model from file failed, model file is" in words
+    assert "[WARN] no model had been loaded, unload failed" in words
+    later = module.InferenceSession(str(folder / "text_bs2.om"), 1, module.session_options())
+    later.free_resource()
+    later = module.InferenceSession(str(folder / "text_bs2.om"), 1, module.session_options())
+    tensor = module.Tensor(tiny.rows(TEXT, 2))
+    tensor.to_device(1)
+    later.run([later.get_outputs()[0].name], [tensor])
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_two_devices_in_turn(session, folder, generation):
+    """An address is copied in the context of the thread, which in A and B-early is that of the last device opened."""
+    module, first = session(generation=generation)
+    second = module.InferenceSession(str(folder / "text_bs2.om"), 1, module.session_options())
+    name = first.get_outputs()[0].name
+    rows = tiny.rows(TEXT, 2)
+    second.run([name], [at(module, rows)])
+    if generation in ("A", "B-early"):
+        with pytest.raises(RuntimeError, match="general failure"):
+            first.run([name], [at(module, rows)])
+    else:
+        first.run([name], [at(module, rows)])
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_another_thread_has_no_context(session, generation, capfd):
+    module, _ = session(generation=generation)
+    found = []
+
+    def use():
+        try:
+            module.Tensor(tiny.rows(TEXT, 2))
+        except RuntimeError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert found == ["[2][ACL: memory allocation fail] "]
+    assert "[107002][Error code unknown] Malloc ptrData failed." in printed(capfd)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_device_memory_runs_out(session, folder, generation, capfd):
+    module, opened = session(generation=generation)
+    name = opened.get_outputs()[0].name
+    used = sys.modules["simulated_acl"].device_bytes()
+    os.environ["CLIPVAL_SIM_DEVICE_MEMORY"] = str(used + 2 * 616 + 100)
+    try:
+        with pytest.raises(RuntimeError, match=r"^\[2\]\[ACL: memory allocation fail\] $"):
+            opened.run([name], [at(module, tiny.rows(TEXT, 2))])
+        assert "EL0004" in printed(capfd)
+        with pytest.raises(RuntimeError, match=r"^\[1\]\[ACL: invalid parameter\] $"):
+            module.InferenceSession(str(folder / "text_bs2.om"), 0, module.session_options())
+        assert "ge result = 207001" in printed(capfd)
+    finally:
+        del os.environ["CLIPVAL_SIM_DEVICE_MEMORY"]
+
+
+@pytest.mark.parametrize("fault", ["device_lost", "aicpu_error"])
+def test_a_failing_run_tells_its_code_on_file_descriptor_1_only(session, fault, capfd):
+    module, opened = session(fault=fault, lose_after=0)
+    with pytest.raises(RuntimeError, match=r"^\[-1\]\[ACL: general failure\] $"):
+        opened.run([opened.get_outputs()[0].name], [at(module, tiny.rows(TEXT, 2))])
+    assert {"device_lost": "507011", "aicpu_error": "507018"}[fault] in printed(capfd)
+
+
+@pytest.mark.parametrize(
+    ("generation", "words"), [("B", r"\[107001\]\[Error code unknown\]"), ("C", "device id is out of range")]
+)
+def test_devices_that_are_not_there(session, folder, generation, words):
+    module, _ = session(generation=generation)
+    with pytest.raises(RuntimeError, match=r"^\[107001\]\[Error code unknown\] $"):
+        module.InferenceSession(str(folder / "text_bs2.om"), 7, module.session_options())
+    with pytest.raises(RuntimeError, match=words):
+        module.InferenceSession(str(folder / "text_bs2.om"), -1, module.session_options())
+
+
+LIFE = """
+import os, sys
+import aclruntime
+session = aclruntime.InferenceSession(sys.argv[1], 0, aclruntime.session_options())
+if os.fork() == 0:
+    sys.exit(3)
+_, status = os.wait()
+print("child", os.WTERMSIG(status))
+"""
+
+
+def test_a_forked_child_that_ends_runs_the_destructors(variables, folder):
+    """Which call ACL; over a device such a child hangs or crashes."""
+    assert atc(folder).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", LIFE, str(folder / "text_bs2.om")], capture_output=True, text=True, check=True
+    )
+    assert "child 6" in done.stdout
+    assert "called in a forked child" in done.stderr
 
 
 def test_old_sessions_have_a_coarse_clock(session):

@@ -1,54 +1,35 @@
-"""aclruntime of the simulated host: generation A, B or C of the interface, quirks included, over ONNX Runtime."""
+"""aclruntime of the simulated host, quirks included, in the generations A, B-early, B and C of the public sources.
+
+A and B-early have one context a device, which `Tensor.to_device` makes current and `run` does not. B and C give every
+session a context of its own, with indices that rise per device and are never reset; `to_device` uses index 0 all the
+same.
+"""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
-import enum
-import math
 import os
-import threading
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import npu_host
 import numpy as np
+import simulated_acl as acl
+import simulated_binding as binding
 
 if "no_ascendcl" in npu_host.faults():
     raise ImportError("libascendcl.so: cannot open shared object file: No such file or directory")
+if "newer_wheel" in npu_host.faults():
+    raise ImportError("aclruntime.so: undefined symbol: aclmdlSetExternalWeightAddress")
 
+from simulated_binding import FAILED, GENERATION, INVALID, NO_MEMORY, ONE_CONTEXT, BaseTensor, Tensor, dtype
+
+__all__ = ["BaseTensor", "InferenceSession", "Tensor", "dtype", "session_options"]
 __simulated__ = True
-GENERATION = npu_host.switch("GENERATION", "B")
-__version__ = {"A": "0.0.1", "B": "0.0.2", "C": "0.0.3"}[GENERATION]
-HOST = -1
-FORMATS = {"f": "float32", "e": "float16", "d": "float64", "l": "int64", "i": "int32", "h": "int16", "b": "int8",
-           "L": "uint64", "I": "uint32", "H": "uint16", "B": "uint8", "?": "bool"}  # fmt: skip
-
-
-class dtype(enum.IntEnum):  # the real name
-    """ACL's data type ids."""
-
-    float32 = 0
-    float16 = 1
-    int8 = 2
-    int32 = 3
-    uint8 = 4
-    int16 = 6
-    uint16 = 7
-    uint32 = 8
-    int64 = 9
-    uint64 = 10
-    double = 11
-    bool = 12
-
-    def __str__(self) -> str:
-        return f"dtype.{self.name}"
-
-
-class _Process:
-    """ACL's state of this process: initialised once, finalised once."""
-
-    finalized = False
+__version__ = {"A": "0.0.1", "B-early": "0.0.2", "B": "0.0.2", "C": "0.0.3"}[GENERATION]
 
 
 class session_options:  # the real name
@@ -60,104 +41,49 @@ class session_options:  # the real name
         self.acl_json_path = ""
 
 
-class Tensor:
-    """A copy of a buffer's memory. Takes no notice of strides, and knows few formats."""
-
-    def __init__(self, buffer: Any) -> None:
-        view = memoryview(buffer)
-        name = FORMATS.get(view.format or "B", "uint8")  # an unknown format, 'q' too, is taken for bytes
-        self.dtype = dtype["double" if name == "float64" else name]
-        self._numpy = np.dtype(name)
-        self.shape = list(view.shape or ())
-        self.type = "host"
-        self.device = HOST
-        self._bytes = _memory(buffer, self._numpy.itemsize * math.prod(self.shape))
-
-    def to_device(self, device_id: int) -> None:
-        """Copy to a device, in place."""
-        if not 0 <= device_id < npu_host.npus():
-            raise RuntimeError("[107001][ACL: invalid device id]")
-        self.type, self.device = "npu", device_id
-
-    def to_host(self) -> None:
-        """Copy to the host, in place."""
-        self.type, self.device = "host", HOST
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        if self.device != HOST:
-            raise RuntimeError("tensor is in npu, please transfer to host first")
-        found = np.frombuffer(self._bytes, self._numpy).reshape(self.shape)
-        return found if dtype is None else found.astype(dtype)
-
-
-def _memory(buffer: Any, size: int) -> bytes:
-    """`size` bytes from where the buffer starts, whatever its strides; no further than its owner's memory."""
-    array = np.asarray(buffer)
-    start = array.__array_interface__["data"][0]
-    owner = array
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
-    room = owner.__array_interface__["data"][0] + owner.nbytes - start
-    return ctypes.string_at(start, min(size, room)).ljust(size, b"\0")
-
-
-class BaseTensor:
-    """A pointer and a number of bytes."""
-
-    def __init__(self, buf: int, size: int) -> None:
-        self.buf = buf
-        self.size = size
-
-
 class InferenceSession:
     """One loaded OM. All three arguments are required, by position."""
+
+    _model = 0
 
     def __init__(self, model_path: str, device_id: int, options: session_options, /) -> None:
         if not isinstance(model_path, str) or not isinstance(options, session_options):
             raise TypeError("__init__(): incompatible constructor arguments.")
-        if _Process.finalized:
-            raise RuntimeError("[100001][ACL: uninitialize]")
-        if "driver_mismatch" in npu_host.faults():
-            _print("[ERROR] acl set device failed, ret is 507033")
-            raise RuntimeError("[507033][ACL: device setup failed]")
-        if not 0 <= device_id < npu_host.npus():
-            _print(f"[ERROR] acl open device {device_id} failed, error code is 107001")
-            raise RuntimeError("[1][ACL: invalid parameter]")
-        self._load(model_path)
-        npu_host.note_user(device_id)
+        if GENERATION == "C":
+            _checked(model_path, device_id)
+        if not ONE_CONTEXT:
+            binding.devices.log_level = options.log_level
+        code, self._index = (binding.set_context(device_id), 0) if ONE_CONTEXT else binding.create_context(device_id)
+        if code:
+            raise binding.failure(code)
+        binding.devices.log_level = options.log_level
         self._device, self._loop = device_id, options.loop
-        self._thread = threading.get_ident()
+        self._load(model_path)
         self._zero = time.monotonic() - float(npu_host.switch("AGE_SECONDS", "0"))
         self._times: List[Any] = []
-        self._runs = 0
-        if options.log_level <= 2:
-            _print(f"[INFO] load model {model_path} success")
+        binding.devices.sessions.add(self)
 
     def _load(self, path: str) -> None:
-        import onnxruntime
-
         try:
-            self._header, model = npu_host.read_om(path)
-            if self._header["soc"] != npu_host.chip().soc:
-                raise ValueError("of another chip")
-        except (OSError, ValueError, KeyError):
-            _print(f"[ERROR] load model from file failed, model file is {path}")
-            raise RuntimeError("[1][ACL: invalid parameter]") from None
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        # Whole-graph optimisers drop casts to fp16 and back, which are the point of this model.
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        self._onnx: Any = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+            self._model = acl.load(path)
+        except acl.AclError:  # its context stays behind
+            binding.recent()
+            binding.error(f"{'Load' if GENERATION == 'C' else 'load'} model from file failed, model file is {path}")
+            warn = "[warning]" if GENERATION == "C" else "[WARN]"
+            binding.say(f"{warn} Check failed:processModel->LoadModelFromFile(modelPath), ret:{INVALID}\n")
+            binding.say(f"{warn} no model had been loaded, unload failed")
+            raise binding.failure(INVALID) from None
+        self._inputs = acl.model(self._model).inputs
+        self._outputs = acl.model(self._model).outputs
+        binding.info(f"load model {path} success")
 
     def get_inputs(self) -> List[Any]:
         """Descriptions of the inputs, under their ONNX names."""
-        self._alive()
-        return [_desc(one) for one in self._header["inputs"]]
+        return [_desc(one) for one in self._inputs]
 
     def get_outputs(self) -> List[Any]:
         """Descriptions of the outputs, under `producer:index:onnx_name`."""
-        self._alive()
-        return [_desc(one) for one in self._header["outputs"]]
+        return [_desc(one) for one in self._outputs]
 
     def options(self) -> session_options:
         """The options."""
@@ -167,138 +93,197 @@ class InferenceSession:
         """Nothing to set in a static model."""
 
     def run(self, outnames: Any, feeds: Any, /) -> List[Tensor]:
-        """Run on tensors that are on the device; compares byte counts, and nothing else."""
-        self._alive()
+        """Run on tensors that are on the device, or on addresses of the host; only byte counts are compared."""
         if not isinstance(outnames, list) or not all(isinstance(name, str) for name in outnames):
             raise TypeError("run(): incompatible function arguments.")
-        names = [one["name"] for one in self._header["outputs"]]
+        ordered = self._ordered(feeds)
+        if not ONE_CONTEXT:
+            code = binding.set_context(self._device, self._index)
+            if code:
+                raise binding.failure(code)
+        inputs = [self._input(feed) for feed in ordered]
+        self._check(inputs)
+        outputs = self._execute(inputs)
+        names = [one["name"] for one in self._outputs]
         for name in outnames:
             if name not in names:
-                raise RuntimeError(f"[1][ACL: invalid parameter] output {name} not found")
-        buffers = [self._bytes(one) for one in self._ordered(feeds)]
-        self._faults()
-        outputs = self._execute({one["name"]: buffer for one, buffer in zip(self._described(buffers), buffers)})
-        return [self._out(outputs[names.index(name)]) for name in outnames]
+                binding.error(f"outnames {name} not valid")
+                raise binding.failure(FAILED)
+        return [self._out(names.index(name), outputs) for name in outnames]
 
     def _ordered(self, feeds: Any) -> List[Any]:
         if isinstance(feeds, dict):
             if not all(isinstance(one, Tensor) for one in feeds.values()):
                 raise TypeError("run(): incompatible function arguments.")
-            return [feeds[one["name"]] for one in self._header["inputs"]]
-        if not isinstance(feeds, list) or not all(isinstance(one, (Tensor, BaseTensor)) for one in feeds):
+            return [feeds[one["name"]] for one in self._inputs]
+        kinds = {type(one) for one in feeds} if isinstance(feeds, list) else {list}
+        if not kinds <= {Tensor} and kinds != {BaseTensor}:
             raise TypeError("run(): incompatible function arguments.")
-        if GENERATION == "A" and threading.get_ident() != self._thread:
-            raise RuntimeError("[107002][ACL: context is null]")
-        return feeds
+        return list(feeds)
 
-    def _bytes(self, feed: Any) -> bytes:
-        if isinstance(feed, BaseTensor):
-            return ctypes.string_at(feed.buf, feed.size)
-        if feed.device != self._device:
-            raise RuntimeError("[1][ACL: invalid parameter] tensor is not on the device")
-        found: bytes = feed._bytes
-        return found
+    def _input(self, feed: Any) -> binding.Buffer:
+        """The feed's memory on the device; of an address a copy, in whatever context is this thread's."""
+        if isinstance(feed, Tensor):
+            return feed._buffer
+        buffer = binding.Buffer(feed.size, self._device, self._index)
+        if buffer.allocate_here():
+            buffer.size = NO_MEMORY  # the real one goes on with the error code for a size
+        else:
+            acl.memcpy(buffer.address, buffer.size, feed.buf, feed.size)
+        return buffer
 
-    def _described(self, buffers: List[bytes]) -> List[Dict[str, Any]]:
-        inputs: List[Dict[str, Any]] = self._header["inputs"]
-        if len(inputs) != len(buffers):
-            raise RuntimeError(f"[1][ACL: invalid parameter] {len(buffers)} inputs, need {len(inputs)}")
-        for number, (one, buffer) in enumerate(zip(inputs, buffers)):
-            if len(buffer) != _size(one):
-                _print(
-                    f"[ERROR] Check i:{number} name:{one['name']} in size:{len(buffer)} needsize:{_size(one)} not match"
-                )
-                raise RuntimeError("[1][ACL: invalid parameter]")
-        return inputs
+    def _check(self, inputs: List[binding.Buffer]) -> None:
+        if len(inputs) != len(self._inputs):
+            raise binding.failure(FAILED)
+        for number, (one, buffer) in enumerate(zip(self._inputs, inputs)):
+            if buffer.size != acl.size_of(one):
+                sizes = f"in size:{buffer.size} needsize:{acl.size_of(one)}"
+                binding.error(f"Check i:{number} name:{one['name']} {sizes} not match")
+                binding.error(f"Check InVector failed ret:{FAILED}")
+                raise binding.failure(FAILED)
 
-    def _faults(self) -> None:
-        self._runs += 1
-        if "device_lost" in npu_host.faults() and self._runs > int(npu_host.switch("LOSE_AFTER", "3")):
-            _print("[ERROR] execute model failed, device 0 heartbeat lost")
-            raise RuntimeError("[507011][ACL: model execute failed]")
-
-    def _execute(self, buffers: Dict[str, bytes]) -> List[np.ndarray]:
-        feeds = {
-            one["name"]: np.frombuffer(buffers[one["name"]], one["dtype"]).reshape(one["shape"])
-            for one in self._header["inputs"]
-        }
-        outputs: List[np.ndarray] = []
+    def _execute(self, inputs: List[binding.Buffer]) -> List[binding.Buffer]:
+        outputs = [binding.Buffer(acl.size_of(one), self._device, self._index) for one in self._outputs]
+        for number, (one, buffer) in enumerate(zip(self._outputs, outputs)):
+            if buffer.allocate_here():
+                binding.error(f"MemoryHelper::MxbsMalloc failed.i:{number} name:{one['name']} size:{buffer.size}")
+                binding.error(f"create outmemory data failed:{NO_MEMORY}")
+                raise binding.failure(NO_MEMORY)
+        pairs = [[(one.address, one.size) for one in some] for some in (inputs, outputs)]
         for _ in range(self._loop):
             start = time.monotonic()
-            outputs = self._onnx.run(None, feeds)
+            try:
+                acl.execute(self._model, *pairs)
+            except acl.AclError:
+                binding.recent()
+                binding.error(f"execute model failed, modelId is {self._model}")
+                binding.error(f"acl execute failed:{INVALID}")
+                binding.error(f"Execute Infer failed ret:{FAILED}")
+                raise binding.failure(FAILED) from None
             self._times.append(self._time(start, time.monotonic()))
         return outputs
 
     def _time(self, start: float, end: float) -> Any:
-        """float32 milliseconds: A the length of the call, B and C start and end since the session was created."""
+        """float32 milliseconds: A the length of the call, the others start and end since the session was created."""
         if GENERATION == "A":
             return float(np.float32((end - start) * 1000))
         return tuple(float(np.float32((one - self._zero) * 1000)) for one in (start, end))
 
-    def _out(self, values: np.ndarray) -> Tensor:
-        tensor = Tensor(np.array(values, order="C"))
-        tensor.to_device(self._device)
+    def _out(self, number: int, outputs: List[binding.Buffer]) -> Tensor:
+        tensor = Tensor.__new__(Tensor)
+        one = self._outputs[number]
+        tensor._hold(outputs[number], one["dtype"], list(one["shape"]))
         return tensor
 
     def sumary(self) -> Any:
         """Times of the runs."""
-        self._alive()
         return SimpleNamespace(exec_time_list=list(self._times))
 
     def _reset(self) -> None:
-        self._alive()
         self._times.clear()
 
-    def _alive(self) -> None:
-        if _Process.finalized or self._onnx is None:
-            raise RuntimeError("[100001][ACL: uninitialize]")
+    def _destroy(self) -> int:
+        """Unload the model, in this session's context; what a destructor does, whatever has gone before."""
+        if not self._model:
+            return 0
+        code = binding.set_context(self._device, self._index)
+        if code:
+            binding.error(f"TensorContext::SetContext failed. ret={code}")
+            return code
+        number, self._model = self._model, 0
+        try:
+            acl.unload(number)
+        except acl.AclError:
+            binding.recent()
+            binding.error(f"unload model failed, modelId is {number}")
+            return FAILED
+        return 0
+
+    def __del__(self) -> None:
+        self._destroy()
+
+
+def _checked(path: str, device: int) -> None:
+    """Generation C looks at both before it calls ACL."""
+    if not os.path.isfile(path):
+        binding.error("path is not regular file")
+        raise RuntimeError("please check model path")
+    if not 0 <= device <= 255:
+        binding.error("device id should not be out of [0, 255]")
+        raise RuntimeError("device id is out of range")
 
 
 def _desc(one: Dict[str, Any]) -> Any:
     kind = dtype["double" if one["dtype"] == "float64" else one["dtype"]]
+    size = acl.size_of(one)
     return SimpleNamespace(
-        name=one["name"],
-        datatype=kind,
-        format=one["format"],
-        shape=list(one["shape"]),
-        size=_size(one),
-        realsize=_size(one),
+        name=one["name"], datatype=kind, format=one["format"], shape=list(one["shape"]), size=size, realsize=size
     )
 
 
-def _size(one: Dict[str, Any]) -> int:
-    return int(np.dtype(one["dtype"]).itemsize * math.prod(one["shape"]))
+def _finalize() -> int:
+    """Destroy every context, close the devices, finalise ACL; nothing where that was done before."""
+    if not binding.devices.initialised:
+        return 0
+    binding.devices.initialised = False
+    for device, contexts in binding.devices.contexts.items():
+        for context in contexts.values():
+            acl.destroy_context(context)
+        acl.reset_device(device)
+    binding.devices.contexts.clear()
+    acl.finalize()
+    binding.info("end to finalize acl")
+    return 0
 
 
-def _print(line: str) -> None:
-    """C++ prints: to file descriptor 1, past `sys.stdout`."""
-    if "silent" in npu_host.faults():
-        return
-    os.write(1, (line + "\n").encode())
+def _finalize_of_session(self: InferenceSession) -> int:
+    """A and B-early: a method of a session, which it unloads."""
+    code = binding.set_context(self._device)
+    if code:
+        binding.error(f"TensorContext::SetContext failed. ret={code}")
+        return code
+    return self._destroy() or _finalize()
 
 
-def _finalize(*_: Any) -> None:
-    if _Process.finalized:
-        _print("[ERROR] acl finalize failed, repeat")
-        raise RuntimeError("[100001][ACL: uninitialize]")
-    _Process.finalized = True
-    if npu_host.switch("FINALIZED"):
-        with open(npu_host.switch("FINALIZED"), "a", encoding="utf-8") as stream:
-            stream.write(f"{os.getpid()}\n")
+def _free_resource(self: InferenceSession) -> int:
+    code = binding.set_context(self._device, self._index)
+    if code:
+        binding.error(f"TensorContext::SetContext failed. ret={code}")
+        return code
+    code = self._destroy()
+    if code:
+        return code
+    acl.destroy_context(binding.devices.contexts[self._device].pop(self._index))
+    return 0
 
 
-def _free_resource(self: InferenceSession) -> None:
-    self._alive()
-    self._onnx = None
-
-
-if GENERATION == "A":
-    InferenceSession.finalize = lambda self: _finalize(self)  # type: ignore[attr-defined]
+if ONE_CONTEXT:
+    InferenceSession.finalize = _finalize_of_session  # type: ignore[attr-defined]
 else:
-    InferenceSession.finalize = staticmethod(lambda: _finalize())  # type: ignore[attr-defined]
+    InferenceSession.finalize = staticmethod(_finalize)  # type: ignore[attr-defined]
     InferenceSession.free_resource = _free_resource  # type: ignore[attr-defined]
 if GENERATION == "C":
     InferenceSession.summary = InferenceSession.sumary  # type: ignore[attr-defined]
     InferenceSession.reset_summaryinfo = InferenceSession._reset  # type: ignore[attr-defined]
 else:
     InferenceSession.reset_sumaryinfo = InferenceSession._reset  # type: ignore[attr-defined]
+
+
+@atexit.register
+def _static_destructors() -> None:
+    """What C++ does at the process's exit: sessions that are still there are destroyed, then ACL is finalised."""
+    for session in list(binding.devices.sessions):
+        session._destroy()
+    if acl.ready():
+        _finalize()
+
+
+def _in_child() -> None:
+    """A forked child has the same destructors, and what they call is no longer there."""
+    if acl.ready() and sys.modules.get("simulated_acl") is acl:
+        library = ctypes.CDLL(None)
+        atexit.unregister(_static_destructors)
+        library.on_exit(library.abort, None)
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -52,6 +52,11 @@ def npus() -> int:
     return int(switch("NPUS", "2"))
 
 
+def device_memory() -> int:
+    """Bytes of device memory that are free before anything of this process is on it."""
+    return int(switch("DEVICE_MEMORY", str((chip().total_mb - chip().idle_mb) << 20)))
+
+
 def users() -> List[Tuple[int, int]]:
     """(pid, device id) of live processes that opened a session, where `CLIPVAL_SIM_STATE` names a folder."""
     found = []
