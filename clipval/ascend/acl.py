@@ -1,24 +1,23 @@
-"""The ACL runtime under aclruntime: importing it, its words on file descriptor 1, its error codes, its dtypes.
+"""What every user of ACL in this process shares: its owner, its words on file descriptor 1, its codes and dtypes.
 
-The only module that imports aclruntime, and only when asked to. Source: aclruntime of Ascend/tools and of
-ais_bench, `backend/src`; aclError of the ACL headers.
+Source: aclError of the public ACL headers and documents (CANN 8 and 9), and what the public aclruntime prints.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
-import importlib
-import importlib.metadata
+import functools
 import os
 import re
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from clipval.ascend import atc
-from clipval.errors import BackendUnavailable
+from clipval.errors import BackendUnavailable, one_line
 
 # ACL data type ids, as tensor_desc.datatype counts them.
 DTYPES = {
@@ -35,74 +34,124 @@ DTYPES = {
     11: "float64",
     12: "bool",
 }
+MEMORY = (
+    "the device has no memory left; `npu-smi info` shows who uses it. Free it, take another --device-id or smaller "
+    "--batch-sizes"
+)
+HDC = (
+    "the driver's channel to the device does not open; in a container pass in /dev/davinci_manager, /dev/devmm_svm and "
+    "/dev/hisi_hdc, else restart the driver"
+)
+# Words that tell more than the code beside them, which may be that of a layer above.
+WORDS = (
+    (re.compile(r"EL0004|failed to allocate memory|out of memory", re.IGNORECASE), MEMORY),
+    (re.compile(r"\bHDC\b", re.IGNORECASE), HDC),
+    (re.compile(r"device id is out of range"), "there is no such device id; see `npu-smi info -m`"),
+)
 ADVICE = {
     "100000": "an argument is not valid",
     "100001": "ACL is not initialised, or was finalised already; one process uses it once, start a new one",
     "100002": "ACL was initialised twice; do not use torch_npu or pyACL in the same process",
     "107001": "there is no such device id; see `npu-smi info -m` and ASCEND_RT_VISIBLE_DEVICES",
     "107002": "no ACL context in this thread; use a backend in the thread that opened it",
+    "145021": MEMORY,
     "148049": "the operator path is wrong; source set_env.sh, so that ASCEND_OPP_PATH is set",
-    "200000": "the device has no memory left; free it, or use a smaller batch size",
+    "200000": MEMORY,
+    "207001": MEMORY,
+    "245000": MEMORY,
     "500002": "the graph engine failed; was the OM compiled for this chip, by a CANN not newer than this host's?",
     "507011": "the model failed while running; was the OM compiled for this chip? See the log in ~/ascend/log",
     "507018": "an operator on the AICPU failed; see the log in ~/ascend/log",
     "507033": "the device cannot be opened; driver and firmware do not match, or the container lacks the device",
+    "507899": "the driver failed; see the log in ~/ascend/log and dmesg, and restart the driver",
 }
-# Pythons that the wheels of aclruntime 0.0.2 were made for, first and last
-WHEELS = ((3, 7), (3, 12))
 # Codes that speak of the file, not of the machine.
 MODEL_CODES = ("500002",)
+STAMP = re.compile(r"\[PID: \d+\] [\d.:-]+ ")
+
+_owner: Optional[int] = None  # the process that initialised ACL
 
 
-def load_runtime() -> Any:
-    """The aclruntime module.
+class Node(NamedTuple):
+    """An input or output of a model.
 
-    Raises:
-        BackendUnavailable: it does not import, with the loader's words; or another ACL user is in this process.
+    Attributes:
+        size: bytes that the runtime wants.
     """
-    for other in ("torch_npu", "acl"):
+
+    name: str
+    dtype: str
+    shape: Tuple[int, ...]
+    size: int
+
+
+class Failed(Exception):
+    """A call of the runtime failed.
+
+    Attributes:
+        words: all that it said, of which the message is an extract.
+    """
+
+    def __init__(self, message: str, words: str = "") -> None:
+        super().__init__(message)
+        self.words = words or message
+
+
+def begin(finalize: Callable[[], None], natives: Callable[[], List[Any]]) -> None:
+    """Note that this process is about to initialise ACL; only the first call counts.
+
+    Args:
+        finalize: called once, at this process's exit; never in a forked child.
+        natives: gives the objects whose destructors call ACL. A forked child has no device, and a call of ACL there
+            hangs or crashes, so it runs no destructor of theirs, nor those of the C++ libraries at its exit.
+    """
+    global _owner
+    if _owner is None:
+        _owner = os.getpid()
+        atexit.register(_at_exit, finalize)
+        os.register_at_fork(after_in_child=lambda: _spare(natives()))
+
+
+def mine() -> bool:
+    """ACL belongs to this process."""
+    return _owner == os.getpid()
+
+
+def refuse_fork() -> None:
+    """Raises: BackendUnavailable: this process was forked from one that uses ACL."""
+    if _owner not in (None, os.getpid()):
+        raise BackendUnavailable(
+            f"om backend: process {os.getpid()} was forked from {_owner}, which uses ACL; start workers with spawn"
+        )
+
+
+def refuse_others(*modules: str) -> None:
+    """Raises: BackendUnavailable: another user of ACL is loaded in this process."""
+    for other in modules:
         if other in sys.modules:
             raise BackendUnavailable(
                 f"om backend: {other} is loaded in this process, and ACL serves one user; run clipval without it"
             )
-    try:
-        return importlib.import_module("aclruntime")
-    except ImportError as error:
-        raise BackendUnavailable(f"om backend: aclruntime does not import: {error}; {_import_advice(error)}") from error
 
 
-def _import_advice(error: ImportError) -> str:
-    if getattr(error, "name", None) == "aclruntime" and isinstance(error, ModuleNotFoundError):
-        return wheel_advice()
-    if ".so" in str(error):
-        return atc.how_to_source()
-    return "install the wheel made for this Python and machine (requirements-npu.txt)"
+def _at_exit(finalize: Callable[[], None]) -> None:
+    if mine():
+        finalize()
 
 
-def wheel_advice(python: Tuple[int, int] = sys.version_info[:2]) -> str:
-    """Where aclruntime comes from, for a version of Python; where it has no wheel, what does the same."""
-    if WHEELS[0] <= python <= WHEELS[1]:
-        return "install its wheel (not on PyPI, see requirements-npu.txt)"
-    first, last, asked = (".".join(map(str, version)) for version in (*WHEELS, python))
-    return (
-        f"it has wheels for Python {first} to {last}, none for {asked}: use one of these, build it from its source "
-        "(requirements-npu.txt), or run OM files with pyACL, which comes with CANN"
-    )
+def _spare(natives: List[Any]) -> None:
+    """In a forked child: let nothing of ACL be destroyed. Its exit ends with `_exit` of the same status."""
+    for native in natives:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
+    library = ctypes.CDLL(None)
+    with suppress(AttributeError):  # glibc has on_exit, and CANN needs glibc
+        library.on_exit(library._exit, None)
 
 
-def runtime_version(runtime: Any) -> str:
-    """`aclruntime 0.0.2`, by the installed distribution, else by the module's own word."""
-    try:
-        found = importlib.metadata.version("aclruntime")
-    except importlib.metadata.PackageNotFoundError:
-        found = str(getattr(runtime, "__version__", "of unknown version"))
-    return f"aclruntime {found}"
-
-
-def stack_version(runtime: Any, root: Path = Path("/")) -> str:
-    """Versions of aclruntime, CANN and driver in one line."""
+def stack_version(runtime: str, root: Path = Path("/")) -> str:
+    """Versions of the runtime (`aclruntime 0.0.2`), CANN and driver in one line."""
     driver = driver_version(root) or "unknown"
-    return f"{runtime_version(runtime)}, CANN {atc.version(root)}, driver {driver}"
+    return f"{runtime}, CANN {atc.version(root)}, driver {driver}"
 
 
 def driver_version(root: Path = Path("/")) -> str:
@@ -124,7 +173,10 @@ def dtype_name(value: Any) -> str:
 
 
 def advice(text: str) -> str:
-    """What to do about an error of ACL, by the codes in its words; empty where it names none that is known."""
+    """What to do about an error of ACL, by its words and codes; empty where it names none that is known."""
+    for pattern, found in WORDS:
+        if pattern.search(text):
+            return found
     for code in re.findall(r"(?<!\d)\d{6}(?!\d)", text):
         if code in ADVICE:
             return ADVICE[code]
@@ -138,34 +190,64 @@ class Captured:
 
     def errors(self) -> str:
         """The lines that tell of an error, else the last ones; one line for a message."""
-        lines = [" ".join(line.split()) for line in self.text.splitlines() if line.strip()]
+        lines = [" ".join(STAMP.sub("", line).split()) for line in self.text.splitlines() if line.strip()]
         telling = [line for line in lines if re.search(r"error|fail|\bE[A-Z0-9]\d{4}\b", line, re.IGNORECASE)]
-        return "; ".join(_unique(telling or lines[-3:]))[:500]
+        return "; ".join(dict.fromkeys(telling or lines[-3:]))[:500]
 
-
-def _unique(lines: List[str]) -> List[str]:
-    return list(dict.fromkeys(lines))
+    def pass_on(self) -> None:
+        """Write what was no error to file descriptor 2, less what only tells of progress."""
+        lines = [line for line in self.text.splitlines() if not re.match(r"\[(info|debug)\]|\s*$", line, re.IGNORECASE)]
+        if lines:
+            os.write(2, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
 
 
 @contextmanager
-def captured_stdout() -> Iterator[Captured]:
-    """Keep what C++ code prints on file descriptor 1, where aclruntime tells why a model does not load.
+def telling() -> Iterator[None]:
+    """Run calls of the runtime; of one that fails, tell what it wrote to file descriptor 1.
 
-    Redirecting `sys.stdout` would miss it. On success everything is written again to where it would have gone.
+    There it says why: its exceptions name a general failure (`[-1]`) or an invalid parameter (`[1]`) for any cause.
+
+    Raises:
+        Failed: a call raised.
     """
-    captured = Captured()
-    with tempfile.TemporaryFile() as file:
-        saved = _redirect(file.fileno())
-        try:
-            yield captured
-        except BaseException:
-            _restore(saved)
-            captured.text = _read(file)
-            raise
+    words = Captured()
+    try:
+        with captured() as words:
+            yield
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        said = one_line(error, 300)
+        message = "; ".join(part for part in (words.errors(), said) if part)
+        # without its frames, which would keep device tensors alive
+        raise Failed(message, f"{words.text}\n{said}") from error.with_traceback(None)
+    words.pass_on()
+
+
+@contextmanager
+def captured() -> Iterator[Captured]:
+    """Keep what C++ code prints on file descriptor 1, which is C's stdio and no `sys.stdout`.
+
+    Costs some 10 microseconds.
+    """
+    words = Captured()
+    file = _scratch(os.getpid())
+    saved = _redirect(file)
+    try:
+        yield words
+    finally:
         _restore(saved)
-        captured.text = _read(file)
-    if saved >= 0 and captured.text:
-        os.write(1, captured.text.encode("utf-8", "replace"))
+        size = os.fstat(file).st_size
+        if size:
+            words.text = os.pread(file, size, 0).decode("utf-8", "replace")
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+
+
+@functools.lru_cache(maxsize=1)
+def _scratch(pid: int) -> int:
+    """Descriptor of an unnamed file of this process, whose offset a forked child must not share."""
+    descriptor, name = tempfile.mkstemp(prefix="clipval-acl-")
+    os.unlink(name)
+    return descriptor
 
 
 def _redirect(target: int) -> int:
@@ -186,14 +268,13 @@ def _restore(saved: int) -> None:
         os.close(saved)
 
 
+@functools.lru_cache(maxsize=1)
+def _stdio() -> Any:
+    return ctypes.CDLL(None)
+
+
 def _flush() -> None:
     """Empty Python's and C's buffers: C's printf keeps text back as soon as stdout is a file."""
     with suppress(AttributeError, OSError, ValueError):  # no stdout, or a closed one
         sys.stdout.flush()
-    ctypes.CDLL(None).fflush(None)
-
-
-def _read(file: Any) -> str:
-    file.seek(0)
-    text: str = file.read().decode("utf-8", "replace")
-    return text
+    _stdio().fflush(None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Callable, List, NamedTuple, Tuple
 
 from clipval import environment
-from clipval.ascend import acl, atc, npu_smi
+from clipval.ascend import acl, aclruntime, atc, npu_smi
 from clipval.errors import ClipvalError
 
 # Distribution whose module is called `ais_bench` too; source: setup.py of github.com/AISBench/benchmark.
@@ -137,7 +137,7 @@ def _tbe_packages(device_id: int, root: Path) -> str:
 
 
 def _aclruntime(device_id: int, root: Path) -> str:
-    return acl.runtime_version(acl.load_runtime())
+    return aclruntime.version(aclruntime.load())
 
 
 def _pyacl(device_id: int, root: Path) -> str:

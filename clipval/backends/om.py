@@ -2,39 +2,31 @@
 
 One session is alive per device: opening another one closes the former, whose later use is an error. ACL is
 finalised once, at the exit of the process that opened it, and is refused in a forked child.
-
-Source: aclruntime of Ascend/tools (generation A, float times), of ais_bench 0.0.2 (B, pairs of times,
-`free_resource`) and 0.0.3 (C, `summary`).
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
-import os
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 
-from clipval.ascend import acl, atc, host, npu_smi, occupancy, om_files
+from clipval.ascend import acl, aclruntime, atc, host, npu_smi, occupancy, om_files
 from clipval.backends import Backend, BackendSettings, Identity, Kind, Materials, Opening
-from clipval.errors import BackendUnavailable, ClipvalError, InputError, one_line
+from clipval.errors import BackendUnavailable, ClipvalError, InputError
 from clipval.towers import Tower
 
-# Generations B and C keep start and end of each call as float32 milliseconds since the session was opened, so the
-# clock gets coarser as the session ages. A session is opened anew before that costs more than this share of a call.
+# The clock of some runtimes gets coarser as a session ages. It is opened again before that costs more than this share
+# of a call; looked at from the age on at which float32 milliseconds step by 0.002 ms, and when the age has doubled.
 COARSEST = 0.01
-LOG_WARNINGS = 3  # of aclruntime: errors are printed too, the line for every loaded model is not
-FIRST_CHECK_MS = 16384.0  # float32 steps by 0.002 ms from here on
+FIRST_CHECK_SECONDS = 16.384
 
 _lock = threading.RLock()
 _alive: Dict[int, OmBackend] = {}
-_first_pid: Optional[int] = None  # the process that initialised ACL
-_first_runtime: Any = None
 
 
 class OmBackend(Backend):
@@ -55,85 +47,73 @@ class OmBackend(Backend):
     def __init__(
         self, tower: Tower, om: Path, batch_size: int, device_id: int = 0, precision: str = atc.DEFAULT_MODE
     ) -> None:
-        _refuse_fork()
+        acl.refuse_fork()
         self.tower = tower
         self.batch_size = batch_size
         self._rows = batch_size
         self._file = _readable(om)
         self._device_id = device_id
         self._where = f"om backend, {tower.name} tower, {self._file}"
-        self._runtime = acl.load_runtime()
         self._times: List[float] = []  # of sessions that were closed
         self._closed = ""
-        self._session: Any = None
+        self._session: Optional[aclruntime.Session] = None
         with _lock:
             former = _alive.pop(device_id, None)
             if former is not None:
                 former._end(f"another OM was opened on device {device_id}")
-            self._open()
+            session = self._open()
             _alive[device_id] = self
-        self.identity = Identity(
-            "om",
-            acl.stack_version(self._runtime),
-            f"{_chip(device_id)}:{device_id}",
-            precision,
-            getattr(self._runtime, "__simulated__", False) is True,
-        )
+        version = acl.stack_version(session.version)
+        self.identity = Identity("om", version, f"{_chip(device_id)}:{device_id}", precision, session.simulated)
 
-    def _open(self) -> None:
+    def _open(self) -> aclruntime.Session:
         """A fresh session that keeps the contract."""
-        options = self._runtime.session_options()
-        options.log_level = LOG_WARNINGS
-        _remember(self._runtime)
-        captured = acl.Captured()
         started = time.perf_counter()
         try:
-            with acl.captured_stdout() as captured:
-                # All three arguments are required, and must be positional.
-                self._session = self._runtime.InferenceSession(str(self._file), self._device_id, options)
-        except (RuntimeError, ValueError, TypeError, OSError) as error:
-            raise self._load_error(error, captured) from error
+            session = aclruntime.Session(self._file, self._device_id)
+        except acl.Failed as failed:
+            raise self._load_error(failed) from failed
         self.load_seconds = time.perf_counter() - started
         self._opened_at = time.monotonic()
-        self._check_at_ms = FIRST_CHECK_MS
+        self._check_at = FIRST_CHECK_SECONDS
         self._runs = 0
         try:
-            self._output_name, self._output_dtype = self._check_contract()
+            self._check_input(session.inputs)
+            self._output = self._check_outputs(session.outputs)
         except ClipvalError:
-            self._free()
+            session.free()
             raise
+        self._session = session
+        return session
 
-    def _load_error(self, error: Exception, captured: acl.Captured) -> ClipvalError:
-        words = "; ".join(part for part in (captured.errors(), one_line(error, 300)) if part)
-        advice = acl.advice(words) or _no_such_device(self._device_id)
-        if advice and not any(code in words for code in acl.MODEL_CODES):
-            return BackendUnavailable(f"{self._where}: device {self._device_id}: {advice} ({words})")
+    def _load_error(self, failed: acl.Failed) -> ClipvalError:
+        advice = acl.advice(failed.words)
+        if advice and not any(code in failed.words for code in acl.MODEL_CODES):
+            return BackendUnavailable(f"{self._where}: device {self._device_id}: {advice} ({failed})")
         return InputError(
-            f"{self._where}: cannot be loaded on device {self._device_id} ({words}). "
-            f"{advice or 'Damaged or cut short, compiled for another chip, or by a newer CANN'}; compile it again"
+            f"{self._where}: cannot be loaded on device {self._device_id} ({failed}); "
+            f"{advice or 'damaged or cut short, compiled for another chip, or by a newer CANN'}; compile it again"
         )
 
-    def _check_contract(self) -> Tuple[str, str]:
-        """Name and dtype of the output. The runtime itself compares byte counts only, and reads the rest as garbage."""
-        inputs = [_describe(one) for one in self._session.get_inputs()]
-        outputs = [_describe(one) for one in self._session.get_outputs()]
+    def _check_input(self, inputs: List[acl.Node]) -> None:
+        """The runtime itself compares byte counts only, and reads the rest as garbage."""
         tower = self.tower
-        wanted = (tower.input_name, tower.dtype, tower.shape(self._rows))
-        if len(inputs) != 1 or inputs[0][:2] != wanted[:2] or inputs[0][2][1:] != wanted[2][1:]:
+        wanted = _node(tower.input_name, tower.dtype, tower.shape(self._rows))
+        found = inputs[0] if len(inputs) == 1 else None
+        if found is None or found[:2] != wanted[:2] or found.shape[1:] != wanted.shape[1:]:
             raise InputError(f"{self._where}: its inputs are {_say(inputs)}, the tower needs {_say([wanted])}")
-        found = inputs[0][2][0]
-        if found != self._rows:
-            compiled = f"batch size {found}" if found > 0 else "a dynamic batch size"
+        if found.shape[0] != self._rows:
+            compiled = f"batch size {found.shape[0]}" if found.shape[0] > 0 else "a dynamic batch size"
             raise InputError(
                 f"{self._where}: compiled for {compiled}, asked for {self._rows}; "
                 f"compile one for batch size {self._rows}"
             )
-        size = self._session.get_inputs()[0].realsize
-        if size != np.dtype(tower.dtype).itemsize * int(np.prod(wanted[2])):
-            raise InputError(f"{self._where}: its input takes {size} bytes, which are not those of {_say([wanted])}")
-        return self._check_outputs(outputs)
+        if found.size != wanted.size:
+            raise InputError(
+                f"{self._where}: its input takes {found.size} bytes, which are not those of {_say([wanted])}"
+            )
 
-    def _check_outputs(self, outputs: List[Tuple[str, str, Tuple[int, ...]]]) -> Tuple[str, str]:
+    def _check_outputs(self, outputs: List[acl.Node]) -> acl.Node:
         """ATC names outputs `producer:index:onnx_name`; only the last part is ours."""
         tower = self.tower
         if len(outputs) > 1:
@@ -141,11 +121,12 @@ class OmBackend(Backend):
                 f"{self._where}: has {len(outputs)} outputs, {_say(outputs)}, expected only {tower.output_name}. The "
                 f"recipe's own export adds the scalar exp(logit_scale); export with clipval and compile again"
             )
-        wanted = (tower.output_name, "float32", (self._rows, tower.width))
-        name, dtype, shape = outputs[0] if outputs else ("", "", ())
-        if name.rsplit(":", 1)[-1] != wanted[0] or dtype not in ("float32", "float16") or shape != wanted[2]:
+        wanted = _node(tower.output_name, "float32", (self._rows, tower.width))
+        found = outputs[0] if outputs else _node("", "", ())
+        named = found.name.rsplit(":", 1)[-1] == wanted.name
+        if not named or found.dtype not in ("float32", "float16") or found.shape != wanted.shape:
             raise InputError(f"{self._where}: its output is {_say(outputs)}, the tower needs {_say([wanted])}")
-        return name, dtype
+        return found
 
     def run(self, rows: np.ndarray) -> np.ndarray:
         """See `clipval.backends.Backend.run`.
@@ -156,107 +137,87 @@ class OmBackend(Backend):
         """
         exact = self._exact(rows)
         with _lock:
-            self._refuse_closed()
             self._renew_when_stale()
+            session = self._require_open()
             try:
-                found = self._execute(exact)
-            except (RuntimeError, TypeError, ValueError) as error:
-                words = one_line(error, 300)
-                advice = acl.advice(words) or "the device may be lost; see `npu-smi info` and the log in ~/ascend/log"
+                found = session.run(exact, self._output.name)
+            except acl.Failed as failed:
+                advice = acl.advice(failed.words) or "the device may be lost; see `npu-smi info` and ~/ascend/log"
                 raise BackendUnavailable(
                     f"{self._where}: device {self._device_id} failed in run {self._runs + 1} of this session "
-                    f"({words}); {advice}"
-                ) from error.with_traceback(None)  # its frames would keep device tensors alive
+                    f"({failed}); {advice}"
+                ) from failed
             self._runs += 1
         return self._embedding(found)
 
-    def _execute(self, rows: np.ndarray) -> np.ndarray:
-        tensor = output = None
-        try:
-            tensor = self._runtime.Tensor(rows)
-            tensor.to_device(self._device_id)
-            (output,) = self._session.run([self._output_name], [tensor])
-            output.to_host()
-            return np.array(output)
-        finally:  # device memory must go before the session does, also where somebody keeps a traceback
-            del output, tensor
-
     def _exact(self, rows: np.ndarray) -> np.ndarray:
-        """The rows as the runtime's Tensor reads them right: contiguous, and of the very C type."""
+        """The rows as a runtime reads them right: contiguous, and of the very C type."""
         wanted = np.dtype(self.tower.dtype)
         if rows.shape != self.tower.shape(self._rows) or rows.dtype != wanted:
             raise InputError(
-                f"{self._where}: input is {_say([(self.tower.input_name, str(rows.dtype), rows.shape)])}, this OM "
-                f"takes {_say([(self.tower.input_name, self.tower.dtype, self.tower.shape(self._rows))])}"
+                f"{self._where}: input is {_say([_node(self.tower.input_name, str(rows.dtype), rows.shape)])}, this "
+                f"OM takes {_say([_node(self.tower.input_name, str(wanted), self.tower.shape(self._rows))])}"
             )
-        # Tensor ignores strides, and takes C's `long long` for uint8, though numpy has it equal to int64.
+        # aclruntime ignores strides, and takes C's `long long` for uint8, though numpy has it equal to int64.
         return np.ascontiguousarray(rows).view(wanted)
 
     def _embedding(self, found: np.ndarray) -> np.ndarray:
-        if found.shape != (self._rows, self.tower.width) or str(found.dtype) != self._output_dtype:
+        if (found.shape, str(found.dtype)) != (self._output.shape, self._output.dtype):
             raise InputError(
                 f"{self._where}: gave {found.dtype}{list(found.shape)}, its description says "
-                f"{self._output_dtype}{[self._rows, self.tower.width]}"
+                f"{self._output.dtype}{list(self._output.shape)}"
             )
         return np.array(found, dtype=np.float32, order="C")
 
     def execute_seconds(self) -> Optional[List[float]]:
-        """Seconds inside aclmdlExecute alone, one entry per `run` so far; copies to and from the device excluded."""
+        """Seconds inside the device's execute call alone, one entry per `run` so far; copies are excluded."""
         with _lock:
-            if self._session is not None:
-                return self._times + self._session_times()
-            return list(self._times)
+            return self._times + self._session_times()
 
     def _session_times(self) -> List[float]:
-        recorded = self._recorded()
-        if len(recorded) != self._runs:
-            raise BackendUnavailable(
-                f"{self._where}: aclruntime recorded {len(recorded)} times for {self._runs} runs; this version of it "
-                f"is not known to clipval"
-            )
-        return [_milliseconds(entry) / 1000 for entry in recorded]
-
-    def _recorded(self) -> List[Any]:
-        """The runtime's own list. Its method is misspelt in generations A and B, and has both names in C."""
         if self._session is None:
             return []
         try:
-            summary = getattr(self._session, "summary", None) or self._session.sumary
-            return list(summary().exec_time_list)
-        except (AttributeError, RuntimeError, TypeError) as error:
-            raise BackendUnavailable(f"{self._where}: aclruntime does not tell execute times ({error})") from error
+            found = self._session.seconds()
+        except acl.Failed as failed:
+            raise BackendUnavailable(f"{self._where}: {failed}") from failed
+        if len(found) != self._runs:
+            raise BackendUnavailable(
+                f"{self._where}: aclruntime recorded {len(found)} times for {self._runs} runs; this version of it "
+                f"is not known to clipval"
+            )
+        return found
 
     def refresh(self) -> None:
-        """Open the session anew, so that the clock is as fine as it can be; times so far are kept."""
+        """Open the session again, so that the clock is as fine as it can be; times so far are kept."""
         with _lock:
-            self._refuse_closed()
+            session = self._require_open()
             self._times += self._session_times()
-            self._free()
+            self._session = None
+            session.free()
             try:
                 self._open()
             except ClipvalError:
-                self._closed = "it could not be opened anew"
+                self._closed = "it could not be opened again"
                 raise
 
-    def _age_ms(self) -> float:
-        return (time.monotonic() - self._opened_at) * 1000
-
     def _renew_when_stale(self) -> None:
-        """Reopen a session whose clock is too coarse. Looked at when its age has doubled, as reading times costs."""
-        age_ms = self._age_ms()
-        if age_ms < self._check_at_ms or not self._runs:
+        """Open a session again whose clock is too coarse."""
+        session = self._require_open()
+        age = time.monotonic() - self._opened_at
+        if age < self._check_at or not self._runs:
             return
-        recorded = self._recorded()
-        mean_ms = sum(map(_milliseconds, recorded)) / max(1, len(recorded))
-        if recorded and _is_pair(recorded[0]) and float(np.spacing(np.float32(age_ms))) > COARSEST * mean_ms:
+        mean = float(np.mean(self._session_times()))
+        if session.clock_step(age) > COARSEST * mean:
             self.refresh()
         else:
-            self._check_at_ms *= 2
+            self._check_at *= 2
 
-    def _refuse_closed(self) -> None:
-        _refuse_fork()
+    def _require_open(self) -> aclruntime.Session:
+        acl.refuse_fork()
         if self._session is None:
             raise BackendUnavailable(f"{self._where}: closed, as {self._closed}; open it again")
+        return self._session
 
     def busy(self) -> str:
         """What else uses the NPU; see `clipval.ascend.occupancy`."""
@@ -275,14 +236,8 @@ class OmBackend(Backend):
         self._closed = reason
         with suppress(BackendUnavailable):  # after a failed run, whose own error was raised
             self._times += self._session_times()
-        self._free()
-
-    def _free(self) -> None:
         session, self._session = self._session, None
-        free = getattr(session, "free_resource", None)  # generation A frees in its destructor
-        if free is not None and _first_pid == os.getpid():
-            with suppress(RuntimeError):  # a lost device cannot be freed, and what lost it was raised before
-                free()
+        session.free()
 
 
 def _readable(om: Path) -> Path:
@@ -290,13 +245,6 @@ def _readable(om: Path) -> Path:
     if not om.is_file() or om.stat().st_size == 0:
         raise InputError(f"OM {om}: {'empty' if om.is_file() else 'no such file'}; compile it with clipval compile")
     return om.resolve()
-
-
-def _refuse_fork() -> None:
-    if _first_pid not in (None, os.getpid()):
-        raise BackendUnavailable(
-            f"om backend: process {os.getpid()} was forked from {_first_pid}, which uses ACL; start workers with spawn"
-        )
 
 
 @functools.lru_cache(maxsize=None)
@@ -308,60 +256,12 @@ def _chip(device_id: int) -> str:
         return "Ascend"
 
 
-def _describe(desc: Any) -> Tuple[str, str, Tuple[int, ...]]:
-    return str(desc.name), acl.dtype_name(desc.datatype), tuple(int(size) for size in desc.shape)
+def _node(name: str, dtype: str, shape: Tuple[int, ...]) -> acl.Node:
+    return acl.Node(name, dtype, shape, np.dtype(dtype or "V0").itemsize * int(np.prod(shape)))
 
 
-def _say(nodes: List[Tuple[str, str, Tuple[int, ...]]]) -> str:
-    return ", ".join(f"{name!r} {dtype}{list(shape)}" for name, dtype, shape in nodes) or "none"
-
-
-def _no_such_device(device_id: int) -> str:
-    """npu-smi's word that there is no such device, for the runtime calls that an invalid parameter; else empty."""
-    try:
-        npu_smi.list_npus()
-    except ClipvalError:
-        return ""
-    try:
-        npu_smi.npu(device_id)
-    except ClipvalError as error:
-        return str(error)
-    return ""
-
-
-def _is_pair(entry: Any) -> bool:
-    return not isinstance(entry, (float, int)) and hasattr(entry, "__len__")
-
-
-def _milliseconds(entry: Any) -> float:
-    """One call: generation A records its length, B and C its start and end."""
-    return float(entry[1]) - float(entry[0]) if _is_pair(entry) else float(entry)
-
-
-def _remember(runtime: Any) -> None:
-    """Note who initialises ACL, and have it finalised at this process's exit."""
-    global _first_pid, _first_runtime
-    if _first_pid is None:
-        _first_pid, _first_runtime = os.getpid(), runtime
-        atexit.register(_finalize)
-
-
-def _finalize() -> None:
-    """Finalise ACL, once, at the exit of the process that initialised it; never in a forked child.
-
-    Generation A has it as a method of a session, B and C as a static method that wants all sessions freed first.
-    """
-    if _first_pid != os.getpid():
-        return
-    for backend in list(_alive.values()):
-        if hasattr(backend._session, "free_resource"):
-            backend.close()
-    sessions = [backend._session for backend in _alive.values() if backend._session is not None]
-    owner = sessions[0] if sessions else _first_runtime.InferenceSession
-    # Generation A without a session has nothing to finalise with; the process ends anyway.
-    with suppress(AttributeError, TypeError, RuntimeError):
-        owner.finalize()
-    _alive.clear()
+def _say(nodes: List[acl.Node]) -> str:
+    return ", ".join(f"{node.name!r} {node.dtype}{list(node.shape)}" for node in nodes) or "none"
 
 
 def atc_options(asked: BackendSettings) -> atc.AtcOptions:

@@ -50,8 +50,9 @@ def test_red_where_a_simulated_device_is_not_allowed(run):
     assert "not evaluated" in output
 
 
-@pytest.mark.parametrize("chip", ["310P3", "910_9392"])
-@pytest.mark.parametrize("generation", ["A", "C"])
+@pytest.mark.parametrize(
+    ("generation", "chip"), [("A", "310P3"), ("B-early", "910_9392"), ("B", "310P3"), ("C", "910_9392")]
+)
 def test_other_chips_and_generations_are_green(run, chip, generation):
     code, output = run(*NPU, chip=chip, generation=generation)
     assert code == 0, output[-3000:]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from clipval.ascend import acl
+from clipval.ascend import aclruntime
 from clipval.ascend import host as hosts
 from clipval.errors import BackendUnavailable
 from tests.simulator import BIN, LIB, environment
@@ -198,11 +198,11 @@ def test_pyacl_is_told_without_importing_it(host, tmp_path):
 
 @pytest.mark.parametrize("python", [(3, 7), (3, 8), (3, 12)])
 def test_pythons_with_a_wheel(python):
-    assert acl.wheel_advice(python) == "install its wheel (not on PyPI, see requirements-npu.txt)"
+    assert aclruntime.wheel_advice(python) == "install its wheel (not on PyPI, see requirements-npu.txt)"
 
 
 def test_pythons_without_a_wheel():
-    advice = acl.wheel_advice((3, 13))
+    advice = aclruntime.wheel_advice((3, 13))
     assert advice.startswith("it has wheels for Python 3.7 to 3.12, none for 3.13")
     assert "pyACL, which comes with CANN" in advice
 

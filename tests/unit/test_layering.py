@@ -17,7 +17,7 @@ HOMES = {
     "open_clip": {"model.py"},
     "onnx": {"export.py", "diagnose/graph.py", "diagnose/twin.py"},
     "onnxruntime": {"backends/onnx.py", "diagnose/evaluate.py"},
-    "aclruntime": {"ascend/acl.py"},
+    "aclruntime": {"ascend/aclruntime.py"},
     "torch": {"model.py", "export.py", "backends/pytorch.py", "diagnose/taps.py", "train_shapes.py"},
     "pytest": {"plugin.py"},
     "_pytest": {"promise.py"},

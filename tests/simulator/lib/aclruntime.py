@@ -283,6 +283,7 @@ def _in_child() -> None:
     if acl.ready() and sys.modules.get("simulated_acl") is acl:
         library = ctypes.CDLL(None)
         atexit.unregister(_static_destructors)
+        acl.leak_sessions()
         library.on_exit(library.abort, None)
 
 

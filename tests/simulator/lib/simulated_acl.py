@@ -357,6 +357,12 @@ def _faults(found: Model) -> None:
             )
 
 
+def leak_sessions() -> None:
+    """In a forked child: ONNX Runtime's destructors, which no device has, would wait for threads that are not there."""
+    for found in _process.models.values():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(found.session))
+
+
 def size_of(one: Dict[str, Any]) -> int:
     """Bytes of an input or output."""
     return int(np.dtype(one["dtype"]).itemsize * math.prod(one["shape"]))

@@ -62,8 +62,7 @@ devices = Devices()
 
 def say(line: str) -> None:
     """C's stdio: on file descriptor 1, and kept back where that is a file."""
-    if "silent" not in npu_host.faults():
-        ctypes.CDLL(None).puts(line.encode())
+    ctypes.CDLL(None).puts(line.encode())
 
 
 def error(line: str) -> None:
