@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from clipval.backends import Backend
 
 THREADS = 8
+# ais_bench's folders: of one run where --output_dirname was not given, and of one device of several (0.0.2's source).
+RUN = re.compile(r"[0-9]{4}_[0-9]{2}_[0-9]{2}-[0-9]{2}_[0-9]{2}_[0-9]{2}$")
+DEVICE = re.compile(r"device[0-9]+_[0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def _publish(folder: Path, embeddings: Embeddings) -> None:
 def read(folder: Path, width: Optional[int] = None) -> Embeddings:
     """Read a folder of `<id>_0.npy`, ais_bench's own too, in natural order of the ids.
 
-    `<id>_1.npy` of one element is the recipe's second output, the logit scale, and is left out.
+    `<id>_1.npy` of one element is the recipe's second output, the logit scale, and is left out. ais_bench's folder
+    named by the time of its run may be given by its parent; the folders of its devices are read together.
 
     Args:
         width: elements of an embedding; None takes what most files have.
@@ -144,7 +148,7 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
     """
     if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise InputError(f"embeddings {folder}: no such folder; run embed, or give the folder of the .npy files")
-    files = [folder / name for name in arrays.names(folder)]
+    files = _result_files(folder)
     outputs = [path for path in files if path.stem.endswith("_0")]
     with ThreadPoolExecutor(THREADS) as pool:
         others = [path for path in files if not path.stem.endswith("_0")]
@@ -153,7 +157,7 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
                 raise InputError(f"{path}: not an embedding <id>_0.npy; take it out, or give the folder of embeddings")
         found = list(pool.map(arrays.load, outputs))
     if not found:
-        raise InputError(f"embeddings {folder}: no <id>_0.npy in it; give the folder that embed or ais_bench wrote")
+        raise InputError(f"embeddings {folder}: {_why_none(folder)}")
     if width is None:
         width = max(1, Counter(array.shape[-1] if array.ndim else 0 for array in found).most_common(1)[0][0])
     for path, array in zip(outputs, found):
@@ -162,6 +166,40 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
             raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run embed again")
     values = np.concatenate([array.reshape(1, -1) for array in found]).astype(np.float32)
     return Embeddings(tuple(path.stem[: -len("_0")] for path in outputs), values)
+
+
+def _result_files(folder: Path) -> List[Path]:
+    """The arrays of a folder, else those of ais_bench's devices or of its only run in there.
+
+    Raises:
+        InputError: there are several runs, or one sample was computed on several devices.
+    """
+    files = [folder / name for name in arrays.names(folder)]
+    inside = sorted(name for name in os.listdir(folder) if (folder / name).is_dir())
+    runs = [name for name in inside if RUN.match(name)]
+    if files:
+        return files
+    if len(runs) > 1:
+        raise InputError(f"embeddings {folder}: several runs of ais_bench ({', '.join(runs)}); give the folder of one")
+    if runs:
+        return _result_files(folder / runs[0])
+    files = [folder / name / file for name in inside if DEVICE.match(name) for file in arrays.names(folder / name)]
+    name, count = Counter(path.name for path in files).most_common(1)[0] if files else ("", 0)
+    if count > 1:
+        where = ", ".join(path.parent.name for path in files if path.name == name)
+        raise InputError(f"embeddings {folder}: {name} was computed on several devices ({where}); give one's folder")
+    return sorted(files, key=lambda path: arrays.natural(path.stem))
+
+
+def _why_none(folder: Path) -> str:
+    """What a folder without arrays holds, and what to do."""
+    found = [path.suffix for path in folder.rglob("*_0.*") if path.suffix in (".bin", ".txt")]
+    if found:
+        return (
+            f"{len(found)} {found[0]} files and no <id>_0.npy: ais_bench wrote them without the embeddings' dtype and "
+            f"shape; run it again with --outfmt NPY"
+        )
+    return "no <id>_0.npy in it; give the folder that embed or ais_bench wrote"
 
 
 def write_golden(file: Path, towers: Dict[str, Embeddings]) -> None:

@@ -287,6 +287,40 @@ def test_empty_and_missing_folders(tmp_path):
             embeddings.read(missing)
 
 
+RUNS = ("2024_01_31-10_22_05", "2024_01_31-11_00_00")
+
+
+@pytest.mark.parametrize("under", ["", RUNS[0]])
+def test_ais_benchs_own_folders(tmp_path, under):
+    run = tmp_path / under
+    embeddings.write(run / "device0_0", Embeddings(some().ids[::2], some().values[::2]))
+    embeddings.write(run / "device3_1", Embeddings(some().ids[1::2], some().values[1::2]))
+    (tmp_path / f"{under}_summary.json").write_text("{}", encoding="utf-8")
+    found = embeddings.read(tmp_path)
+    assert found.ids == some().ids
+    assert np.array_equal(found.values, some().values)
+    embeddings.write(run / "device4_2", some(2))
+    with pytest.raises(InputError, match=r"0_0_0.npy was computed on several devices \(device0_0, device4_2\)"):
+        embeddings.read(tmp_path)
+
+
+def test_one_of_several_runs_must_be_named(tmp_path):
+    for name in RUNS:
+        embeddings.write(tmp_path / name, some())
+    with pytest.raises(InputError, match=f"several runs of ais_bench \\({', '.join(RUNS)}\\)"):
+        embeddings.read(tmp_path)
+    assert embeddings.read(tmp_path / RUNS[1]).ids == some().ids
+
+
+@pytest.mark.parametrize("under", ["", RUNS[0], f"{RUNS[0]}/device0_0"])
+@pytest.mark.parametrize("ending", ["bin", "txt"])
+def test_how_ais_bench_must_write_is_said(tmp_path, under, ending):
+    (tmp_path / under).mkdir(parents=True, exist_ok=True)
+    (tmp_path / under / f"1_0.{ending}").write_bytes(bytes(2048))
+    with pytest.raises(InputError, match=rf"1 \.{ending} files and no <id>_0.npy.*with --outfmt NPY"):
+        embeddings.read(tmp_path)
+
+
 def test_align_is_by_id():
     found = some()
     turned = embeddings.align(found, found.ids[::-1])
