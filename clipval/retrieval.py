@@ -31,12 +31,14 @@ class Direction:
         query_ids: n names; ranks: int64 [n], 1 is best, of the best positive.
         margins: float64 [n], score of the best positive less that of the 5th wrong candidate: positive means a
             hit at 5, and near zero means that rounding decides. NaN with fewer wrong candidates.
+        candidates: how many each query was ranked among; recall rises as they get fewer.
     """
 
     name: str
     query_ids: Tuple[str, ...]
     ranks: np.ndarray
     margins: np.ndarray
+    candidates: int
 
     def hits(self, k: int) -> int:
         """Queries with a positive among their k best candidates."""
@@ -145,7 +147,10 @@ def evaluate(
     if len(lonely):
         raise InputError(f"image {image_ids[int(lonely[0])]} has no caption ({len(lonely)} such images)")
     by_caption, by_image = rank(vision, text, owner)
-    return Retrieval(Direction(IMAGE, caption_ids, *by_caption), Direction(TEXT, image_ids, *by_image))
+    return Retrieval(
+        Direction(IMAGE, caption_ids, *by_caption, candidates=len(images)),
+        Direction(TEXT, image_ids, *by_image, candidates=len(captions)),
+    )
 
 
 @dataclass(frozen=True)
@@ -172,12 +177,17 @@ def pair(reference: Direction, candidate: Direction, k: int = GATED_K) -> Paired
     """Compare hits at k query by query.
 
     Raises:
-        InputError: the queries are not the same.
+        InputError: the queries are not the same, or are ranked among more or fewer candidates.
     """
     from scipy.stats import binomtest
 
     if reference.query_ids != candidate.query_ids or reference.name != candidate.name:
         raise InputError(f"paired comparison of {candidate.name}: the two sides have different queries")
+    if reference.candidates != candidate.candidates:
+        raise InputError(
+            f"paired comparison of {candidate.name}: {candidate.candidates} candidates on one side, "
+            f"{reference.candidates} on the other"
+        )
     was, now = reference.ranks <= k, candidate.ranks <= k
     gains, losses = int((now & ~was).sum()), int((was & ~now).sum())
     changed = np.flatnonzero(was != now)

@@ -102,6 +102,7 @@ class Reference(_Table, frozen=True):
         metric: `image_retrieval_recall@5` and the like, a share in [0, 1].
         backend: whose figure it is; a backend without one is compared with pytorch's.
         value: the figure; count: queries it is a mean over, so one query moves it by 1 / count.
+        candidates: what each query is ranked among; 0 takes the data set's number, else the other direction's count.
         within: allowed distance both ways: a gain that large means another metric, split or leakage.
             None: shown, not gated.
         source: where the figure is from; because: why `within` is what it is.
@@ -112,6 +113,7 @@ class Reference(_Table, frozen=True):
     value: float
     count: int
     source: str
+    candidates: int = 0
     within: Optional[float] = None
     because: str = ""
 
@@ -201,6 +203,14 @@ class Spec(_Table, frozen=True):
                     return reference
         return None
 
+    def size(self, reference: Reference) -> Tuple[int, int]:
+        """Queries and candidates that a figure was measured over; 0 candidates where nothing states them."""
+        by_image = reference.metric.startswith("image_")
+        stated = self.data.images if by_image else self.data.captions
+        other = "text_" if by_image else "image_"
+        counts = [one.count for one in self.references if one.metric.startswith(other)]
+        return reference.count, reference.candidates or stated or next(iter(counts), 0)
+
     def beside(self, name: str) -> str:
         """A path of the spec made absolute: relative ones lie beside the spec file."""
         beside = Path(self.path).parent / name
@@ -242,6 +252,9 @@ def _check(spec: Spec) -> None:
     for reference in spec.references:
         if not 0 <= reference.value <= 1 or reference.count < 1:
             problems.append(f"reference {reference.metric}: value must be a share in [0, 1] and count at least 1")
+        if not spec.size(reference)[1]:
+            kind = "images" if reference.metric.startswith("image_") else "captions"
+            problems.append(f"reference {reference.metric}: give the number of its candidates, or data.{kind}")
         if reference.within is not None and not 0 < reference.within < 1:
             problems.append(f"reference {reference.metric}: within must be between 0 and 1")
     for bounds in spec.parity:

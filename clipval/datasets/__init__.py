@@ -99,7 +99,7 @@ class Kind(NamedTuple):
         find: what of this kind a folder holds, by content, not by name: its annotation files; empty for none.
         read: the data set of a folder, given it and how captions are read (`csv` or `clip_benchmark`).
         draw: writes the first n images into a folder, where the kind is drawn and not brought; else None.
-        check: holds what is read to what the kind knows of its pictures; raises InputError.
+        off: how far each picture is from what it must show, [n] as a share of what is allowed, where the kind knows.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Kind(NamedTuple):
     find: Callable[[Path], List[Path]]
     read: Callable[[Path, str], RetrievalDataset]
     draw: Optional[Callable[[Path, int], None]] = None
-    check: Optional[Callable[[RetrievalDataset], None]] = None
+    off: Optional[Callable[[RetrievalDataset], np.ndarray]] = None
 
 
 def names() -> List[str]:

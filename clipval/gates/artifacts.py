@@ -8,6 +8,7 @@ from typing import List, Sequence, Tuple
 
 import numpy as np
 
+from clipval import datasets
 from clipval.arrays import PreparedRows, spread
 from clipval.backends import Identity, kind
 from clipval.datasets import RetrievalDataset
@@ -67,6 +68,12 @@ def prepared_images(
             failure="input",
         ),
     ]
+    known = datasets.kind(spec.data.kind).off
+    if known is not None:
+        apart = known(dataset)
+        figures.append(
+            _prepared(PREPARED_IMAGES, "|picture - drawn|, of what JPEG may change", apart, 1.0, dataset.image_ids)
+        )
     if spec.data.fingerprint:
         other = np.array([dataset.fingerprint() != spec.data.fingerprint])
         figures.append(

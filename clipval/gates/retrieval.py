@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
+
+import msgspec
 
 from clipval import retrieval
 from clipval.backends import REFERENCE, Identity
 from clipval.gates.gate import ACCURACY, Gate, context, judge
-from clipval.results import INFO, Figure
+from clipval.results import FAIL, INFO, Figure
 from clipval.spec import PairedBounds, Reference, Spec, published
 
 SHOWN_FLIPS = 20
@@ -42,10 +44,10 @@ def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str)
     gate = RECALL.of(where.name, metric)
     assert reference is not None
     if reference.within is None:
-        return [_shown(gate, metric, measured, direction, reference, where, spec)]
-    off = round((measured - reference.value) * len(direction.ranks))
-    return [
-        judge(
+        figure = _shown(gate, metric, measured, direction, reference, where, spec)
+    else:
+        off = round((measured - reference.value) * len(direction.ranks))
+        figure = judge(
             gate,
             metric,
             measured,
@@ -60,7 +62,19 @@ def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str)
             because=reference.because,
             detail=_recall_detail(direction, spec, metric),
         )
-    ]
+    return [_of_its_size(figure, direction, spec.size(reference), where)]
+
+
+def _of_its_size(figure: Figure, direction: retrieval.Direction, size: Tuple[int, int], where: Identity) -> Figure:
+    """The figure, failed where its reference is of other numbers of queries or candidates: recall rises with fewer."""
+    found = (len(direction.ranks), direction.candidates)
+    if found == size:
+        return figure
+    message = (
+        f"{figure.gate}: {found[0]} queries among {found[1]} candidates, but the reference is of {size[0]} among "
+        f"{size[1]}, so they cannot be compared; give the whole data set; reference: {figure.source}. Made by {where}"
+    )
+    return msgspec.structs.replace(figure, verdict=FAIL, failure="input", message=message)
 
 
 def _recall_detail(direction: retrieval.Direction, spec: Spec, metric: str) -> Dict[str, Any]:

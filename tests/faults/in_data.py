@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 
-from clipval import datasets, model, preprocess, retrieval
+from clipval import chain, datasets, model, preprocess, retrieval
+from clipval.datasets import shapes
 from clipval.gates import artifacts
 from tests.faults.table import REBUILD, fault
 
@@ -122,13 +125,64 @@ def one_image_replaced() -> None:
     dataset(lambda data: dataclasses.replace(data, image_paths=(data.image_paths[1], *data.image_paths[1:])))
 
 
-@fault("the files of two images exchanged", "recall/pytorch/text_retrieval_recall@5", "queries")
+@fault("the files of two images exchanged", "prepared/data/vision", "|picture - drawn|", "sample")
 def two_images_exchanged() -> None:
     def change(data: Any) -> Any:
         one, other, *rest = data.image_paths
         return dataclasses.replace(data, image_paths=(other, one, *rest))
 
     dataset(change)
+
+
+def pictures(change: Callable[[Any], Any]) -> None:
+    """Replace the first picture's file by a changed one of the same name, before anything is made of it."""
+
+    def changed(data: Any) -> Any:
+        from PIL import Image
+
+        path = Path(tempfile.mkdtemp()) / data.image_paths[0].name
+        change(Image.open(data.image_paths[0]).convert("RGB")).save(path, quality=90)
+        return dataclasses.replace(data, image_paths=(path, *data.image_paths[1:]))
+
+    dataset(changed)
+
+
+@fault("one picture replaced by another drawing", "prepared/data/vision", "|picture - drawn|", "sample")
+def one_picture_replaced() -> None:
+    pictures(lambda image: shapes.scenes(shapes.SEED_TRAIN, 1)[0][0].resize(image.size))
+
+
+@fault("a tenth of one picture's height painted over", "prepared/data/vision", "|picture - drawn|", "sample")
+def one_picture_painted_over() -> None:
+    def change(image: Any) -> Any:
+        image.paste((90, 90, 90), (0, 0, image.width, image.height // 10))
+        return image
+
+    pictures(change)
+
+
+def ranked(keep: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Rank only the captions that `keep` says by their images' indices, and only the images that these have."""
+    real = chain.evaluate
+
+    def evaluate(ids: Any, images: Any, caption_ids: Any, captions: Any, owner: np.ndarray) -> Any:
+        kept = np.flatnonzero(keep(owner))
+        left, owners = np.unique(owner[kept], return_inverse=True)
+        return real(
+            tuple(ids[n] for n in left), images[left], tuple(caption_ids[n] for n in kept), captions[kept], owners
+        )
+
+    chain.evaluate = evaluate  # type: ignore[assignment]
+
+
+@fault("one image in thirty left out of retrieval", "recall/pytorch/text_retrieval_recall@5", "58 queries among 290")
+def fewer_images() -> None:
+    ranked(lambda owner: owner % 30 != 7)
+
+
+@fault("the first caption of each image left out", "recall/onnx/text_retrieval_recall@5", "60 queries among 240")
+def fewer_captions() -> None:
+    ranked(lambda owner: np.append(False, owner[1:] == owner[:-1]))
 
 
 @fault("the captions of two images exchanged", "prepared/data/text", "captions that differ")

@@ -1,5 +1,7 @@
 """Gates of accuracy by themselves: each passes on good evidence and fails on bad, and says where."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -92,7 +94,7 @@ def test_invariance_compares_by_id(rows):
 def ranked(image_hits, text_hits):
     def direction(name, hits, count):
         ranks = np.where(np.arange(count) < hits, 1, 99)
-        return retrieval.Direction(name, tuple(str(n) for n in range(count)), ranks, np.zeros(count))
+        return retrieval.Direction(name, tuple(str(n) for n in range(count)), ranks, np.zeros(count), 6000 - count)
 
     return retrieval.Retrieval(
         direction("image_retrieval", image_hits, 5000), direction("text_retrieval", text_hits, 1000)
@@ -122,10 +124,35 @@ def test_om_is_held_to_its_own_column():
 
 
 def test_a_figure_without_tolerance_is_shown():
-    reference = spec.Reference(metric="text_retrieval_recall@5", backend="pytorch", value=0.9, count=9, source="x")
+    reference = spec.Reference(metric="text_retrieval_recall@5", backend="pytorch", value=0.9, count=1000, source="x")
     loose = spec.Spec(name="s", title="s", model=SPEC.model, data=SPEC.data, references=[reference])
     (found,) = recalled.recall(ranked(4415, 1), WHERE, loose, "text_retrieval_recall@5")
     assert (found.verdict, found.measured) == ("info", 0.001)
+
+
+@pytest.mark.parametrize(
+    ("metric", "images", "captions", "words"),
+    [
+        ("image_retrieval_recall@5", 1000, 4999, "4999 queries among 1000 candidates, .* is of 5000 among 1000"),
+        ("image_retrieval_recall@5", 970, 5000, "5000 queries among 970 candidates"),
+        ("text_retrieval_recall@5", 1001, 5000, "1001 queries among 5000 candidates"),
+        ("text_retrieval_recall@5", 1000, 4750, "1000 queries among 4750 candidates, .* is of 1000 among 5000"),
+        ("text_retrieval_recall@1", 970, 4850, "970 queries among 4850 candidates"),
+    ],
+)
+def test_recall_over_other_numbers_is_no_comparison(metric, images, captions, words):
+    def direction(name, count, candidates):
+        share = 0.8841 if name == "image_retrieval" else 0.962
+        ranks = np.where(np.arange(count) < share * count, 1, 99)
+        return retrieval.Direction(name, tuple(str(n) for n in range(count)), ranks, np.zeros(count), candidates)
+
+    found = retrieval.Retrieval(
+        direction("image_retrieval", captions, images), direction("text_retrieval", images, captions)
+    )
+    for where in (WHERE, WHERE._replace(name="om")):
+        (figure,) = recalled.recall(found, where, SPEC, metric)
+        assert figure.verdict == "fail"
+        assert re.search(words, figure.message)
 
 
 def test_paired_names_the_flips():

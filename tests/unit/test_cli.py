@@ -67,6 +67,40 @@ def test_evaluate_with_a_spec_is_a_gate(recipe, capsys):
     assert "recall/om/image_retrieval_recall@1" in capsys.readouterr().out
 
 
+OWN = """
+name = "own"
+title = "Twelve scenes"
+[model]
+name = "ViT-B-32"
+[data]
+name = "own"
+"""
+FIGURE = """
+[[references]]
+metric = "{}_retrieval_recall@5"
+backend = "om"
+value = 0.95
+count = {}
+within = 0.2
+source = "a test"
+"""
+
+
+@pytest.mark.parametrize("left_out", ["", "an image", "a caption of each"])
+def test_a_figure_is_of_as_many_samples(recipe, tmp_path, capsys, left_out):
+    (tmp_path / "own.toml").write_text(OWN + FIGURE.format("image", 60) + FIGURE.format("text", 12), encoding="utf-8")
+    vision, text = (embeddings.read(recipe / "om_outputs" / f"{name}_embed_bs8") for name in ("vision", "text"))
+    image = vision.ids[3] if left_out == "an image" else ""
+    for name, found in (("vision", vision), ("text", text)):
+        kept = [n for n, one in enumerate(found.ids) if not (image and one.startswith(image))]
+        kept = [n for n in kept if name == "vision" or left_out != "a caption of each" or n % 5]
+        embeddings.write(tmp_path / name, embeddings.Embeddings(tuple(found.ids[n] for n in kept), found.values[kept]))
+    given = ["--vision-embeds", tmp_path / "vision", "--text-embeds", tmp_path / "text"]
+    assert run("evaluate", *given, "--spec", tmp_path / "own.toml") == (1 if left_out else 0)
+    words = {"": "PASS", "an image": "11 queries among 55 candidates, but the reference is of 12 among 60"}
+    assert words.get(left_out, "12 queries among 48 candidates") in capsys.readouterr().out
+
+
 def test_pytorch_embeds_the_same(recipe):
     texts, out = recipe / "prep_data" / "texts", recipe / "om_outputs"
     model = ["--backend", "pytorch", "--model-name", CONFIG, "--pretrained", WEIGHTS]

@@ -1,5 +1,7 @@
 """Ranks, recall and the paired comparison: by hand, against a brute-force oracle, and what must be refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -136,7 +138,7 @@ def test_ids_twice_are_refused():
 
 def direction(ranks, margins=None):
     margins = np.zeros(len(ranks)) if margins is None else np.asarray(margins)
-    return retrieval.Direction("image_retrieval", ids("c", len(ranks)), np.asarray(ranks), margins)
+    return retrieval.Direction("image_retrieval", ids("c", len(ranks)), np.asarray(ranks), margins, 10)
 
 
 def test_pair_lists_flips_widest_margin_first():
@@ -157,6 +159,11 @@ def test_mcnemar_is_the_exact_one():
 def test_pair_needs_the_same_queries():
     with pytest.raises(InputError, match="different queries"):
         retrieval.pair(direction([1, 2]), direction([1, 2, 3]))
+
+
+def test_pair_needs_as_many_candidates():
+    with pytest.raises(InputError, match="9 candidates on one side, 10 on the other"):
+        retrieval.pair(direction([1, 2]), dataclasses.replace(direction([1, 2]), candidates=9))
 
 
 def test_wilson_interval_is_the_published_one():

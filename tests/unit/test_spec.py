@@ -19,6 +19,7 @@ metric = "image_retrieval_recall@5"
 backend = "pytorch"
 value = 0.5
 count = 10
+candidates = 5
 source = "me"
 """
 
@@ -60,6 +61,7 @@ def test_a_backend_without_figures_takes_pytorchs():
         (("[model]", "[modell]"), "unknown field `modell`"),
         (('name = "ViT-B-16"', 'nmae = "ViT-B-16"'), "nmae|name"),
         (("count = 10", 'count = "ten"'), r"Expected `int`, got `str` - at `\$.references"),
+        (("candidates = 5", ""), "image_retrieval_recall@5: give the number of its candidates, or data.images"),
         (("value = 0.5", "value = 50.0"), "share in \\[0, 1\\]"),
         (("value = 0.5", "value = 0.5\nwithin = 2.0"), "within must be"),
         (('source = "me"', 'source = "me"\ntolerance = 0.1'), "unknown field `tolerance`"),
