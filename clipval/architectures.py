@@ -12,12 +12,13 @@ from typing import Any, Dict, List, Optional
 import msgspec
 import numpy as np
 
-from clipval import environment, export, model, parity, probe
+from clipval import environment, export, library, model, parity, probe
 from clipval.arrays import spread
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.errors import ClipvalError, one_line
 from clipval.towers import Tower
+from clipval.weights import RANDOM, find_weights
 
 TABLE = Path(__file__).parent / "specs" / "models.csv"
 SEEN = "ok"
@@ -57,7 +58,7 @@ class Architecture(msgspec.Struct, frozen=True):
 
 def names() -> List[str]:
     """Every architecture of the installed open_clip."""
-    found: List[str] = model.import_open_clip().list_models()
+    found: List[str] = library.import_open_clip().list_models()
     return sorted(found)
 
 
@@ -67,7 +68,7 @@ def describe(name: str) -> Architecture:
     Raises:
         InputError: open_clip has no such architecture.
     """
-    sizes, text = model.sizes(name), model.config(name)["text_cfg"]
+    sizes, text = library.sizes(name), library.config(name)["text_cfg"]
     source = text.get("hf_tokenizer_name") or text.get("hf_model_name") or ""
     weights = model.tower_bytes(name)
     return Architecture(
@@ -85,7 +86,7 @@ def describe(name: str) -> Architecture:
 
 def _transforms(name: str) -> str:
     """How its weight tags want pictures, each way once: `mean 0.5 bicubic squash`."""
-    open_clip = model.import_open_clip()
+    open_clip = library.import_open_clip()
     found = set()
     for tag in open_clip.list_pretrained_tags_by_model(name):
         known: Dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
@@ -103,8 +104,8 @@ def check(name: str, folder: Path, seed: int = 0) -> Architecture:
     row = describe(name)
     versions = ", ".join(f"{package} {found}" for package, found in environment.library_versions().items())
     try:
-        sizes = model.sizes(name)
-        loaded = model.load(name, model.find_weights(name, model.RANDOM), sizes)
+        sizes = library.sizes(name)
+        loaded = model.load(name, find_weights(name, RANDOM), sizes)
         far = {tower.name: _distance(loaded, name, tower, folder, seed) for tower in sizes.values()}
     except ClipvalError as error:
         return msgspec.structs.replace(row, export=one_line(error), versions=versions)
@@ -127,7 +128,7 @@ def probe_inputs(loaded: model.Model, name: str, tower: Tower, seed: int) -> pro
     """Probe inputs that need no tokenizer: for one from a hub, rows of words with the end where the tower pools."""
     if tower.name == "vision":
         return probe.pictures(tower, lambda pixels: model.transformed(loaded, pixels), seed)
-    text = model.config(name)["text_cfg"]
+    text = library.config(name)["text_cfg"]
     if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
         layout = probe.TokenLayout((), END.get(text.get("pool_type", ""), ()), 1, model.vocabulary(loaded))
     else:

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import msgspec
 import numpy as np
 
-from clipval import backends, datasets, environment, export, preprocess, store
+from clipval import backends, datasets, environment, export, library, preprocess, store, subject
 from clipval import model as models
 from clipval import spec as specs
 from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, base_name
@@ -21,6 +21,8 @@ from clipval.errors import InputError, UsageError
 from clipval.options import Settings
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.towers import Tower
+from clipval.transform import DEFAULT
+from clipval.weights import RANDOM, Weights, find_weights, identify
 
 REFERENCE_BATCH = 32  # fewer calls: torch's threads wait for each other at every operator, the more so on a busy host
 PREFERRED_BATCH = 8  # the batch that accuracy is measured with: a tower's OM exists for it in every default run
@@ -51,26 +53,21 @@ class Chain:
         self._retrievals: Dict[str, Retrieval] = {}
 
     @cached_property
+    def subject(self) -> subject.Subject:
+        """What is under test, and what of the spec holds for it."""
+        return subject.of(self.settings)
+
+    @property
     def spec(self) -> specs.Spec:
         """The spec, with the command line's model in place of its own where one was given."""
-        spec = specs.load(self.settings.spec)
-        name = self.settings.model_name or spec.beside(spec.model.name)
-        pretrained = self.settings.pretrained or spec.beside(spec.model.pretrained)
-        given = self.settings
-        own = given.model_name is None and given.pretrained in (None, spec.model.pretrained)
-        own = own and (given.data_dir is None or datasets.kind(spec.data.kind).draw is None)
-        return msgspec.structs.replace(
-            spec,
-            model=msgspec.structs.replace(spec.model, name=name, pretrained=pretrained),
-            golden=spec.golden if own else None,  # of the spec's own weights and data
-        )
+        return self.subject.spec
 
     @cached_property
     def towers(self) -> Dict[str, Tower]:
         """Both towers' contracts: the spec's sizes, or those of the architecture that replaces the spec's."""
         if self.settings.model_name is None:
             return self.spec.towers
-        return models.sizes(self.settings.model_name)
+        return library.sizes(self.settings.model_name)
 
     @property
     def batch_sizes(self) -> Tuple[int, ...]:
@@ -84,7 +81,7 @@ class Chain:
     @property
     def trained(self) -> bool:
         """Recall means something: the weights are not seeded ones."""
-        return self.spec.model.pretrained != models.RANDOM
+        return self.spec.model.pretrained != RANDOM
 
     @property
     def drawn(self) -> bool:
@@ -139,19 +136,47 @@ class Chain:
         return self.store.get("dataset", key, lambda path: draw(path, images))
 
     @cached_property
-    def weights(self) -> models.Weights:
-        return models.find_weights(self.spec.model.name, self.spec.model.pretrained)
+    def weights(self) -> Weights:
+        return find_weights(*self._weights_asked)
+
+    @property
+    def _weights_asked(self) -> Tuple[str, str, str, str]:
+        model = self.spec.model
+        return model.name, model.pretrained, self.settings.pretrained_cfg, model.activation
 
     @cached_property
     def model(self) -> models.Model:
-        return models.load(self.spec.model.name, self.weights, self.towers)
+        transform, resize = self._transform_of(self.weights), self.spec.model.resize_positions
+        return models.load(self.spec.model.name, self.weights, self.towers, transform, resize)
+
+    @cached_property
+    def inputs(self) -> models.Model:
+        """The model's transform and tokenizer without its weights, which are not downloaded for them."""
+        return models.inputs(self.spec.model.name, self._transform_of(identify(*self._weights_asked)))
+
+    def _transform_of(self, found: Weights) -> specs.PreprocessSpec:
+        """The weights' own transform, else the spec's; else the spec's of other weights or open_clip's, assumed."""
+        return found.preprocess or self.spec.preprocess or self.subject.fallback or DEFAULT
+
+    def assumed(self, found: Weights) -> List[str]:
+        """What nothing states of trained weights and was assumed, one line each."""
+        if not self.trained:
+            return []
+        nothing = "neither tag, folder nor spec states it"
+        lines = []
+        if found.preprocess is None and self.spec.preprocess is None:
+            lines.append(f"transform assumed: {self._transform_of(found).describe()}; {nothing}")
+        if found.quick_gelu is None:
+            quick = library.is_quick(self.spec.model.name)
+            lines.append(f"activation assumed: {'quick_gelu' if quick else 'gelu'}; {nothing}")
+        return lines
 
     @cached_property
     def model_key(self) -> Dict[str, Any]:
         """What embeddings depend on besides data: weights, architecture, code and library versions."""
         return {
             "weights": self.weights.sha256,
-            "config": models.config(self.spec.model.name),
+            "config": library.config(self.spec.model.name),
             "versions": environment.library_versions(),
             "code": store.code_hash("clipval.model"),
         }
@@ -163,7 +188,7 @@ class Chain:
             **self.model_key,
             "data": self.dataset.fingerprint(),
             "code": store.code_hash("clipval.preprocess"),
-            "weights": None,  # pixels and tokens depend on the architecture's transform only
+            "weights": None,  # pixels and tokens depend on the transform and the tokenizer only
             "transform": str(self.model.transform),
         }
 
@@ -322,8 +347,8 @@ class Chain:
         """What this run does not say anything about, one line each."""
         listed = {base_name(name) for name in self.settings.validated}
         left = [f"{name}: not listed in --backends" for name in backends.names() if name not in listed]
-        if self.spec.golden is None:
-            left.append("golden: no embeddings were pinned, so what is wrong in the model itself shows in recall alone")
+        left += self.subject.left_out
+        left += self.assumed(self.weights) if "weights" in vars(self) else []
         if not self.trained:
             left.append("recall: the weights are random, so figures of recall mean nothing")
             if self.drawn and not self._draws:

@@ -6,7 +6,7 @@ import platform
 import sys
 from typing import List, Optional, Sequence
 
-from clipval import environment, model
+from clipval import environment, library
 from clipval.ascend.host import Finding
 from clipval.backends import kind, names
 from clipval.errors import ClipvalError
@@ -55,7 +55,7 @@ def _torch_build() -> List[Finding]:
 
 def _open_clip() -> Finding:
     try:
-        model.import_open_clip()
+        library.import_open_clip()
     except ClipvalError as error:
         return Finding("open_clip", False, True, str(error), INSTALL)
     return Finding("open_clip", True, True, "imports", "")

@@ -1,41 +1,24 @@
-"""Load an open_clip model, its image transform and its tokenizer. The only module that imports open_clip.
-
-Weights are a tag that open_clip knows (downloaded), a local file, or `random` (seeded weights: enough
-for parity and throughput, not for recall).
-"""
+"""An open_clip model with its weights, its image transform and its tokenizer."""
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import importlib.util
 import logging
-import pickle
-import sys
 import time
-from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from clipval import environment
+from clipval import checkpoint, library
 from clipval.errors import BackendUnavailable, ClipvalError, InputError, UsageError, one_line
-from clipval.store import sha256
-from clipval.towers import Tower, towers
-
-RANDOM = "random"
-RANDOM_SEED = 0
-CONTEXT = 77  # tokens; what open_clip takes where a config names no context length
-
-
-class Weights(NamedTuple):
-    """Which weights: what was asked for, the file that holds them (None: seeded), and their identity."""
-
-    asked: str
-    file: Optional[Path]
-    sha256: str
+from clipval.library import CONTEXT, architecture, config, import_open_clip, open_clip_version
+from clipval.spec import PreprocessSpec
+from clipval.towers import Tower
+from clipval.transform import DEFAULT
+from clipval.transform import build as build_transform
+from clipval.weights import RANDOM_SEED, Weights
 
 
 class Model(NamedTuple):
@@ -46,169 +29,71 @@ class Model(NamedTuple):
         transform: PIL image -> float32 tensor [3, size, size], open_clip's own evaluation transform.
         tokenize: captions -> int64 tensor [n, context].
         load_seconds: what loading took, from the weights' file to ready.
+        preprocess: what the transform does, as it was stated or assumed.
     """
 
     module: Any
     transform: Callable[[Any], Any]
     tokenize: Callable[[List[str]], Any]
     load_seconds: float
+    preprocess: PreprocessSpec = DEFAULT
 
 
-def import_open_clip() -> Any:
-    """Import open_clip, also beside a torchvision whose compiled operators cannot load.
-
-    The registry's torchvision is a CUDA build. Beside a CPU build of torch its library does not load, and
-    `import torchvision` ends with "operator torchvision::nms does not exist". open_clip needs only the
-    Python transforms, so the missing operators are declared, never defined: using one still fails.
-
-    Raises:
-        BackendUnavailable: open_clip or torch is not installed or does not import.
-    """
-    try:
-        with _garbage_left() if "open_clip" not in sys.modules else nullcontext():
-            try:
-                import torchvision  # noqa: F401
-            except RuntimeError as error:
-                if "torchvision::" not in str(error):
-                    raise
-                _declare_torchvision_operators()
-            import open_clip
-    except (ImportError, RuntimeError, OSError) as error:
-        raise BackendUnavailable(
-            f"open_clip does not import: {one_line(error)}. Install it: pip install -r requirements.txt"
-        ) from error
-    return open_clip
-
-
-@contextmanager
-def _garbage_left() -> Iterator[None]:
-    """Import without collecting garbage, and leave what was imported out of later collections.
-
-    They are half a million objects that live as long as the process: of 3.8 s from start to exit, looking through them
-    takes 1.2 s.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if collecting:
-            gc.enable()
-
-
-def _declare_torchvision_operators() -> None:
-    import torch
-
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT_ALIVE.append(library)
-
-
-_KEPT_ALIVE: List[Any] = []  # a Library withdraws its operators when it is collected
-
-
-def architecture(name: str) -> str:
-    """The open_clip name of a built-in architecture, or of a config file in open_clip's JSON format.
-
-    Raises:
-        InputError: there is neither such an architecture nor such a file.
-    """
-    open_clip = import_open_clip()
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise InputError(f"model config {name}: no such file; give a JSON file in open_clip's format")
-        open_clip.add_model_config(path)
-        if path.stem not in open_clip.list_models():
-            raise InputError(
-                f"model config {name}: not an open_clip model config; it needs embed_dim, vision_cfg, text_cfg"
-            )
-        return path.stem
-    if name not in open_clip.list_models():
-        raise InputError(
-            f"model {name!r}: open_clip {_open_clip_version()} knows no such architecture; "
-            f"see open_clip.list_models(), or give a .json config file"
-        )
-    return name
-
-
-def _open_clip_version() -> Optional[str]:
-    return environment.version("open_clip_torch")  # the module itself has none in 2.20.0
-
-
-def find_weights(name: str, pretrained: str) -> Weights:
-    """Find the weights, downloading a tag's where needed, and hash them.
+def load(
+    name: str,
+    weights: Weights,
+    contract: Dict[str, Tower],
+    preprocess: Optional[PreprocessSpec] = None,
+    resize_positions: bool = False,
+) -> Model:
+    """Build the architecture, fill in the weights and check its sizes against the contract.
 
     Args:
-        name: architecture or config file as in `architecture`.
-        pretrained: weight tag, path of a file, or `random`.
-
-    Raises:
-        InputError: there is no such tag or file, or the download failed.
-    """
-    open_clip = import_open_clip()
-    arch = architecture(name)
-    if pretrained == RANDOM:
-        import torch
-
-        identity = f"random seed {RANDOM_SEED} torch {torch.__version__} open_clip {_open_clip_version()}"
-        return Weights(RANDOM, None, hashlib.sha256(identity.encode()).hexdigest())
-    path = Path(pretrained)
-    tags = open_clip.list_pretrained_tags_by_model(arch)
-    if pretrained in tags:
-        path = _download(open_clip, arch, pretrained)
-    if not path.is_file():
-        known = f"; known tags: {', '.join(tags)}" if tags else ""
-        raise InputError(
-            f"weights {pretrained!r} for {arch}: neither a weight tag of this architecture nor a file. "
-            f"Give --pretrained a tag (needs the network), a checkpoint file, or 'random'{known}"
-        )
-    return Weights(pretrained, path, sha256(path))
-
-
-def load(name: str, weights: Weights, contract: Dict[str, Tower]) -> Model:
-    """Build the architecture, fill in the weights and check its sizes against the contract.
+        preprocess: the transform; None takes the weights' own, else open_clip's default.
+        resize_positions: position embeddings of another image size or context are resized, as open_clip does it.
 
     Raises:
         InputError: the checkpoint cannot be read, holds more than tensors, is of another architecture,
             or the model's input or output sizes are not the contract's.
     """
-    open_clip = import_open_clip()
+    import_open_clip()
     import torch
 
     started = time.perf_counter()
     arch = architecture(name)
-    by_tag = weights.file is not None and weights.asked in open_clip.list_pretrained_tags_by_model(arch)
     torch.manual_seed(RANDOM_SEED)
-    module, transform = _create(open_clip, arch, weights.asked if by_tag else None)
-    if weights.file is not None and not by_tag:
-        _fill(module, weights.file, arch)
+    module = _create(arch)
+    if weights.file is not None:
+        _fill(module, weights.file, arch, resize_positions)
     module.eval()
-    model = Model(module, transform, tokenizer(arch), time.perf_counter() - started)
+    stated = preprocess or weights.preprocess or DEFAULT
+    apply = build_transform(stated, _side(module.visual.image_size))
+    model = Model(module, apply, tokenizer(arch), time.perf_counter() - started, stated)
     _check_sizes(model, arch, contract)
     return model
 
 
-def _create(open_clip: Any, arch: str, tag: Optional[str]) -> Tuple[Any, Any]:
-    """The module with a tag's weights, or with seeded ones, and its transform.
+def inputs(name: str, preprocess: PreprocessSpec) -> Model:
+    """The transform and the tokenizer of a model without its weights; `module` is None."""
+    side = _side(config(name)["vision_cfg"]["image_size"])
+    return Model(None, build_transform(preprocess, side), tokenizer(architecture(name)), 0.0, preprocess)
 
-    With a tag, open_clip also applies the tag's own mean, std, interpolation and activation. Without one, the weights
-    of a text tower from a hub are not fetched either: they would be replaced.
-    """
+
+def _side(size: Any) -> Tuple[int, int]:
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return int(height), int(width)
+
+
+def _create(arch: str) -> Any:
+    """The module with seeded weights; those of a text tower from a hub are not fetched, they would be replaced."""
+    open_clip = import_open_clip()
     logging.disable(logging.WARNING)  # it warns of random weights, which are filled in later or were asked for
     try:
-        module, _, transform = open_clip.create_model_and_transforms(
-            arch, pretrained=tag, **({} if tag else {"pretrained_hf": False})
-        )
+        return open_clip.create_model(arch, pretrained_hf=False)
     except Exception as error:  # transformers and the hub's client raise their own
         raise _lacking(open_clip, arch, error) from error
     finally:
         logging.disable(logging.NOTSET)
-    return module, transform
 
 
 def tokenizer(name: str) -> Callable[[List[str]], Any]:
@@ -270,62 +155,90 @@ def encoder(model: Model, tower: Tower) -> Any:
     return Encoder().eval()
 
 
-def _download(open_clip: Any, arch: str, tag: str) -> Path:
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-
-    try:
-        return Path(download_pretrained(get_pretrained_cfg(arch, tag)))
-    except Exception as error:  # the hub client, urllib and requests each raise their own
+def _fill(module: Any, file: Path, arch: str, resize_positions: bool) -> None:
+    if checkpoint.form(file) == checkpoint.NPZ:
+        _fill_from_npz(module, file, arch)
+        return
+    state = _in_open_clips_names(module, checkpoint.read(file))
+    _check_positions(module, state, file, arch, resize_positions)
+    wanted = module.state_dict()
+    differ = [
+        f"{name} is {list(state[name].shape)}, the architecture has {list(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    differ += [f"{name} is missing" for name in wanted if name not in state]
+    differ += [f"{name} is not the architecture's" for name in state if name not in wanted]
+    if differ:
+        more = f"; {len(differ) - 1} more differ" if len(differ) > 1 else ""
         raise InputError(
-            f"weights {tag!r} for {arch}: download failed ({one_line(error)}). Connect to the hub, or fetch the "
-            f"checkpoint on another machine and give its path to --pretrained"
-        ) from error
+            f"checkpoint {file}: not of architecture {arch} ({differ[0]}{more}). Give --model-name its architecture"
+        )
+    module.load_state_dict(state, strict=True)
 
 
-def _fill(module: Any, file: Path, arch: str) -> None:
-    state = _read_state(file)
+def _in_open_clips_names(module: Any, state: Dict[str, Any]) -> Dict[str, Any]:
+    """What open_clip itself changes as it loads: Apple's names, the text tower's prefix, scalars with an axis."""
+    convert = getattr(library.part("convert"), "convert_state_dict", None)
+    if convert is not None:  # open_clip before 2.24 lacks it, and Apple's models too
+        state = convert(module, state)
     if "positional_embedding" in state and not hasattr(module, "positional_embedding"):
-        from open_clip.model import convert_to_custom_text_state_dict
+        state = library.part("model").convert_to_custom_text_state_dict(state)
+    wanted = module.state_dict()
+    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer of transformers before 4.31
+    scalars = {name: state[name].reshape(wanted[name].shape) for name in _SCALARS if name in state and name in wanted}
+    return {**state, **scalars}
 
-        state = convert_to_custom_text_state_dict(state)
-    try:
-        module.load_state_dict(state, strict=True)
-    except (RuntimeError, TypeError, AttributeError) as error:
+
+_SCALARS = ("logit_scale", "logit_bias")
+_POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
+
+
+def _check_positions(module: Any, state: Dict[str, Any], file: Path, arch: str, resize: bool) -> None:
+    """Position embeddings of another image size or context: resized where that was asked for, else an error."""
+    wanted = module.state_dict()
+    other = [
+        name
+        for name in _POSITIONS
+        if name in state and name in wanted and state[name].shape[0] != wanted[name].shape[0]
+    ]
+    other = [name for name in other if state[name].ndim == 2 and state[name].shape[1] == wanted[name].shape[1]]
+    if not other:
+        return
+    name = other[0]
+    if not resize:
         raise InputError(
-            f"checkpoint {file}: not of architecture {arch} ({one_line(error)}). Give --model-name its architecture"
-        ) from error
+            f"checkpoint {file}: not of architecture {arch}: {name} has {state[name].shape[0]} positions, the "
+            f"architecture {wanted[name].shape[0]}; give --model-name the one of their image size and context, or "
+            f"--resize-positions to have open_clip interpolate them"
+        )
+    open_clip_model = library.part("model")
+    open_clip_model.resize_pos_embed(state, module)
+    if any(name in _POSITIONS[1:] for name in other):
+        if not hasattr(open_clip_model, "resize_text_pos_embed"):
+            raise InputError(f"open_clip {open_clip_version()} cannot resize {other[-1]}; pip install a newer one")
+        open_clip_model.resize_text_pos_embed(state, module)
 
 
-def _read_state(file: Path) -> Dict[str, Any]:
-    import torch
-
+def _fill_from_npz(module: Any, file: Path, arch: str) -> None:
+    """Weights of Google's big_vision, which open_clip reads into SigLIP's architectures."""
+    read = getattr(library.part("convert"), "load_big_vision_weights", None)
+    if read is None:
+        raise InputError(f"checkpoint {file}: open_clip {open_clip_version()} reads no .npz; install 3.0 or newer")
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded: Any = load_file(str(file))
-        else:
-            loaded = torch.load(str(file), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        read(module, str(file))
+    except Exception as error:  # KeyError, AttributeError, ... of names that are not there
         raise InputError(
-            f"checkpoint {file}: refused, it holds more than tensors and loading it could run code "
-            f"({one_line(error)}). Save a plain state_dict and give that"
+            f"checkpoint {file}: not big_vision's weights of {arch} ({one_line(error)}). open_clip reads .npz into the "
+            f"architectures of SigLIP alone"
         ) from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... on damaged archives
-        raise InputError(f"checkpoint {file}: cannot be read, damaged or cut off ({one_line(error)})") from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"checkpoint {file}: holds no state_dict of tensors")
-    prefix = "module."
-    return {key[len(prefix) :] if key.startswith(prefix) else key: value for key, value in state.items()}
 
 
 def _check_sizes(model: Model, arch: str, contract: Dict[str, Tower]) -> None:
     import torch
 
     vision, text = contract["vision"], contract["text"]
-    size: Any = model.module.visual.image_size
-    side: Tuple[int, ...] = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    side = _side(model.module.visual.image_size)
     context = config(arch)["text_cfg"].get("context_length", CONTEXT)
     if side != vision.row_shape[1:]:
         raise InputError(f"model {arch}: takes images of {side}, the spec says {vision.row_shape[1:]}; set image_size")
@@ -346,20 +259,6 @@ def check_tokens(tokens: np.ndarray, tower: Tower) -> np.ndarray:
     if tokens.ndim != 2 or tokens.shape[1:] != tower.row_shape:
         raise UsageError(f"tokenizer gave {tokens.shape}, the {tower.name} tower takes (n, {tower.row_shape[0]})")
     return np.ascontiguousarray(tokens, dtype=np.dtype(tower.dtype))
-
-
-def config(name: str) -> Dict[str, Any]:
-    """open_clip's config of an architecture: `embed_dim`, `vision_cfg`, `text_cfg`."""
-    found: Dict[str, Any] = import_open_clip().get_model_config(architecture(name))
-    return found
-
-
-def sizes(name: str) -> Dict[str, Tower]:
-    """Both towers' contracts with the sizes of an architecture's own config."""
-    found = config(name)
-    image_size = found["vision_cfg"]["image_size"]
-    side = image_size if isinstance(image_size, int) else image_size[0]
-    return towers(side, found["text_cfg"].get("context_length", CONTEXT), found["embed_dim"])
 
 
 def vocabulary(model: Model) -> int:

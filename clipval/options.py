@@ -26,6 +26,8 @@ class Settings(BackendSettings):
     spec: str = "shapes"
     model_name: Optional[str] = None
     pretrained: Optional[str] = None
+    pretrained_cfg: str = ""
+    resize_positions: bool = False
     data_dir: Optional[Path] = None
     data_format: Optional[str] = None
     captions_format: str = "csv"
@@ -134,7 +136,9 @@ def table() -> Dict[str, Dict[str, Any]]:
     return {
         "--spec": {"metavar": "NAME", "help": "what to validate: a shipped spec or a TOML file"},
         "--model-name": {"metavar": "NAME", "help": "open_clip architecture or JSON config, instead of the spec's"},
-        "--pretrained": {"metavar": "W", "help": "weights: tag, checkpoint file, or random; instead of the spec's"},
+        "--pretrained": {"metavar": "W", "help": "weights: tag, file, folder, or random; instead of the spec's"},
+        "--pretrained-cfg": {"metavar": "TAG", "help": "the tag that a file's weights are of, for their transform"},
+        "--resize-positions": {"action": "store_true", "help": "interpolate position embeddings of another size"},
         "--data-dir": {"type": Path, "metavar": "DIR", "help": "folder of images with their annotation file"},
         "--data-format": {"choices": tuple(datasets.names()), "help": "kind of data set; without it recognised"},
         "--captions-format": {"choices": CAPTION_FORMATS, "help": "how annotations are read"},

@@ -76,22 +76,46 @@ def pixels(path: Path, model: Model) -> np.ndarray:
     return np.ascontiguousarray(model.transform(open_rgb(path)).numpy(), dtype=np.float32)
 
 
-def expected_pixels(path: Path, side: int, spec: PreprocessSpec) -> np.ndarray:
-    """One image as the spec says it must be preprocessed, without the model's transform: float32 [3, side, side].
+def expected_pixels(path: Path, size: Tuple[int, int], spec: PreprocessSpec) -> np.ndarray:
+    """One image as its transform is stated, without the model's own code: float32 [3, height, width].
 
-    Shortest edge to `side` (bicubic, antialiased, the long edge cut to whole pixels), centre crop with offsets rounded
-    half to even, pixel / 255, normalised. Source: open_clip's and torchvision's behaviour for RGB images.
+    Resized (antialiased), cropped or padded at the centre with offsets rounded half to even, pixel / 255, normalised.
+    Source: open_clip 3.3's and torchvision's behaviour for RGB images.
     """
     with Image.open(path) as stored:  # not by open_rgb, so that a fault of it shows
         image = stored.convert("RGB")
-    width, height = image.size
-    short = min(width, height)
-    image = image.resize((int(side * width / short), int(side * height / short)), Image.Resampling.BICUBIC)
-    left, top = (round((edge - side) / 2) for edge in image.size)
-    image = image.crop((left, top, left + side, top + side))
+    height, width = size
+    bilinear = spec.interpolation == "bilinear" and (spec.resize_mode != "shortest" or height == width)
+    kernel = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+    image = image.resize(_resized(image.size, (width, height), spec.resize_mode), kernel)
+    image = _centred(image, (width, height), spec.fill_color)
     scaled = np.asarray(image, np.float32) / 255
     normal = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+
+def _resized(found: Tuple[int, int], wanted: Tuple[int, int], mode: str) -> Tuple[int, int]:
+    """Width and height after resizing; for a square, torchvision cuts the long edge to whole pixels."""
+    if mode == "squash":
+        return wanted
+    if mode == "shortest" and wanted[0] == wanted[1]:
+        short = min(found)
+        return int(wanted[0] * found[0] / short), int(wanted[1] * found[1] / short)
+    ratios = [has / needs for has, needs in zip(found, wanted)]
+    ratio = max(ratios) if mode == "longest" else min(ratios)
+    return round(found[0] / ratio), round(found[1] / ratio)
+
+
+def _centred(image: Image.Image, wanted: Tuple[int, int], fill: int) -> Image.Image:
+    """Cropped to the centre; what is smaller is padded first, the odd pixel to the right and the bottom."""
+    width, height = image.size
+    canvas = max(width, wanted[0]), max(height, wanted[1])
+    if canvas != image.size:
+        padded = Image.new("RGB", canvas, (fill, fill, fill))
+        padded.paste(image, ((canvas[0] - width) // 2, (canvas[1] - height) // 2))
+        image = padded
+    left, top = (round((edge - needs) / 2) for edge, needs in zip(image.size, wanted))
+    return image.crop((left, top, left + wanted[0], top + wanted[1]))
 
 
 def tokens(captions: Sequence[str], model: Model, tower: Tower) -> np.ndarray:

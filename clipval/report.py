@@ -243,7 +243,7 @@ def summary_table(run: Run) -> str:
     lines += [one["message"] for one in run.failures if one["class"] == UNPROMISED]
     lines += [f"not validated: {line}" for line in run.not_validated]
     lines += [f"advice: {line}" for line in run.advice]
-    return "\n".join([*lines, _verdict(run)])
+    return "\n".join([*lines, _verdict(run) + _assumed(run)])
 
 
 def _verdict(run: Run) -> str:
@@ -262,6 +262,12 @@ def _verdict(run: Run) -> str:
     missing += f" (run with {by})" if missing and by else ""
     counts = f"{run.verdict.upper()}: {passed} gates passed, {len(failed)} failed{missing}"
     return f"{counts}; {said}" if said else counts
+
+
+def _assumed(run: Run) -> str:
+    """What nothing stated of the weights and was assumed, behind the verdict that rests on it."""
+    said = [line.partition(";")[0] for line in run.not_validated if " assumed: " in line]
+    return "".join(f"; {line}" for line in said)
 
 
 def _in_short(figures: Sequence[Figure]) -> List[Figure]:

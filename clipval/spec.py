@@ -6,7 +6,7 @@ import csv
 import re
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Literal, Optional, Tuple
 
 import msgspec
 
@@ -32,16 +32,23 @@ class ModelSpec(_Table, frozen=True):
     """The model.
 
     Attributes:
-        name: open_clip architecture, or a JSON config in open_clip's format, relative to the spec file.
-        pretrained: default weights: tag, file relative to the spec file, or `random`.
+        name: open_clip architecture, a JSON config in open_clip's format relative to the spec file, `local-dir:FOLDER`
+            or `hf-hub:ORG/NAME`.
+        pretrained: default weights: tag, file or folder relative to the spec file, or `random`.
+        sha256: of files that hold these weights, so that they are known when they are given by path.
+        activation: that these weights were trained with, where neither tag nor folder says it.
         image_size, context_length, embed_dim: sizes of the contract (pixels, tokens, elements).
+        resize_positions: the weights' position embeddings are of another image size and may be resized.
     """
 
     name: str
     pretrained: str = ""
+    sha256: Tuple[str, ...] = ()
+    activation: Literal["", "gelu", "quick_gelu"] = ""
     image_size: int = 224
     context_length: int = 77
     embed_dim: int = 512
+    resize_positions: bool = False
 
 
 class DataSpec(_Table, frozen=True):
@@ -68,16 +75,27 @@ class DataSpec(_Table, frozen=True):
 
 
 class PreprocessSpec(_Table, frozen=True):
-    """How images must be normalised, stated apart from the code that does it, so that a gate can compare.
+    """How images are prepared for the weights; stated apart from the code that does it, so that a gate can compare.
 
     Attributes:
         mean, std: per channel, RGB, of pixel values in [0, 1].
-        source: where they are from.
+        interpolation: `bicubic`, `bilinear`, or `random` (in training; bicubic here).
+        resize_mode: `shortest` edge to the size and crop, `longest` edge and pad, or `squash` to the size.
+        fill_color: grey level of the padding.
+        source: where this is from.
     """
 
     mean: Tuple[float, float, float]
     std: Tuple[float, float, float]
     source: str
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: int = 0
+
+    def describe(self) -> str:
+        """In a few words, as `squash, bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5`."""
+        numbers = [f"{name} {' '.join(f'{one:g}' for one in getattr(self, name))}" for name in ("mean", "std")]
+        return ", ".join([self.resize_mode, self.interpolation, *numbers])
 
 
 class GoldenSpec(_Table, frozen=True):

@@ -16,8 +16,10 @@ from typing import Any, List, Sequence, Tuple
 import numpy as np
 
 from clipval.datasets import shapes
-from clipval.model import RANDOM, find_weights, import_open_clip, load
+from clipval.library import import_open_clip
+from clipval.model import load
 from clipval.towers import towers
+from clipval.weights import RANDOM, find_weights
 
 CONFIG = Path(__file__).parent / "specs" / "shapes-vit.json"
 

@@ -11,6 +11,10 @@ from clipval.options import Settings, add_options
 from clipval.towers import Tower
 
 Parser = argparse.ArgumentParser
+MODEL_OPTIONS = [
+    *("--spec", "--model-name", "--pretrained", "--pretrained-cfg", "--resize-positions"),
+    *("--workdir", "--threads"),
+]
 
 
 class Command(NamedTuple):
@@ -30,7 +34,7 @@ def chain_of(args: argparse.Namespace) -> Any:
 
 def model_options(parser: Parser) -> None:
     """Options that say which model."""
-    add_options(parser.add_argument, ["--spec", "--model-name", "--pretrained", "--workdir", "--threads"])
+    add_options(parser.add_argument, MODEL_OPTIONS)
 
 
 def tower_of_onnx(file: Path) -> Tower:

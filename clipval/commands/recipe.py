@@ -30,9 +30,10 @@ def _declare_preprocess(parser: Parser) -> None:
 def _preprocess(args: argparse.Namespace) -> int:
     """Images and captions to arrays: prep_data/images/<id>.npy, prep_data/texts/<id>_<k>.npy."""
     from clipval import preprocess
+    from clipval.library import brings_weights
 
-    if args.pretrained is None:
-        args.pretrained = "random"  # the transform and the tokenizer need no weights
+    if args.pretrained is None and args.model_name is not None and not brings_weights(args.model_name):
+        args.pretrained = "random"  # nothing says which weights; their transform is assumed
     chain = chain_of(args)
     if args.data_dir is None and args.model_name is not None:
         raise UsageError("preprocess --model-name: say which images with --data-dir")
@@ -46,8 +47,10 @@ def _preprocess(args: argparse.Namespace) -> int:
                 f"{args.save_dir / folder}: holds {len(foreign)} arrays of other data ({foreign[0]}); "
                 f"empty it or give another --save-dir"
             )
-    preprocess.prepare(dataset, chain.model, chain.towers, args.save_dir)
+    model = chain.inputs
+    preprocess.prepare(dataset, model, chain.towers, args.save_dir)
     print(f"{args.save_dir}: {len(dataset.image_ids)} images, {len(dataset.caption_ids)} texts")
+    print(f"transform: {model.preprocess.describe()} ({model.preprocess.source})")
     return 0
 
 
@@ -139,7 +142,7 @@ def _batch_of_shape(shape: Optional[str]) -> Tuple[int, ...]:
 
 def _declare_embed(parser: Parser) -> None:
     add_options(parser.add_argument, ["--device-id", "--threads", "--onnx-providers", "--precision-mode"])
-    add_options(parser.add_argument, ["--model-name", "--pretrained", "--spec", "--workdir"])
+    add_options(parser.add_argument, ["--model-name", "--pretrained", "--pretrained-cfg", "--spec", "--workdir"])
     parser.add_argument("--backend", choices=backends.names(), help="without it the model file's ending tells")
     parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="prep_data/images or prep_data/texts")

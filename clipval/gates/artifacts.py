@@ -41,12 +41,12 @@ def prepared_images(
         digests: one per image, equal for equal pixels: [n].
     """
     picked = spread(len(data), COMPARED_IMAGES)
-    side, stated = data.tower.row_shape[-1], spec.preprocess
+    size, stated = (data.tower.row_shape[1], data.tower.row_shape[2]), spec.preprocess or model.preprocess
 
     def compare(n: int) -> Tuple[float, float]:
         found, path = data[[n]][0], dataset.image_paths[n]
         own = np.abs(found - pixels(path, model)).max()
-        return float(own), float(np.abs(found - expected_pixels(path, side, stated)).max()) if stated else 0.0
+        return float(own), float(np.abs(found - expected_pixels(path, size, stated)).max())
 
     off = np.array(each_in_threads(compare, picked.tolist(), "check images", len(picked)))
     ids = [data.ids[n] for n in picked]

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable
 
+import msgspec
 import numpy as np
 
 from clipval import chain, datasets, model, preprocess, retrieval
@@ -48,6 +49,51 @@ def no_antialias() -> None:
         return image.resize(size, Image.Resampling.NEAREST)
 
     transformed(change, after=False)
+
+
+def stated(**change: Any) -> None:
+    """Build the transform otherwise than it is stated."""
+    real = model.build_transform
+    model.build_transform = lambda said, size: real(msgspec.structs.replace(said, **change), size)
+
+
+@fault("bilinear for bicubic", "prepared/data/vision", "|pixel - the spec's|", "sample")
+def bilinear() -> None:
+    stated(interpolation="bilinear")
+
+
+@fault("squashed for cropped", "prepared/data/vision", "|pixel - the spec's|", "sample")
+def squashed() -> None:
+    stated(resize_mode="squash")
+
+
+@fault("padded for cropped", "prepared/data/vision", "|pixel - the spec's|", "sample")
+def padded() -> None:
+    stated(resize_mode="longest")
+
+
+@fault("other weights under the name of the spec's", "golden/pytorch/text", "pinned embeddings", arguments=REBUILD)
+def other_weights_by_name() -> None:
+    real = model.checkpoint.read
+
+    def read(file: Any) -> Any:
+        state = real(file)
+        return {**state, "text_projection": state["text_projection"].flip(0)}
+
+    model.checkpoint.read = read
+
+
+@fault("one tensor of the checkpoint from an earlier epoch", "golden/pytorch/vision", "pinned embeddings",
+       arguments=REBUILD)  # fmt: skip
+def one_tensor_of_another_epoch() -> None:
+    real = model.checkpoint.read
+
+    def read(file: Any) -> Any:
+        state = real(file)
+        name = "visual.transformer.resblocks.1.mlp.c_fc.weight"
+        return {**state, name: state[name] * 0.9}
+
+    model.checkpoint.read = read
 
 
 @fault("crop off by one pixel", "prepared/data/vision", "|pixel - the spec's|", "sample")

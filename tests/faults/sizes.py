@@ -96,7 +96,7 @@ class Bench:
         rows: PreparedRows = self.chain.prepared.rows["vision"]
         path, spec = self.chain.dataset.image_paths[0], self.chain.spec
         assert spec.preprocess is not None
-        off = np.abs(change(rows[[0]][0]) - expected_pixels(path, 224, spec.preprocess)).max()
+        off = np.abs(change(rows[[0]][0]) - expected_pixels(path, (224, 224), spec.preprocess)).max()
         return bool(off > artifacts.PIXELS)
 
     def painted(self, height: float) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipval import model
+from clipval import model, weights
 from clipval.spec import FOLDER
 from clipval.towers import towers
 
@@ -12,4 +12,4 @@ CONFIG = str(FOLDER / "shapes-vit.json")
 @pytest.fixture(scope="session")
 def seeded():
     """The embedded default's architecture with random weights."""
-    return model.load(CONFIG, model.find_weights(CONFIG, model.RANDOM), towers())
+    return model.load(CONFIG, weights.find_weights(CONFIG, weights.RANDOM), towers())

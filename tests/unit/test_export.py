@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipval import export, model, probe
+from clipval import export, library, model, probe, weights
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.errors import BackendUnavailable, InputError, UsageError
@@ -199,8 +199,8 @@ def test_a_sigmoid_model_of_another_vocabulary(tmp_path):
     config = {"embed_dim": 48, "init_logit_bias": -10, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
     name = str(tmp_path / "small-sigmoid.json")
     Path(name).write_text(json.dumps(config), encoding="utf-8")
-    sizes = model.sizes(name)
-    loaded = model.load(name, model.find_weights(name, model.RANDOM), sizes)
+    sizes = library.sizes(name)
+    loaded = model.load(name, weights.find_weights(name, weights.RANDOM), sizes)
     layout = probe.TokenLayout((), (), 1, model.vocabulary(loaded))
     assert layout.vocabulary == 1000
     inputs = {

@@ -14,11 +14,14 @@ PACKAGE = Path(clipval.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HOMES = {
-    "open_clip": {"model.py"},
+    "open_clip": {"library.py"},
     "onnx": {"export.py", "diagnose/graph.py", "diagnose/twin.py"},
     "onnxruntime": {"backends/onnx.py", "diagnose/evaluate.py"},
+    "torch": {
+        *("library.py", "checkpoint.py", "model.py", "export.py", "backends/pytorch.py"),
+        *("diagnose/taps.py", "train_shapes.py"),
+    },
     "aclruntime": {"ascend/aclruntime.py"},
-    "torch": {"model.py", "export.py", "backends/pytorch.py", "diagnose/taps.py", "train_shapes.py"},
     "pytest": {"plugin.py"},
     "_pytest": {"promise.py"},
 }

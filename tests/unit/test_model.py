@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipval import model
+from clipval import library, model, weights
 from clipval.errors import BackendUnavailable, InputError, UsageError
 from clipval.towers import TEXT, VISION, towers
 
@@ -15,7 +15,7 @@ from .conftest import CONFIG
 
 
 def load(file):
-    return model.load(CONFIG, model.find_weights(CONFIG, str(file)), towers())
+    return model.load(CONFIG, weights.find_weights(CONFIG, str(file)), towers())
 
 
 def text_embedding(loaded):
@@ -51,17 +51,17 @@ def test_safetensors_load(seeded, tmp_path):
 
 
 def test_random_weights_are_the_same_every_time(seeded):
-    again = model.load(CONFIG, model.find_weights(CONFIG, model.RANDOM), towers())
+    again = model.load(CONFIG, weights.find_weights(CONFIG, weights.RANDOM), towers())
     assert np.array_equal(text_embedding(again), text_embedding(seeded))
 
 
 def test_an_open_clip_that_does_not_know_its_version(monkeypatch):
     """2.20.0, the recipe's own, has no `__version__`."""
-    wanted = model.find_weights(CONFIG, model.RANDOM)
-    monkeypatch.delattr(model.import_open_clip(), "__version__", raising=False)
-    assert model.find_weights(CONFIG, model.RANDOM) == wanted
+    wanted = weights.find_weights(CONFIG, weights.RANDOM)
+    monkeypatch.delattr(library.import_open_clip(), "__version__", raising=False)
+    assert weights.find_weights(CONFIG, weights.RANDOM) == wanted
     with pytest.raises(InputError, match=r"open_clip \d+\.\d+.* knows no such architecture"):
-        model.find_weights("ViT-B-33", "random")
+        weights.find_weights("ViT-B-33", "random")
 
 
 class Harm:
@@ -108,19 +108,19 @@ def test_another_architecture_is_named(seeded, tmp_path):
 
 def test_missing_weights_say_what_to_get():
     with pytest.raises(InputError, match="known tags: .*laion2b_s34b_b79k"):
-        model.find_weights("ViT-B-32", "no_such_tag")
+        weights.find_weights("ViT-B-32", "no_such_tag")
     with pytest.raises(InputError, match="knows no such architecture"):
-        model.find_weights("ViT-B-33", "random")
+        weights.find_weights("ViT-B-33", "random")
     with pytest.raises(InputError, match="no such file"):
-        model.architecture("missing.json")
+        library.architecture("missing.json")
 
 
 def test_other_sizes_than_the_contract_are_refused():
-    weights = model.find_weights(CONFIG, model.RANDOM)
+    found = weights.find_weights(CONFIG, weights.RANDOM)
     with pytest.raises(InputError, match="set image_size"):
-        model.load(CONFIG, weights, towers(image_size=336))
+        model.load(CONFIG, found, towers(image_size=336))
     with pytest.raises(InputError, match="set embed_dim"):
-        model.load(CONFIG, weights, towers(width=768))
+        model.load(CONFIG, found, towers(width=768))
 
 
 def test_tokens_of_another_shape_are_refused():
@@ -156,7 +156,7 @@ def siglip(monkeypatch):
     def get_tokenizer(arch):
         raise OSError("We couldn't connect to the hub to load this file")
 
-    monkeypatch.setattr(model.import_open_clip(), "get_tokenizer", get_tokenizer)
+    monkeypatch.setattr(library.import_open_clip(), "get_tokenizer", get_tokenizer)
     model._loaded_tokenizer.cache_clear()
     yield "ViT-B-16-SigLIP"
     model._loaded_tokenizer.cache_clear()

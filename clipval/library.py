@@ -1,0 +1,265 @@
+"""open_clip itself: imported past torchvision's trap, its architectures, and what it knows of its weight tags."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib
+import json
+import re
+import sys
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from clipval import environment
+from clipval.errors import BackendUnavailable, InputError, UsageError, one_line
+from clipval.towers import Tower, towers
+
+HUB, FOLDER = "hf-hub:", "local-dir:"  # prefixes of names that bring config and weights along, as open_clip has them
+FOLDER_CONFIG = "open_clip_config.json"
+CONFIG_KEYS = ("embed_dim", "vision_cfg", "text_cfg")
+CONTEXT = 77  # tokens; what open_clip takes where a config names no context length
+QUICK = "-quickgelu"  # ends the names of architectures that compute QuickGELU where another computes GELU
+# Tags of QuickGELU in open_clip 3.3.0; earlier ones do not say it in the tag's own config.
+QUICK_TAGS = ("openai", "metaclip_400m", "metaclip_fullcc", "metaclip2_worldwide", "dfn2b", "dfn5b")
+
+
+def import_open_clip() -> Any:
+    """Import open_clip, also beside a torchvision whose compiled operators cannot load.
+
+    The registry's torchvision is a CUDA build. Beside a CPU build of torch its library does not load, and
+    `import torchvision` ends with "operator torchvision::nms does not exist". open_clip needs only the
+    Python transforms, so the missing operators are declared, never defined: using one still fails.
+
+    Raises:
+        BackendUnavailable: open_clip or torch is not installed or does not import.
+    """
+    try:
+        with _garbage_left() if "open_clip" not in sys.modules else nullcontext():
+            try:
+                import torchvision  # noqa: F401
+            except RuntimeError as error:
+                if "torchvision::" not in str(error):
+                    raise
+                _declare_torchvision_operators()
+            import open_clip
+    except (ImportError, RuntimeError, OSError) as error:
+        raise BackendUnavailable(
+            f"open_clip does not import: {one_line(error)}. Install it: pip install -r requirements.txt"
+        ) from error
+    return open_clip
+
+
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Import without collecting garbage, and leave what was imported out of later collections.
+
+    They are half a million objects that live as long as the process: of 3.8 s from start to exit, looking through them
+    takes 1.2 s.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
+
+
+def _declare_torchvision_operators() -> None:
+    import torch
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _KEPT_ALIVE.append(library)
+
+
+_KEPT_ALIVE: List[Any] = []  # a Library withdraws its operators when it is collected
+
+
+def part(name: str) -> Any:
+    """A module of open_clip, as `pretrained`; None where this version has none of that name."""
+    import_open_clip()
+    try:
+        return importlib.import_module(f"open_clip.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+def open_clip_version() -> Optional[str]:
+    return environment.version("open_clip_torch")  # the module itself has none in 2.20.0
+
+
+def brings_weights(name: str) -> bool:
+    """A model's name that stands for a folder or a hub's repository with config, transform and weights."""
+    return name.startswith((HUB, FOLDER))
+
+
+def architecture(name: str) -> str:
+    """The open_clip name of an architecture.
+
+    Args:
+        name: of a built-in one, a config file in open_clip's JSON format, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
+
+    Raises:
+        InputError: there is no such architecture, file, folder or repository.
+    """
+    open_clip = import_open_clip()
+    if brings_weights(name):
+        return _register(folder_of(name))
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"model config {name}: no such file; give a JSON file in open_clip's format")
+        open_clip.add_model_config(path)
+        if path.stem not in open_clip.list_models():
+            raise InputError(
+                f"model config {name}: not an open_clip model config; it needs embed_dim, vision_cfg, text_cfg"
+            )
+        return path.stem
+    if name not in open_clip.list_models():
+        raise InputError(
+            f"model {name!r}: open_clip {open_clip_version()} knows no such architecture; "
+            f"see open_clip.list_models(), or give a .json config file"
+        )
+    return name
+
+
+@lru_cache(maxsize=None)
+def _register(folder: Path) -> str:
+    """Enter a folder's architecture into open_clip's table, which reads files only; the name it has there."""
+    config = read_folder(folder)["model_cfg"]
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        config = {**config, "text_cfg": {**config["text_cfg"], "hf_tokenizer_name": str(folder.absolute())}}
+    text = json.dumps(config)
+    name = f"local-dir-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / f"{name}.json"
+        file.write_text(text, encoding="utf-8")
+        import_open_clip().add_model_config(file)
+    return name
+
+
+def folder_of(name: str) -> Path:
+    """The folder that `local-dir:FOLDER` names, or that of a hub's repository in its cache, downloaded where needed.
+
+    Raises:
+        InputError: there is no such folder, or it cannot be fetched.
+    """
+    if name.startswith(FOLDER):
+        folder = Path(name[len(FOLDER) :])
+        if not folder.is_dir():
+            raise InputError(f"model {name}: no such folder")
+        return folder
+    try:
+        return Path(part("pretrained").download_pretrained_from_hf(name[len(HUB) :], filename=FOLDER_CONFIG)).parent
+    except Exception as error:  # the hub's client raises its own
+        raise unreachable(f"model {name}: its {FOLDER_CONFIG}", error) from error
+
+
+def unreachable(what: str, error: Exception) -> InputError:
+    """What is neither in the hub's cache nor could be downloaded; a full disk is said as that."""
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno == 28:
+            return InputError(f"{what} could not be stored: {one_line(cause)}; free space in the hub's cache (HF_HOME)")
+        cause = cause.__cause__ or cause.__context__
+    return InputError(
+        f"{what}: not in the hub's cache, and the download failed ({one_line(error)}). Connect to the hub, or fetch it "
+        f"on another machine and give its path to --pretrained"
+    )
+
+
+def read_folder(folder: Path) -> Dict[str, Dict[str, Any]]:
+    """`model_cfg` and `preprocess_cfg` (empty where it has none) of a folder's `open_clip_config.json`.
+
+    Raises:
+        InputError: it is missing or not in open_clip's format.
+    """
+    file = folder / FOLDER_CONFIG
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        config, preprocess = found["model_cfg"], found.get("preprocess_cfg") or {}
+        complete = all(key in config for key in CONFIG_KEYS) and isinstance(preprocess, dict)
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; a folder of open_clip has it beside its weights") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not in open_clip's format ({one_line(error)}); it needs model_cfg") from error
+    if not complete:
+        raise InputError(f"{file}: model_cfg needs {', '.join(CONFIG_KEYS)}")
+    return {"model_cfg": config, "preprocess_cfg": preprocess}
+
+
+def config(name: str) -> Dict[str, Any]:
+    """open_clip's config of an architecture: `embed_dim`, `vision_cfg`, `text_cfg`."""
+    found: Dict[str, Any] = import_open_clip().get_model_config(architecture(name))
+    return found
+
+
+def sizes(name: str) -> Dict[str, Tower]:
+    """Both towers' contracts with the sizes of an architecture's own config."""
+    found = config(name)
+    image_size = found["vision_cfg"]["image_size"]
+    side = image_size if isinstance(image_size, int) else image_size[0]
+    return towers(side, found["text_cfg"].get("context_length", CONTEXT), found["embed_dim"])
+
+
+def tags(arch: str) -> List[str]:
+    """Weight tags of an architecture."""
+    found: List[str] = import_open_clip().list_pretrained_tags_by_model(arch)
+    return found
+
+
+def tag_config(arch: str, tag: str) -> Dict[str, Any]:
+    """What open_clip knows of a tag: where its weights are, and its transform as far as that is not the default."""
+    return dict(part("pretrained").get_pretrained_cfg(arch, tag))
+
+
+def find_tag(arch: str, named: str) -> Tuple[str, str]:
+    """Architecture and tag of `TAG`, or of `MODEL/TAG` where the tag is another architecture's.
+
+    Raises:
+        UsageError: there is no such tag.
+    """
+    model, _, tag = named.rpartition("/")
+    owner = model or arch
+    if tag not in tags(owner):
+        known = ", ".join(tags(owner)) or "none"
+        raise UsageError(f"--pretrained-cfg {named}: no weight tag of {owner}; known: {known}, or MODEL/TAG of another")
+    return owner, tag
+
+
+def tag_is_quick(arch: str, tag: str) -> bool:
+    """A tag's weights were trained with QuickGELU."""
+    found = tag_config(arch, tag)
+    if "quick_gelu" in tag_config("ViT-B-32", "openai"):
+        return bool(found.get("quick_gelu", False))
+    return tag in QUICK_TAGS or "quickgelu" in found.get("url", "")
+
+
+def tag_by_hash(arch: str, sha256: str) -> str:
+    """The tag whose address names this hash; OpenAI's name all of it, open_clip's releases its start. "" for none."""
+    for tag in tags(arch):
+        url = tag_config(arch, tag).get("url", "")
+        named = re.search(r"/([0-9a-f]{64})/|-([0-9a-f]{8})\.pth?$", url)
+        if named and sha256.startswith(named[1] or named[2]):
+            return tag
+    return ""
+
+
+def is_quick(name: str) -> bool:
+    """An architecture computes QuickGELU."""
+    return bool(config(name).get("quick_gelu", False))
+
+
+def twin(arch: str) -> str:
+    """The architecture that differs in its activation alone; "" where open_clip has none."""
+    other = arch[: -len(QUICK)] if arch.endswith(QUICK) else arch + QUICK
+    return other if other in import_open_clip().list_models() else ""

@@ -1,0 +1,146 @@
+"""What is validated in the end: the spec with the command line's model in its place, and what of the spec still holds.
+
+A spec's figures, pinned embeddings, transform and activation are those of its own weights and data. Weights are known
+by their name, by their hash, or by `--pretrained-cfg`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import List, NamedTuple, Optional, Tuple
+
+import msgspec
+
+from clipval import datasets
+from clipval import spec as specs
+from clipval.library import QUICK, brings_weights
+from clipval.options import Settings
+from clipval.spec import DataSpec, PreprocessSpec, Reference, Spec
+from clipval.store import sha256
+from clipval.weights import RANDOM
+
+ANOTHER_PIPELINE = (
+    "another pipeline (its caption file, its precision); pipelines differ by 0.005 to 0.007 for one model"
+)
+
+
+class Subject(NamedTuple):
+    """The spec of what is under test.
+
+    Attributes:
+        spec: with the model's name and weights as given, and without what the spec says of others.
+        fallback: the spec's transform, for weights of the spec's architecture that nothing says anything of.
+        left_out: what of the spec does not hold for these weights and data, and why; one line each.
+    """
+
+    spec: Spec
+    fallback: Optional[PreprocessSpec]
+    left_out: Tuple[str, ...]
+
+
+def of(settings: Settings) -> Subject:
+    """The subject of a run. Reads the spec, and the weights' file where it stands in for the spec's."""
+    spec = specs.load(settings.spec)
+    model = spec.model
+    name = settings.model_name or spec.beside(model.name)
+    brings = name if brings_weights(name) else ""
+    pretrained = settings.pretrained or brings or spec.beside(model.pretrained)
+    seeded = pretrained == RANDOM
+    same_model = settings.model_name is None or _same(name, spec.beside(model.name))
+    others = "" if same_model else f"another architecture, {Path(name).stem}"
+    if same_model:
+        others = _other_weights(spec, pretrained, settings.pretrained_cfg)
+    drawn = datasets.kind(spec.data.kind).draw is not None
+    other_data = f"other data, --data-dir {settings.data_dir}" if drawn and settings.data_dir is not None else ""
+    why = others or other_data
+    speaks = not others or (same_model and seeded)  # of seeded weights a transform cannot be wrong
+    references = spec.references
+    if why:
+        tag = settings.pretrained_cfg.rpartition("/")[2] or pretrained
+        references = [] if other_data else published(name, tag, spec.data, spec.references)
+    replaced = msgspec.structs.replace(
+        spec,
+        model=msgspec.structs.replace(
+            model,
+            name=name,
+            pretrained=pretrained,
+            activation=model.activation if speaks else "",
+            resize_positions=model.resize_positions or settings.resize_positions,
+        ),
+        preprocess=spec.preprocess if speaks else None,
+        golden=None if why else spec.golden,
+        references=references,
+    )
+    return Subject(replaced, spec.preprocess if same_model else None, _left_out(spec, replaced, why, seeded))
+
+
+def _left_out(spec: Spec, replaced: Spec, why: str, seeded: bool) -> Tuple[str, ...]:
+    lines: List[str] = []
+    if replaced.golden is None:
+        reason = f"the spec's embeddings are not of {why}" if spec.golden and why else "no embeddings were pinned"
+        lines.append(f"golden: {reason}, so what is wrong in the model itself shows in recall alone")
+    if why and not seeded and spec.references:
+        if replaced.references:
+            lines.append(f"recall: the spec's figures are not of {why}; held to published ones of these weights")
+        else:
+            lines.append(f"recall: not gated, the spec's figures are not of {why}, and no published ones are")
+    return tuple(lines)
+
+
+def _same(name: str, own: str) -> bool:
+    """One architecture under two names: the same, or config files that say the same."""
+    if name == own:
+        return True
+    try:
+        one, two = (json.loads(Path(file).read_text(encoding="utf-8")) for file in (name, own))
+    except (OSError, ValueError):
+        return False
+    return bool(one == two)
+
+
+def _other_weights(spec: Spec, pretrained: str, says: str) -> str:
+    """Why weights are not known to be the spec's own; "" where they are."""
+    own = spec.model.pretrained
+    if not own or pretrained in (own, spec.beside(own)) or says.rpartition("/")[2] == own:
+        return ""
+    if pretrained == RANDOM:
+        return "seeded weights"
+    file = Path(pretrained)
+    if not file.is_file():
+        return f"other weights, {pretrained}"
+    found = sha256(file)
+    own_file = Path(spec.beside(own))
+    known = (*spec.model.sha256, *((sha256(own_file),) if own_file.is_file() else ()))
+    if found in known:
+        return ""
+    return f"{file.name} (sha256 {found[:12]}), which is not known to be {Path(own).name} (--pretrained-cfg says it)"
+
+
+def published(model: str, tag: str, data: DataSpec, own: List[Reference]) -> List[Reference]:
+    """Published recall of a model's weights on a data set, as references; empty where the shipped table has none.
+
+    Distances are the spec's own for the metric, at least 0.01, since these figures come from another pipeline.
+    """
+    found: List[Reference] = []
+    queries = {"image_retrieval": data.captions, "text_retrieval": data.images}
+    names = dict.fromkeys((model, model[: -len(QUICK)] if model.endswith(QUICK) else model + QUICK))
+    rows = [row for name in names for row in specs.published(name, tag, data.name) if tag]
+    for row in rows:
+        for metric, value in row.recalls.items():
+            direction = metric.partition("_recall@")[0]
+            if value is None or not queries.get(direction) or any(one.metric == metric for one in found):
+                continue
+            within = max([0.01, *(one.within or 0 for one in own if one.metric == metric)])
+            found.append(
+                Reference(
+                    metric=metric,
+                    backend="pytorch",
+                    value=value,
+                    count=queries[direction],
+                    within=within,
+                    source=row.source,
+                    because=ANOTHER_PIPELINE,
+                )
+            )
+    return found

@@ -1,0 +1,63 @@
+"""The transform of images that belongs to weights: which one it is, and open_clip's own code for it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Callable, Dict, Optional, Tuple
+
+from clipval.errors import InputError
+from clipval.library import import_open_clip, open_clip_version
+from clipval.spec import PreprocessSpec
+
+# open_clip's own default (its constants.py), which holds for 138 of the 196 tags of open_clip 3.3.0.
+DEFAULT = PreprocessSpec(
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    source="open_clip's default, assumed",
+)
+
+
+def of_config(found: Dict[str, Any], source: str) -> PreprocessSpec:
+    """The transform that a tag's or a folder's config states; what it leaves out is open_clip's default."""
+    mean, std = (_three(found.get(name)) for name in ("mean", "std"))
+    return PreprocessSpec(
+        mean=mean or DEFAULT.mean,
+        std=std or DEFAULT.std,
+        interpolation=found.get("interpolation") or DEFAULT.interpolation,
+        resize_mode=found.get("resize_mode") or DEFAULT.resize_mode,
+        fill_color=found.get("fill_color") or 0,
+        source=source,
+    )
+
+
+def _three(value: Any) -> Optional[Tuple[float, float, float]]:
+    if isinstance(value, (int, float)):
+        return (float(value),) * 3
+    return (float(value[0]), float(value[1]), float(value[2])) if value else None
+
+
+def build(stated: PreprocessSpec, size: Tuple[int, int]) -> Callable[[Any], Any]:
+    """open_clip's evaluation transform: PIL image -> float32 tensor [3, height, width].
+
+    Raises:
+        InputError: this open_clip cannot do it.
+    """
+    open_clip = import_open_clip()
+    more = {"resize_mode": stated.resize_mode, "interpolation": stated.interpolation, "fill_color": stated.fill_color}
+    known = inspect.signature(open_clip.image_transform).parameters
+    lacking = [name for name in ("resize_mode", "interpolation") if name not in known]
+    plain = (stated.resize_mode, stated.interpolation) in (("shortest", "bicubic"), ("shortest", "random"))
+    if lacking and not plain:
+        raise InputError(
+            f"open_clip {open_clip_version()} cannot resize {stated.describe()}; it knows shortest, bicubic alone. "
+            f"pip install 'open_clip_torch>=2.24'"
+        )
+    side: Any = size[0] if size[0] == size[1] else size
+    made: Callable[[Any], Any] = open_clip.image_transform(
+        side,
+        is_train=False,
+        mean=stated.mean,
+        std=stated.std,
+        **{name: value for name, value in more.items() if name in known},
+    )
+    return made
