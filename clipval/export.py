@@ -245,6 +245,32 @@ def tower_of(file: Path) -> Tower:
     raise InputError(f"ONNX {file}: input is {name!r}, expected {VISION.input_name!r} or {TEXT.input_name!r}")
 
 
+def operations(file: Path) -> float:
+    """Floating-point operations of the matrix products and convolutions of one sample, a multiply-add counted as two.
+
+    Products whose shapes cannot be inferred are left out, so that it is the least that the graph computes.
+    """
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {
+        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        for value in (*graph.value_info, *graph.input, *graph.output)
+    }
+    shapes.update({tensor.name: list(tensor.dims) for tensor in graph.initializer})
+    total = 0.0
+    for node in graph.node:
+        if node.op_type in ("MatMul", "Gemm", "Conv"):
+            weights, out = (shapes.get(name) or [0] for name in (node.input[1], node.output[0]))
+            transposed = any(one.name == "transB" and one.i for one in node.attribute)
+            summed = weights[1:] if node.op_type == "Conv" or transposed else weights[-2:-1]
+            total += 2.0 * float(np.prod(out)) * float(np.prod(summed))
+    return total
+
+
 def _describe(value: Any) -> Any:
     shape: List[Any] = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
     return value.name, value.type.tensor_type.elem_type, shape

@@ -56,6 +56,13 @@ class Identity(NamedTuple):
         return f"{self.name}{simulated} {self.version} on {self.device}, {self.precision}"
 
 
+class Product(NamedTuple):
+    """Products of square matrices: floating-point operations of one call, and the call."""
+
+    operations: float
+    call: Callable[[], Any]
+
+
 class Backend(Protocol):
     """One tower, loaded: a batch of inputs in, a batch of embeddings out.
 
@@ -100,6 +107,16 @@ class Backend(Protocol):
 
     def refresh(self) -> None:
         """Make the clock of `execute_seconds` as fine as it can be, before calls are timed; its times so far stay."""
+        return None
+
+    def product(self, side: int) -> Optional[Product]:
+        """A matrix product in the same runtime, on the same threads and in the same precision.
+
+        None where the runtime offers none.
+
+        Args:
+            side: of the square matrices.
+        """
         return None
 
     def busy(self) -> str:

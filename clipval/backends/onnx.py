@@ -7,17 +7,19 @@ import os
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence, Union
 
 import numpy as np
 
-from clipval.backends import Backend, Identity, Kind, Materials, Opening
+from clipval.backends import Backend, Identity, Kind, Materials, Opening, Product
 from clipval.errors import BackendUnavailable, InputError, one_line
 from clipval.towers import Tower
 
 CPU = "CPUExecutionProvider"
 # CUDA's provider rounds products to TF32 unless told otherwise (its option since ONNX Runtime 1.18); fp32 is claimed
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+PRODUCTS_IN_A_ROW = 16
+IR_VERSION = 8  # of a model of opset 14: every onnxruntime from 1.11 on reads it
 MATRIX_PRODUCTS = ("Attention", "Conv", "Einsum", "Gemm", "MatMul")  # parts of operators' names, fused ones too
 
 
@@ -54,7 +56,9 @@ class OnnxBackend(Backend):
         if providers[0] != CPU:
             self._require_provider(onnxruntime, threads, list(providers))
         started, running = time.perf_counter(), _threads_running()
-        self._session: Any = self._load(onnxruntime, self._options(onnxruntime, threads), list(providers))
+        options = self._options(onnxruntime, threads)
+        self._session: Any = self._load(onnxruntime, options, list(providers))
+        self._configured: Callable[[bytes], Any] = lambda model: _session(onnxruntime, model, options, providers)
         self.load_seconds = time.perf_counter() - started
         # the session does not tell how many it started beside the caller's own
         self.threads = threads or (1 + _threads_running() - running if running else None)
@@ -69,9 +73,8 @@ class OnnxBackend(Backend):
         return options
 
     def _load(self, onnxruntime: Any, options: Any, providers: List[str]) -> Any:
-        configured = [(name, PROVIDER_OPTIONS[name]) if name in PROVIDER_OPTIONS else name for name in providers]
         try:
-            return onnxruntime.InferenceSession(str(self._file), options, providers=configured)
+            return _session(onnxruntime, str(self._file), options, providers)
         except Exception as error:  # the runtime raises its own classes and RuntimeError
             raise InputError(
                 f"ONNX {self._file}: onnxruntime cannot load it ({one_line(error)}). Export it again"
@@ -129,6 +132,13 @@ class OnnxBackend(Backend):
             ) from error
         return np.asarray(embedding)
 
+    def product(self, side: int) -> Optional[Product]:
+        # off the processor several in a row, so that transfers hardly count
+        repeats = 1 if self.identity.on_host else PRODUCTS_IN_A_ROW
+        square = np.full((side, side), 1 / side, np.float32)
+        session = self._configured(_products(square, repeats))
+        return Product(2.0 * repeats * side**3, lambda: session.run(None, {"square": square}))
+
     def close(self) -> None:
         self._session = None
 
@@ -143,6 +153,26 @@ def _open(made: Materials, asked: Opening) -> Backend:
 
 
 KIND = Kind(_open, suffix=".onnx", artifact=_artifact)
+
+
+def _session(onnxruntime: Any, model: Union[str, bytes], options: Any, providers: Sequence[str]) -> Any:
+    configured = [(name, PROVIDER_OPTIONS[name]) if name in PROVIDER_OPTIONS else name for name in providers]
+    return onnxruntime.InferenceSession(model, options, providers=configured)
+
+
+def _products(square: np.ndarray, repeats: int) -> bytes:
+    """An ONNX model that multiplies its input by one matrix so many times, and gives the largest element."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    names = ["square", *(f"product{n}" for n in range(repeats))]
+    nodes = [helper.make_node("MatMul", [name, "weights"], [into]) for name, into in zip(names, names[1:])]
+    nodes.append(helper.make_node("ReduceMax", [names[-1]], ["largest"], keepdims=0))
+    given = helper.make_tensor_value_info("square", TensorProto.FLOAT, square.shape)
+    largest = helper.make_tensor_value_info("largest", TensorProto.FLOAT, [])
+    graph = helper.make_graph(nodes, "products", [given], [largest], [numpy_helper.from_array(square, "weights")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=IR_VERSION)
+    found: bytes = model.SerializeToString()
+    return found
 
 
 def _threads_running() -> int:

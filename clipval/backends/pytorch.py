@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from clipval.backends import Backend, Identity, Kind, Materials, Opening
+from clipval.backends import Backend, Identity, Kind, Materials, Opening, Product
 from clipval.towers import Tower
 
 
@@ -36,6 +36,10 @@ class PytorchBackend(Backend):
         with self._torch.inference_mode():
             embedding: np.ndarray = self._encoder(self._torch.from_numpy(rows)).numpy()
         return embedding
+
+    def product(self, side: int) -> Optional[Product]:
+        square, into = (self._torch.ones(side, side) for _ in range(2))
+        return Product(2.0 * side**3, lambda: self._torch.mm(square, square, out=into))
 
     def close(self) -> None:
         self._encoder = None

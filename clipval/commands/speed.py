@@ -59,8 +59,15 @@ def _bench(args: argparse.Namespace) -> int:
         print(f"bench --save: no baseline is made of this session, {useless[0]}", file=sys.stderr)
         return 1
     if args.save:
-        saved = {name: [one.timing.undisturbed] for row in found for name, one in _named(row)}
-        baseline.save(baseline.Baseline(rows.baseline_key(chain, made_by), saved, pace.best), args.save)
+        timings = {name: one.timing for row in found for name, one in _named(row)}
+        session = baseline.Baseline(
+            rows.baseline_key(chain, made_by),
+            {name: [timing.undisturbed] for name, timing in timings.items()},
+            pace.best,
+            medians={name: [timing.samples_per_second] for name, timing in timings.items()},
+            means={name: [timing.samples_per_second_mean] for name, timing in timings.items()},
+        )
+        baseline.save(session, args.save)
     return 0
 
 
@@ -76,9 +83,9 @@ def _named(row: Row) -> List[Tuple[str, Judged]]:
 
 def _useless(row: Row) -> List[str]:
     """Why no baseline can be made of a row."""
-    from clipval.throughput.verdict import BAD_OUTPUT, BUSY, INSUFFICIENT
+    from clipval.throughput.verdict import BUSY, FAULTS, INSUFFICIENT
 
-    bad = (BAD_OUTPUT, BUSY, INSUFFICIENT)
+    bad = (*FAULTS, BUSY, INSUFFICIENT)
     return [f"{name} is {one.verdict}: {one.reason}" for name, one in _named(row) if one.verdict in bad]
 
 

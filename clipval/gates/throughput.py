@@ -11,10 +11,10 @@ from clipval.backends import Identity
 from clipval.gates.gate import PERF, Gate, context, judge
 from clipval.results import FAIL, INFO, PASS, Figure
 from clipval.spec import Spec
-from clipval.throughput.baseline import IMPROVED, OK, Judgement
+from clipval.throughput.baseline import IMPROVED, MEAN, MEDIAN, OK, Judgement
 from clipval.throughput.row import EXECUTE, INFERENCE, Judged, Row
 from clipval.throughput.statistics import PROTOCOL, Timing
-from clipval.throughput.verdict import BAD_OUTPUT, VALID
+from clipval.throughput.verdict import BAD_OUTPUT, FAULTS, VALID
 
 THROUGHPUT = Gate("throughput", PERF, ("backend_name", "tower_name", "batch_size"))
 BASELINE = Gate("baseline/rows", PERF, (), lambda plan: plan.baseline)
@@ -29,7 +29,7 @@ def row(found: Row, *, spec: Spec, required: bool) -> List[Figure]:
     where, decided = found.made_by, found.decided
     gate = THROUGHPUT.of(where.name, found.tower, found.batch_size)
     curve = _published(spec, found)
-    failed = decided.verdict == BAD_OUTPUT or (required and decided.verdict != VALID)
+    failed = decided.verdict in FAULTS or (required and decided.verdict != VALID)
     first = Figure(
         gate=gate,
         metric=f"samples/s ({found.scope})",
@@ -45,7 +45,7 @@ def row(found: Row, *, spec: Spec, required: bool) -> List[Figure]:
         detail=_detail(found, curve),
     )
     floor = _floor(first, decided.timing, curve, spec, where) if found.scope == EXECUTE else []
-    against = [] if found.standing is None else [_against(first, decided.timing.undisturbed, found.standing, where)]
+    against = [] if found.standing is None else [_against(first, decided.timing, found.standing, where)]
     return [first, *floor, *against]
 
 
@@ -69,7 +69,7 @@ def _detail(found: Row, curve: Dict[str, Any]) -> Dict[str, Any]:
     if curve:
         detail["published"] = curve
     if found.standing is not None:
-        status, expected, _, reason = found.standing
+        status, expected, _, reason, _ = found.standing
         detail["baseline"] = {"status": status, "expected": expected, "reason": reason}
     return detail
 
@@ -78,13 +78,14 @@ def _clock(judged: Judged) -> Dict[str, Any]:
     return {**msgspec.to_builtins(judged.timing), "verdict": judged.verdict, "reason": judged.reason}
 
 
-def _against(first: Figure, undisturbed: float, earlier: Judgement, where: Identity) -> Figure:
+def _against(first: Figure, found: Timing, earlier: Judgement, where: Identity) -> Figure:
     lost = earlier.status not in (OK, IMPROVED)
+    measured = {MEDIAN: found.samples_per_second, MEAN: found.samples_per_second_mean}
     return Figure(
         gate=first.gate,
-        metric="undisturbed samples/s against the baseline",
+        metric=f"{earlier.figure} samples/s against the baseline",
         unit=first.unit,
-        measured=undisturbed,
+        measured=measured.get(earlier.figure, found.undisturbed),
         count=first.count,
         reference=earlier.expected,
         limit=earlier.bound,

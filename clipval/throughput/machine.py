@@ -13,7 +13,6 @@ import numpy as np
 OTHERS = 0.5  # processor cores kept busy by others; on a large machine, where daemons always run, a share of its cores
 OTHERS_SHARE = 0.02
 SETTLED = 0.9  # of the machine's best speed, which repeats to 2 %
-PEAK_SIDE = 1536  # of a square matrix whose product keeps every core busy
 MEETING_SIDE = 192  # of one whose product is about 0.1 ms, so that threads wait for each other as a model's do
 MEETINGS = 64  # such products that are timed together
 
@@ -68,28 +67,18 @@ class Pace:
         threads: of the backends; None for as many as the libraries take.
 
     Attributes:
-        best: small products a second at the fastest; peak: FLOP/s of a large product at its fastest.
+        best: small products a second at the fastest.
     """
 
     def __init__(self, best: float = 0.0, threads: Optional[int] = None) -> None:
-        self.best, self.peak = best, 0.0
+        self.best = best
         self._threads = threads
 
     def now(self) -> float:
         """The share, in (0, 1]."""
-        self.peak = max(self.peak, matmul_peak(0.1))
         found = small_products(0.1, self._threads)
         self.best = max(self.best, found)
         return found / self.best
-
-
-def matmul_peak(seconds: float, *, clock: Clock = time.perf_counter) -> float:
-    """FLOP/s of this machine's float32 matrix product as numpy has it, on the threads that its BLAS takes.
-
-    Args:
-        seconds: of products; the best of them counts.
-    """
-    return 2 * PEAK_SIDE**3 * _products(PEAK_SIDE, 1, seconds, clock)
 
 
 def small_products(seconds: float, threads: Optional[int] = None, *, clock: Clock = time.perf_counter) -> float:
@@ -100,18 +89,13 @@ def small_products(seconds: float, threads: Optional[int] = None, *, clock: Cloc
     """
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(limits=threads, user_api="blas"):
-        return _products(MEETING_SIDE, MEETINGS, seconds, clock)
-
-
-def _products(side: int, together: int, seconds: float, clock: Clock) -> float:
-    """Products a second of two square matrices, the best of those that were timed together."""
-    square = np.ones((side, side), np.float32)
+    square = np.ones((MEETING_SIDE, MEETING_SIDE), np.float32)
     best, spent = math.inf, 0.0
-    while spent < seconds:
-        start = clock()
-        for _ in range(together):
-            square @ square
-        elapsed = clock() - start
-        best, spent = min(best, elapsed), spent + elapsed
-    return together / best
+    with threadpool_limits(limits=threads, user_api="blas"):
+        while spent < seconds:
+            start = clock()
+            for _ in range(MEETINGS):
+                square @ square
+            elapsed = clock() - start
+            best, spent = min(best, elapsed), spent + elapsed
+    return MEETINGS / best

@@ -6,19 +6,25 @@ One path for every caller. The loop around the timed calls is handed in, so that
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from clipval.backends import Backend
-from clipval.throughput.baseline import REGRESSED, Judgement, on_slow_machine
+from clipval.errors import ClipvalError
+from clipval.throughput.baseline import REGRESSED, SLOW_MACHINE, Judgement, on_busy_host, on_slow_machine
+from clipval.throughput.calls import Calls
+from clipval.throughput.clocks import Watched, device_fault, witness
 from clipval.throughput.feed import Feed
 from clipval.throughput.machine import SETTLED, Clock, HostLoad, Pace
-from clipval.throughput.row import EXECUTE, INFERENCE, Clocks, Judged, Row
+from clipval.throughput.outputs import Expected, cached_results, wrong_outputs
+from clipval.throughput.plausible import Peaks
+from clipval.throughput.process import LARGE_BATCH, idle_threads, leak, thread_seconds, threads_used
+from clipval.throughput.row import EXECUTE, INFERENCE, Clocks, Judged, Row, deciding
 from clipval.throughput.statistics import summarise
-from clipval.throughput.timing import Calls, Loop, plain_loop, quiet, rounds_for, warm_up, warm_up_seconds
-from clipval.throughput.verdict import BAD_OUTPUT, BUSY, VALID, verdict
+from clipval.throughput.timing import Loop, plain_loop, quiet, rounds_for, warm_up, warm_up_seconds
+from clipval.throughput.verdict import BAD_CLOCK, BAD_OUTPUT, BUSY, FAULTS, IDLE_THREADS, LEAKING, VALID, Fault, verdict
 
 # Attempts at a row that lost speed. Other processes that use the memory slow rows down by 5 to 15 % for a minute or
 # more, which the machine's own products do not show: six attempts of `--perf-max-time` go beyond that.
@@ -50,36 +56,48 @@ class Subject:
 
     Attributes:
         busy: what else uses the device, empty for nothing; asked before and after.
-        check: what is wrong with outputs, empty for nothing; asked after timing.
+        expected: the reference's embeddings and the bounds for them; None where there are none.
+        operations: of one sample; None where they cannot be counted. peaks: of the runtimes on this machine.
+        threads: of the processor that were asked for; None for none, and on another device.
         pace: of the processor that the backend computes on, None for another device.
         standing: of the clocks of a row against a baseline; None where there is none.
+        clock: times the calls; other_clock: what it is held to.
     """
 
     backend: Backend
     feed: Feed
     busy: Callable[[], str] = lambda: ""
-    check: Callable[[], str] = lambda: ""
+    expected: Optional[Expected] = None
+    operations: Optional[float] = None
+    peaks: Peaks = field(default_factory=Peaks)
+    threads: Optional[int] = None
     pace: Optional[Pace] = None
     standing: Optional[Callable[[Clocks], Judgement]] = None
     clock: Clock = time.perf_counter
+    other_clock: Clock = witness
 
 
 class Attempt(NamedTuple):
-    """One attempt at a row: `seconds` of each call by clock, `shares` of the machine's speed, in the order seen."""
+    """One attempt at a row: `seconds` of each call by clock, `shares` of the machine's speed, in the order seen.
+
+    Attributes:
+        jumped: the host's clock did meanwhile.
+    """
 
     clocks: Clocks
     seconds: Dict[str, List[float]]
     cores: Optional[float]
     shares: List[float]
     standing: Optional[Judgement]
+    jumped: bool = False
 
     @property
-    def valid(self) -> bool:
-        return all(one.verdict == VALID for one in self.clocks.values())
+    def verdicts(self) -> List[str]:
+        return [one.verdict for one in self.clocks.values()]
 
     @property
     def lost(self) -> bool:
-        return self.standing is not None and self.standing.status == REGRESSED
+        return self.standing is not None and self.standing.status in (REGRESSED, SLOW_MACHINE)
 
     @property
     def share(self) -> float:
@@ -96,6 +114,7 @@ def measure(subject: Subject, plan: Plan, loop: Optional[Loop] = None) -> Tuple[
     The first attempt is a short one of `plan.seconds`. A row that is not VALID gets a second one that goes on until it
     is, or for `plan.cap`. A loss against the baseline is only believed if it is there in each of `PATIENCE` attempts
     more, and of a machine that was at its speed in one; another device has no such disturbance, and one attempt more.
+    A fault of the row itself ends it.
 
     Args:
         loop: calls so often in the first attempt; None for a plain loop.
@@ -105,13 +124,12 @@ def measure(subject: Subject, plan: Plan, loop: Optional[Loop] = None) -> Tuple[
     """
     backend = subject.backend
     if backend.execute_seconds() is not None:
-        # a fresh session's clock, so that none is opened inside the timed calls
-        backend.refresh()
+        backend.refresh()  # a fresh session's clock, so that none is opened inside the timed calls
     warm = warm_up(
-        lambda: backend.run(subject.feed.next()),
+        lambda: backend.run(subject.feed.next()[1]),
         seconds=warm_up_seconds(plan.seconds),
         cap=plan.cap / 3,
-        clock=subject.clock,
+        clock=subject.other_clock,
     )
     found = _attempt(subject, plan, warm.estimate, loop or plain_loop, short=not plan.settled)
     attempts, best = 1, found.share
@@ -120,28 +138,45 @@ def measure(subject: Subject, plan: Plan, loop: Optional[Loop] = None) -> Tuple[
             best = 0.0  # a short attempt has one look at the machine
         found = _attempt(subject, plan, warm.estimate, plain_loop, short=False)
         attempts, best = attempts + 1, max(best, found.share)
+    speed = found.clocks[deciding(found.clocks)].timing.samples_per_second
+    flops = subject.operations and subject.operations * speed
+    peak = subject.peaks.of(backend) if flops else None
     row = Row(
         made_by=backend.identity,
         tower=backend.tower.name,
         batch_size=subject.feed.batch_size,
-        clocks=_final(found, subject, plan, best),
+        clocks=_on_slow_machine(found.clocks, best) if plan.settled else found.clocks,
         warm_up=warm,
         attempts=attempts,
         cores=found.cores,
         threads=backend.threads,
         machine_share=best if subject.pace else None,
         standing=on_slow_machine(found.standing, best) if found.standing and attempts > 1 else found.standing,
+        flops_per_second=flops,
+        peak_share=flops / peak if flops and peak else None,
     )
     return row, found.seconds[row.scope]
 
 
 def _again(found: Attempt, plan: Plan, attempts: int, pace: Optional[Pace]) -> bool:
     """Another attempt is needed."""
+    if found.jumped and attempts == 1:
+        return True  # a clock may be set once
+    if set(found.verdicts) & set(FAULTS):
+        return False
     if plan.settled:
         return found.share < SETTLED and attempts < PATIENCE
     if found.lost:
         return attempts <= (PATIENCE if pace else 1)
-    return plan.insist and not plan.rounds and attempts == 1 and not found.valid
+    return plan.insist and not plan.rounds and attempts == 1 and set(found.verdicts) != {VALID}
+
+
+def _on_slow_machine(clocks: Clocks, share: float) -> Clocks:
+    """No baseline is made of a machine that was not at its speed."""
+    if share >= SETTLED:
+        return clocks
+    reason = f"the machine ran at {share:.0%} of its speed at best"
+    return {scope: one if one.verdict in FAULTS else Judged(one.timing, BUSY, reason) for scope, one in clocks.items()}
 
 
 def _attempt(subject: Subject, plan: Plan, estimate: float, loop: Loop, *, short: bool) -> Attempt:
@@ -152,36 +187,87 @@ def _attempt(subject: Subject, plan: Plan, estimate: float, loop: Loop, *, short
     """
     look = subject.pace.now if subject.pace else lambda: 1.0
     shares = [] if short else [look()]
-    load, busy = HostLoad(), subject.busy()
-    calls, known = Calls(subject.backend, subject.feed, subject.clock), len(subject.backend.execute_seconds() or ())
     whole = plan.settled or subject.standing is not None
+    load, busy, timed = HostLoad(), subject.busy(), _Timed(subject)
     while True:
-        with quiet():
-            loop(calls, plan.rounds or rounds_for(estimate, seconds=plan.seconds, cap=plan.cap))
-        seconds = {INFERENCE: calls.times}
-        executed = subject.backend.execute_seconds()  # once a loop, as reading all of them takes time
-        if executed is not None:
-            seconds[EXECUTE] = executed[known:]
-        timings = {scope: summarise(times, subject.feed.batch_size, scope) for scope, times in seconds.items()}
+        timed.run(loop, plan.rounds or rounds_for(estimate, seconds=plan.seconds, cap=plan.cap))
+        timings = {scope: summarise(times, subject.feed.batch_size, scope) for scope, times in timed.seconds().items()}
         good = all(verdict(timing, noise=plan.noise)[0] == VALID for timing in timings.values())
-        if short or plan.rounds or (good and not whole) or sum(calls.times) + plan.seconds > plan.cap:
+        spent = sum(timed.calls.times) + plan.seconds > plan.cap
+        if short or plan.rounds or timed.clock_fault or (good and not whole) or spent:
             break
         shares.append(look())
     cores, busy = load.cores(), busy or load.busy() or subject.busy()
     shares.append(look())
-    bad = "" if np.isfinite(calls.last).all() else "the last timed call gave NaN or infinity"
+    seconds, fault = timed.seconds(), timed.fault()
     clocks = {
-        scope: Judged(timing, *verdict(timing, busy=busy, bad_output=bad, noise=plan.noise))
+        scope: Judged(timing, *verdict(timing, busy=busy, fault=fault, noise=plan.noise))
         for scope, timing in timings.items()
     }
-    return Attempt(clocks, seconds, cores, shares, subject.standing(clocks) if subject.standing else None)
+    standing = on_busy_host(subject.standing(clocks), busy) if subject.standing else None
+    return Attempt(clocks, seconds, cores, shares, standing, timed.jumped)
 
 
-def _final(found: Attempt, subject: Subject, plan: Plan, share: float) -> Clocks:
-    """The clocks of the last attempt, with what is only known after it."""
-    bad, slow = subject.check(), f"the machine ran at {share:.0%} of its speed at best"
-    worst = (BAD_OUTPUT, bad) if bad else (BUSY, slow) if plan.settled and share < SETTLED else None
-    return {
-        scope: Judged(one.timing, *(one.verdict, one.reason) if one.verdict == BAD_OUTPUT or not worst else worst)
-        for scope, one in found.clocks.items()
-    }
+class _Timed:
+    """The timed calls of one attempt, and what is wrong with them.
+
+    Attributes:
+        clock_fault: what is wrong with a clock, empty for nothing; jumped: it is the host's.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.calls = Calls(subject.backend, subject.feed, subject.clock)
+        self.clock_fault, self.jumped = "", False
+        self._subject = subject
+        self._executed: Optional[List[float]] = None
+        self._known, self._elapsed = len(subject.backend.execute_seconds() or ()), 0.0
+        self._threads = thread_seconds()
+
+    def run(self, loop: Loop, rounds: int) -> None:
+        """Make so many calls, then read the device's clock: once, as that takes longer with every call."""
+        subject, before = self._subject, len(self.calls.times)
+        self.calls.plan(rounds)
+        with quiet():
+            watched = Watched(subject.clock, subject.other_clock)
+            loop(self.calls, rounds)
+            fault = watched.fault(self.calls.times[before:])
+        self.jumped = bool(fault)
+        self._elapsed += watched.elapsed()
+        try:
+            executed = subject.backend.execute_seconds()
+            self._executed = None if executed is None else executed[self._known :]
+            fault = fault or device_fault(self._executed, self.calls.times)
+        except ClipvalError as error:
+            fault = fault or str(error)
+        self.clock_fault = self.clock_fault or fault
+
+    def seconds(self) -> Dict[str, List[float]]:
+        """Scope -> seconds of each call; where a clock is wrong, those that the other clock of the host tells."""
+        count = len(self.calls.times)
+        if self.clock_fault:
+            return {INFERENCE: [max(self._elapsed, 1e-9) / count] * count}
+        return {INFERENCE: list(self.calls.times), **({} if self._executed is None else {EXECUTE: self._executed})}
+
+    def fault(self) -> Optional[Fault]:
+        """What is wrong with the row itself, the worst first; asked after timing."""
+        subject, calls = self._subject, self.calls
+        used = threads_used(self._threads, thread_seconds())
+        bad = wrong_outputs(calls, subject.feed, subject.expected)
+        if bad:
+            return Fault(BAD_OUTPUT, bad)
+        if self.clock_fault:
+            return Fault(BAD_CLOCK, self.clock_fault)
+        per_second = subject.feed.batch_size / float(np.median(calls.times))
+        bad = cached_results(calls, subject.backend, subject.feed, subject.clock)
+        bad = bad or subject.peaks.impossible(subject.backend, subject.operations, per_second)
+        if bad:
+            return Fault(BAD_OUTPUT, bad)
+        lost = leak(calls.memory, calls)
+        if lost:
+            return Fault(LEAKING, lost)
+        idle = idle_threads(subject.threads, used, self._large_call) if subject.threads else ""
+        return Fault(IDLE_THREADS, idle) if idle else None
+
+    def _large_call(self) -> None:
+        batch = self._subject.feed.fresh
+        self._subject.backend.run(np.resize(batch, (max(len(batch), LARGE_BATCH), *batch.shape[1:])))

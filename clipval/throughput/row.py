@@ -47,8 +47,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         machine_share: of the machine's best speed, see `machine.Pace`; None on another device.
         standing: against the baseline; None where none was given.
         cold_start, end_to_end: measured besides; None where they were not.
-        flops_per_second: floating-point operations that the speed amounts to; peak_share: of what the processor's
-            matrix product reaches. None where they cannot be told.
+        flops_per_second: floating-point operations that the speed amounts to; peak_share: of what a matrix product of
+            the same runtime reaches. None where they cannot be told.
     """
 
     made_by: Identity

@@ -8,16 +8,20 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from clipval import environment, preprocess
+from clipval import environment, export, preprocess
 from clipval.backends import REFERENCE, Backend, base_name, kind
 from clipval.chain import Chain
 from clipval.throughput import baseline
 from clipval.throughput.feed import Feed
 from clipval.throughput.machine import Pace
 from clipval.throughput.operations import flops_per_sample
-from clipval.throughput.outputs import Expected, check_outputs
+from clipval.throughput.outputs import Expected
+from clipval.throughput.plausible import Peaks
 from clipval.throughput.protocol import Subject
-from clipval.throughput.row import EXECUTE, INFERENCE, Clocks, EndToEnd, Row
+from clipval.throughput.row import EXECUTE, INFERENCE, Clocks, EndToEnd
+from clipval.towers import Tower
+
+PEAKS = Peaks()  # of this machine, whichever run asks
 
 
 def subject(
@@ -38,11 +42,10 @@ def subject(
     key = baseline_key(chain, {name: str(backend.identity)}) if known else {}
     names = {scope: baseline.row_name(name, tower.name, feed.batch_size, scope) for scope in (EXECUTE, INFERENCE)}
 
-    def check() -> str:
+    def expected() -> Expected:
         bounds = chain.bounds(backend.identity)
         reference = chain.backend(REFERENCE, tower, 1)
-        ids = chain.prepared.rows[tower.name].ids
-        return check_outputs(backend, feed, Expected(reference.run, bounds.cosine_min, bounds.max_abs, ids))
+        return Expected(reference.run, bounds.cosine_min, bounds.max_abs, chain.prepared.rows[tower.name].ids)
 
     def standing(clocks: Clocks) -> baseline.Judgement:
         assert known is not None
@@ -52,7 +55,10 @@ def subject(
         backend,
         feed,
         busy=lambda: chain.busy(name),
-        check=check if checked and chain.spec.parity else lambda: "",
+        expected=expected() if checked and chain.spec.parity else None,
+        operations=operations(chain, tower) if checked else None,
+        peaks=PEAKS,
+        threads=chain.settings.threads if backend.identity.on_host else None,
         pace=pace if backend.identity.on_host else None,
         standing=standing if known else None,
     )
@@ -65,15 +71,9 @@ def baseline_key(chain: Chain, backends: Dict[str, str]) -> Dict[str, str]:
     return baseline.key_of(environment.describe(), model, chain.settings.threads, backends, origins)
 
 
-def operations(config: Dict[str, Any], row: Row, peak: Optional[float]) -> Dict[str, Optional[float]]:
-    """Floating-point operations a second that a row's speed amounts to, and their share of the machine's peak.
-
-    Args:
-        config: open_clip's config of the model; peak: FLOP/s of this machine's matrix product, None on another device.
-    """
-    flops = flops_per_sample(config, row.tower)
-    implied = flops * row.decided.timing.samples_per_second if flops else None
-    return {"flops_per_second": implied, "peak_share": implied / peak if implied and peak else None}
+def operations(chain: Chain, tower: Tower) -> float:
+    """Floating-point operations of one sample: of the architecture where it is a plain ViT, else of the graph."""
+    return flops_per_sample(chain.model_key["config"], tower.name) or export.operations(chain.onnx(tower))
 
 
 def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> EndToEnd:

@@ -12,7 +12,7 @@ from typing import Optional, Sequence, Tuple
 import msgspec
 import numpy as np
 
-PROTOCOL = 4  # figures of another protocol are never compared
+PROTOCOL = 5  # figures of another protocol are never compared
 MIN_ROUNDS = 5  # the range of five is a 94 % interval of the median
 DRIFT_BLOCKS = 8  # least points of a trend
 PERCENTILES = {"p90": (90, 100), "p95": (95, 100), "p99": (99, 300)}  # name: (percentile, least rounds)

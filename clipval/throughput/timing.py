@@ -11,8 +11,6 @@ from typing import Any, Callable, Iterator, List
 import msgspec
 import numpy as np
 
-from clipval.backends import Backend
-from clipval.throughput.feed import Feed
 from clipval.throughput.machine import Clock
 from clipval.throughput.verdict import GOOD_ROUNDS
 
@@ -49,7 +47,7 @@ def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock
         spent, half = sum(times), max(1, min(10, len(times) // 2))
         late, early = np.median(times[-half:]), np.median(times[-2 * half : -half] or times)
         stable = len(times) >= WARM_UP_CALLS and abs(late - early) <= STABLE * early
-        if spent >= cap or (len(times) >= WARM_UP_CALLS and spent >= seconds and stable):
+        if spent >= cap or len(times) >= MAX_ROUNDS or (len(times) >= WARM_UP_CALLS and spent >= seconds and stable):
             return WarmUp(len(times), spent, times[0], float(late), bool(stable))
 
 
@@ -87,22 +85,3 @@ def plain_loop(call: Callable[[], Any], rounds: int) -> None:
     """Call so many times, as pytest-benchmark does where it is at hand."""
     for _ in range(rounds):
         call()
-
-
-class Calls:
-    """Calls of a backend with one batch after the other, timed by the host's clock.
-
-    Attributes:
-        times: seconds of each call so far; last: the output of the last one.
-    """
-
-    def __init__(self, backend: Backend, feed: Feed, clock: Clock) -> None:
-        self.times: List[float] = []
-        self.last: np.ndarray = np.empty(0)
-        self._backend, self._feed, self._clock = backend, feed, clock
-
-    def __call__(self) -> None:
-        batch = self._feed.next()
-        start = self._clock()
-        self.last = self._backend.run(batch)
-        self.times.append(self._clock() - start)

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 from clipval.options import NOISE
 from clipval.throughput.statistics import MIN_ROUNDS, Timing
 
 VALID, NOISY, THROTTLED, BUSY = "VALID", "NOISY", "THROTTLED", "BUSY"
-INSUFFICIENT, BAD_OUTPUT = "INSUFFICIENT", "BAD_OUTPUT"
+INSUFFICIENT, BAD_OUTPUT, BAD_CLOCK = "INSUFFICIENT", "BAD_OUTPUT", "BAD_CLOCK"
+LEAKING, IDLE_THREADS = "LEAKING", "IDLE_THREADS"
+# These fail a row in every run: it was measured, and is not what it says. The others are of the machine or the time.
+FAULTS = (BAD_OUTPUT, BAD_CLOCK, LEAKING, IDLE_THREADS)
 
 GOOD_ROUNDS = 9  # the least whose interval leaves out the slowest call and the fastest
 DRIFT = 0.05  # rise of the time of a call over the whole run, as a share of the median
 
 
-def verdict(found: Timing, *, busy: str = "", bad_output: str = "", noise: Optional[float] = None) -> Tuple[str, str]:
+class Fault(NamedTuple):
+    """One of `FAULTS`, and the reason."""
+
+    verdict: str
+    reason: str
+
+
+def verdict(
+    found: Timing, *, busy: str = "", fault: Optional[Fault] = None, noise: Optional[float] = None
+) -> Tuple[str, str]:
     """Whether a row can be believed, and why not.
 
     Args:
         noise: allowed half-width of the median's interval, as a share, and no less of drift; None is `NOISE`.
-        busy: what else ran on the device or the host, empty for nothing; bad_output: what was wrong with the results.
+        busy: what else ran on the device or the host, empty for nothing; fault: what is wrong with the row itself.
     """
     half_width = (found.interval[1] - found.interval[0]) / 2 / found.samples_per_second
     limit = NOISE.get(found.scope, NOISE["inference"]) if noise is None else noise
     drift = max(DRIFT, limit)
-    if bad_output:
-        return BAD_OUTPUT, bad_output
+    if fault:
+        return fault
     if found.rounds < MIN_ROUNDS:
         return INSUFFICIENT, f"{found.rounds} rounds, at least {MIN_ROUNDS} are needed; raise --perf-max-time"
     if busy:

@@ -41,12 +41,7 @@ def test_throughput(chain, record, pace, known, benchmark, tower_name, backend_n
     row, seconds = measure(subject, plan, loop)
     # pytest-benchmark's statistics are of the row's own calls: of the last attempt, and of the device's clock if any
     benchmark.stats.stats.data[:] = seconds
-    row = msgspec.structs.replace(
-        row,
-        cold_start=cold,
-        end_to_end=rows.end_to_end(chain, backend, batch_size),
-        **rows.operations(chain.model_key["config"], row, subject.pace and subject.pace.peak),
-    )
+    row = msgspec.structs.replace(row, cold_start=cold, end_to_end=rows.end_to_end(chain, backend, batch_size))
     figures = throughput.row(row, spec=chain.spec, required=settings.strict)
     benchmark.extra_info.update({**figures[0].detail, **figures[0].context})
     record(figures)

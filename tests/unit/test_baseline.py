@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from clipval.errors import InputError
 from clipval.throughput import baseline
 from clipval.throughput.noise import of_row, pooled
+from clipval.throughput.statistics import summarise
 
 KEY = {"cpu": "x", "torch": "2"}
 NAMES = [
@@ -95,7 +96,7 @@ def test_how_often_a_slowdown_is_caught():
 @pytest.mark.parametrize(
     ("noise", "bound"),
     [
-        (0.003, 1 - baseline.FLOOR),  # a quiet device: less than the floor is no loss
+        (0.003, 1 - baseline.FLOORS["undisturbed"]),  # a quiet device: less than the floor is no loss
         (0.01, 1 - baseline.REACH),  # room between the rare limit and the usual one
         (0.02, None),  # a noisy host: the prediction limit itself
     ],
@@ -141,7 +142,7 @@ def test_what_is_no_speed_is_a_loss(measured):
 def test_a_judgement_holds_together(values, measured):
     base = baseline.Baseline(KEY, {NAMES[0]: values, NAMES[1]: values[:1]})
     found = baseline.judge(base, KEY, NAMES[0], measured)
-    assert 0 <= found.bound <= found.expected * (1 - baseline.FLOOR) * (1 + 1e-9)
+    assert 0 <= found.bound <= found.expected * (1 - baseline.FLOORS["undisturbed"]) * (1 + 1e-9)
     assert (found.status == "regressed") == (measured < found.bound)
     assert baseline.judge(base, KEY, NAMES[0], measured * 2).status != "regressed" or found.status == "regressed"
 
@@ -219,3 +220,59 @@ def test_a_session_of_a_slow_machine_is_not_merged():
     sessions = [baseline.Baseline(KEY, {"a": [1.0]}, machine) for machine in (6e4, 3.6e4, 6e4)]
     with pytest.raises(InputError, match="slow in session 2; make it when"):
         baseline.merge(sessions)
+
+
+def made_of(rng, sessions=5, noise=0.01):
+    """A baseline whose medians and means are 2 and 4 % slower than what is undisturbed, and noisier."""
+    found = []
+    for _ in range(sessions):
+        rows = session(rng, noise)
+        medians = {name: [values[0] * 0.98 * np.exp(rng.normal(0, 0.03))] for name, values in rows.items()}
+        means = {name: [values[0] * 0.96 * np.exp(rng.normal(0, 0.04))] for name, values in rows.items()}
+        found.append(baseline.Baseline(KEY, rows, medians=medians, means=means))
+    return baseline.merge(found)
+
+
+def timed(row, slow=0.0, by=2.0, noise=0.01, seed=0, count=200):
+    """The timing of a row, a share of whose calls take `by` times as long."""
+    rng = np.random.default_rng(seed)
+    seconds = 8 / SPEEDS[row] * np.exp(np.abs(rng.normal(0, noise, count)))
+    seconds[: round(slow * count)] *= by
+    return summarise(rng.permutation(seconds), 8, "inference")
+
+
+def stands(base, timing, row=0):
+    return baseline.standing(base, KEY, {"inference": NAMES[row]}, {"inference": timing})
+
+
+@pytest.mark.parametrize(
+    ("slow", "by", "figure"),
+    [(0.9, 2, "median"), (0.9, 1.4, "median"), (0.6, 3, "median"), (0.1, 10, "mean"), (0.3, 4, "mean")],
+)
+def test_most_calls_slow_while_the_fastest_are_what_they_were(slow, by, figure):
+    base, timing = made_of(np.random.default_rng(11)), timed(0, slow, by)
+    assert baseline.judge(base, KEY, NAMES[0], timing.undisturbed).status == "ok"
+    found = stands(base, timing)
+    assert (found.status, found.figure) == ("regressed", figure)
+    assert f"samples/s by the {figure} of the calls" in found.reason
+
+
+def test_medians_and_means_of_equal_sessions_raise_no_alarm():
+    rng = np.random.default_rng(12)
+    for n in range(8):
+        base = made_of(rng)
+        for row in range(len(NAMES)):
+            found = stands(base, timed(row, slow=0.05, by=1.5, noise=0.03, seed=1000 * n + row), row)
+            assert found.status in ("ok", "improved")
+
+
+def test_a_median_that_other_processes_moved_is_no_loss():
+    base = made_of(np.random.default_rng(13))
+    found = stands(base, timed(0, 0.9, 2))
+    busy = baseline.on_busy_host(found, "other processes kept 1.5 cores busy, allowed 0.5")
+    assert busy.status == "slow_machine"
+    assert busy.reason.startswith("other processes kept 1.5 cores busy")
+    assert baseline.on_busy_host(found, "") == found
+    lost = stands(base, timed(0, 1.0, 2))
+    assert lost.figure == "undisturbed"
+    assert baseline.on_busy_host(lost, "other processes") == lost

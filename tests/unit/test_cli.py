@@ -160,6 +160,7 @@ def test_a_disturbed_session_is_no_baseline(verdict, session, tmp_path, capsys, 
 def test_a_session_on_a_slow_machine_is_no_baseline(verdict, said, session, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(protocol, "verdict", lambda *_, **__: (verdict, ""))
     monkeypatch.setattr(machine.Pace, "now", lambda pace: 0.61)
+    monkeypatch.setattr(protocol, "PATIENCE", 1)
     assert session(tmp_path / "none.json") == 1
     assert f"pytorch/vision/4/inference is {said}" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from clipval.throughput import statistics
 from clipval.throughput.statistics import summarise
-from clipval.throughput.verdict import DRIFT, verdict
+from clipval.throughput.verdict import DRIFT, FAULTS, Fault, verdict
 
 
 def test_the_recipes_figure():
@@ -117,7 +117,7 @@ def test_statistics_hold_together(times, batch_size):
         (0.01 * np.linspace(1.3, 1, 100), {}, "NOISY"),  # becoming faster: not settled, but no fault of the cooling
         (noisy(200, 0.02), {"busy": "someone else"}, "BUSY"),
         (noisy(4, 0.001), {}, "INSUFFICIENT"),
-        (noisy(200, 0.02), {"bad_output": "zeros"}, "BAD_OUTPUT"),
+        *((noisy(200, 0.02), {"fault": Fault(name, "zeros")}, name) for name in FAULTS),
     ],
 )
 def test_each_verdict(times, more, wanted):
@@ -128,7 +128,7 @@ def test_each_verdict(times, more, wanted):
 
 def test_the_worst_fault_is_named():
     times = noisy(4, 0.5)
-    assert verdict(summarise(times, 8, "inference"), busy="x", bad_output="zeros") == ("BAD_OUTPUT", "zeros")
+    assert verdict(summarise(times, 8, "inference"), busy="x", fault=Fault("LEAKING", "1 MB")) == ("LEAKING", "1 MB")
     assert verdict(summarise(times, 8, "inference"), busy="x")[0] == "INSUFFICIENT"
     assert verdict(summarise(noisy(20, 0.5), 8, "inference"), busy="x") == ("BUSY", "x")
 

@@ -1,14 +1,10 @@
-"""Feeds, warm-up and rounds on a fake clock: exact."""
+"""Warm-up and rounds on a fake clock: exact."""
 
-from types import SimpleNamespace
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipval.throughput import timing
-from clipval.throughput.feed import Feed
 from clipval.throughput.statistics import summarise
 from clipval.throughput.verdict import GOOD_ROUNDS, verdict
 
@@ -30,20 +26,6 @@ def endless(*first):
     yield from first
     while True:
         yield first[-1]
-
-
-def test_a_feed_turns_through_different_batches():
-    rows = np.arange(10 * 77).reshape(10, 77)
-    feed = Feed(rows, 2)
-    seen = [feed.next()[0, 0] for _ in range(8)]
-    assert len(set(seen[:4])) == 4
-    assert seen[:4] == seen[4:]
-    assert all(batch.flags.c_contiguous and len(batch) == 2 for batch in feed.batches)
-
-
-def test_short_data_is_repeated_but_two_batches_differ():
-    feed = Feed(np.arange(3 * 77).reshape(3, 77), 2)
-    assert [list(index) for index in feed.indices] == [[0, 1], [2, 0]]
 
 
 def test_warm_up_goes_on_until_calls_are_stable():
@@ -105,10 +87,3 @@ def test_garbage_collection_that_was_off_stays_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
-
-
-def test_each_call_is_timed_by_itself():
-    clock = Clock(endless(1.0, 0.5))
-    calls = timing.Calls(SimpleNamespace(run=lambda batch: clock.call() or batch), Feed(np.eye(4), 2), clock)
-    timing.plain_loop(calls, 3)
-    assert calls.times == [1.0, 0.5, 0.5]

@@ -1,0 +1,81 @@
+"""Whether clocks can be believed: the host's against another one of the host, the device's against the host's."""
+
+from __future__ import annotations
+
+import time
+from typing import Optional, Sequence
+
+import numpy as np
+
+from clipval.throughput.machine import Clock
+
+APART = 0.02  # of the time between two looks that clocks of one host may differ by; a slewed one is off by 5e-4
+SLACK = 0.01  # seconds that a look may take beside
+# Execute time is inside the call: at most the call, less what reading a float32 clock of milliseconds costs, see
+# `clipval.backends.om`, and no less than a twentieth of it, as transfers and Python do not take nineteen parts of it.
+LONGEST = 1.02
+TICK = 2e-5
+SHORTEST = 1 / 20
+
+
+def witness() -> float:
+    """Seconds of a clock that nothing adjusts, to hold the one that times calls to."""
+    raw = getattr(time, "CLOCK_MONOTONIC_RAW", None)
+    return time.monotonic() if raw is None else time.clock_gettime(raw)
+
+
+class Watched:
+    """A span of time by two clocks of the host."""
+
+    def __init__(self, clock: Clock, other: Clock) -> None:
+        self._clocks = clock, other
+        self._start = clock(), other()
+
+    def elapsed(self) -> float:
+        """Seconds by the other clock."""
+        return self._clocks[1]() - self._start[1]
+
+    def fault(self, times: Sequence[float]) -> str:
+        """What is wrong with times of calls that were made meanwhile, empty for nothing.
+
+        Args:
+            times: seconds of each call by the first clock.
+        """
+        elapsed, other = (clock() - start for clock, start in zip(self._clocks, self._start))
+        seconds = np.asarray(times, np.float64)
+        bad = int((~(seconds > 0)).sum())
+        if bad:
+            return f"{bad} of {len(seconds)} calls took no time or less by the host's clock"
+        if abs(elapsed - other) > APART * abs(other) + SLACK or seconds.sum() > (1 + APART) * other + SLACK:
+            calls = f"{len(seconds)} calls took {seconds.sum():.3f} s"
+            return f"the host's clock jumped: {calls} of {elapsed:.3f} s by it, which were {other:.3f} s by another"
+        return ""
+
+
+def device_fault(executed: Optional[Sequence[float]], times: Sequence[float]) -> str:
+    """What is wrong with the device's execute times, empty for nothing and where the device has no clock.
+
+    Args:
+        executed: seconds of each call by the device's clock; times: by the host's.
+    """
+    if executed is None:
+        return ""
+    if len(executed) != len(times):
+        return f"the device's clock told {len(executed)} execute times for {len(times)} calls"
+    inside, whole = np.asarray(executed, np.float64), np.asarray(times, np.float64)
+    bad = int((~(np.isfinite(inside) & (inside > 0))).sum())
+    if bad:
+        return f"{bad} of {len(inside)} execute times of the device's clock are not above zero"
+    longer = inside > LONGEST * whole + TICK
+    if longer.any():
+        n = int(np.argmax(inside - whole))
+        return (
+            f"{longer.sum()} of {len(inside)} execute times of the device's clock are longer than their calls, as "
+            f"{1000 * inside[n]:.3g} ms in one of {1000 * whole[n]:.3g} ms"
+        )
+    if inside.sum() < SHORTEST * whole.sum():
+        return (
+            f"execute times of the device's clock are {inside.sum() / whole.sum():.2g} of the time of the calls, "
+            f"expected at least {SHORTEST:g}: its unit or its zero is not what it is taken for"
+        )
+    return ""
