@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import msgspec
 import numpy as np
@@ -49,6 +49,7 @@ class Chain:
             rebuild_before = time.time()
         self.store = store.Store(settings.workdir, rebuild_before)
         self.pool = Pool(self._open, allow_simulated=settings.allow_simulated)
+        self._expected: Dict[str, Set[Tuple[str, int]]] = {}
         self._embeddings: Dict[Tuple[str, str], Opened] = {}
         self._retrievals: Dict[str, Retrieval] = {}
 
@@ -226,8 +227,15 @@ class Chain:
 
     def file(self, name: str, tower: Tower, batch_size: int) -> Optional[Path]:
         """The artifact that a backend opens; None where it opens the model itself."""
-        artifact = backends.kind(name).artifact
-        return artifact(self, tower, batch_size) if artifact else None
+        kind = backends.kind(name)
+        expected = self._expected.pop(base_name(name), None)
+        if kind.ahead and expected:
+            kind.ahead(self, [(self.towers[tower_name], size) for tower_name, size in sorted(expected)])
+        return kind.artifact(self, tower, batch_size) if kind.artifact else None
+
+    def expect(self, name: str, tower_name: str, batch_size: int) -> None:
+        """Say that this run will open a backend for a tower and batch size, so that files are built side by side."""
+        self._expected.setdefault(base_name(name), set()).add((tower_name, batch_size))
 
     def backend(self, name: str, tower: Tower, batch_size: int) -> Backend:
         """An open backend; see `clipval.backends.pool.Pool.get`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from clipval.chain import Chain
 from clipval.errors import ClipvalError
 from clipval.results import FAIL, Figure, from_json, to_json
 from clipval.run import Account
+from clipval.towers import TOWER_NAMES
 
 CHAIN: pytest.StashKey[Chain] = pytest.StashKey()
 ACCOUNT: pytest.StashKey[Account] = pytest.StashKey()
@@ -160,10 +162,40 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if applies(item)]
+    _by_backend(items, here.backends)
+
+
+def _by_backend(items: List[pytest.Item], backends: Sequence[str]) -> None:
+    """Put the gates of one backend next to each other, the reference's first: it is opened once, and then closed."""
+    places = [n for n, item in enumerate(items) if _gate(item) is not None]
+
+    def turn(item: pytest.Item) -> Tuple[bool, int]:
+        gate, name = _gate(item), _given(item).get("backend_name")
+        return gate is not None and gate.kind == gates.PERF, backends.index(name) if name else -1
+
+    for n, item in zip(places, sorted((items[n] for n in places), key=turn)):
+        items[n] = item
+
+
+def _given(item: pytest.Item) -> Dict[str, Any]:
+    """Values of the parameters of a gate's test."""
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _expect(chain: Chain, item: pytest.Item) -> None:
+    """Say what a gate's test will open."""
+    gate, given = _gate(item), _given(item)
+    if gate is not None and "backend_name" in given:
+        towers = [given["tower_name"]] if "tower_name" in given else TOWER_NAMES
+        sizes = {given.get("batch_size", chain.accuracy_batch), *gate.also_in_batches_of}
+        for tower, size in itertools.product(towers, sizes):
+            chain.expect(given["backend_name"], tower, size)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     selected = [name for name in map(_gate_id, session.items) if name]
+    for item in session.items:
+        _expect(session.config.stash[CHAIN], item)
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["clipval_selected"] = selected
     elif not _distributed(session.config):  # the controller of xdist collects nothing

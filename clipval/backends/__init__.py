@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
@@ -207,6 +207,8 @@ class Kind:
         open: gives an open backend.
         suffix: ending of the artifact's file; empty for a backend that opens the model itself.
         artifact: builds or finds the file for a tower and batch size; None beside an empty suffix.
+        ahead: builds the artifacts of several towers and batch sizes side by side; what fails, fails again when it is
+            asked for. None: each is built when it is asked for.
         fixed_batch: the artifact takes one batch size only.
         one_session: a device holds one session at a time, and `--device-id` says which devices are validated.
         precision: which of a spec's parity bounds hold for an identity, `fp32` or `fp16`.
@@ -217,6 +219,7 @@ class Kind:
     open: Callable[[Materials, Opening], Backend]
     suffix: str = ""
     artifact: Optional[Callable[[Materials, Tower, int], Path]] = None
+    ahead: Optional[Callable[[Materials, Sequence[Tuple[Tower, int]]], None]] = None
     fixed_batch: bool = False
     one_session: bool = False
     precision: Callable[[Identity], str] = _fp32

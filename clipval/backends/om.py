@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -277,6 +277,13 @@ def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
     return om_files.compiled(made.store, made.onnx(tower), tower, batch_size, atc_options(asked))
 
 
+def _ahead(made: Materials, needed: Sequence[Tuple[Tower, int]]) -> None:
+    if made.settings.om_dir is None and len(needed) > 1:
+        for tower, _ in needed:
+            made.onnx(tower)  # exported one after the other, as torch's exporter is not safe in threads
+        om_files.side_by_side([functools.partial(_artifact, made, *one) for one in needed], made.settings.jobs)
+
+
 def _open_file(made: Materials, asked: Opening) -> Backend:
     assert asked.file is not None
     precision = made.settings.precision_mode or atc.DEFAULT_MODE
@@ -288,6 +295,7 @@ KIND = Kind(
     _open_file,
     suffix=".om",
     artifact=_artifact,
+    ahead=_ahead,
     fixed_batch=True,
     one_session=True,
     precision=lambda where: atc.precision_class(where.precision),

@@ -17,7 +17,7 @@ from clipval.towers import Tower
 
 VALUES = Gate("values", ACCURACY, ("backend_name", "tower_name"))
 DISTINCT = Gate("distinct", ACCURACY, ("backend_name", "tower_name"))
-INVARIANCE = Gate("invariance", ACCURACY, ("backend_name", "tower_name"))
+INVARIANCE = Gate("invariance", ACCURACY, ("backend_name", "tower_name"), also_in_batches_of=(1,))
 GOLDEN = Gate(
     "golden",
     ACCURACY,

@@ -43,6 +43,7 @@ class Gate:
         kind: `accuracy` or `perf`, which `-m` selects by.
         params: parameters of the test; their values, in this order, are the rest of the id. Of `backend_name`,
             `tower_name`, `batch_size` and `metric`.
+        also_in_batches_of: sizes that its test opens a backend for, besides `batch_size` or that of the accuracy path.
         applies: the plan and the values of one case -> whether a run of this plan promises it.
     """
 
@@ -50,6 +51,7 @@ class Gate:
     kind: str
     params: Tuple[str, ...] = ()
     applies: Callable[..., bool] = _always
+    also_in_batches_of: Tuple[int, ...] = ()
 
     def of(self, *values: Any) -> str:
         """The gate's id for the values of its parameters."""
