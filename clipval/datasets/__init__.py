@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -70,11 +71,15 @@ class RetrievalDataset:
         return ""
 
     def fingerprint(self) -> str:
-        """sha256 over ids, captions and the bytes of every image.
+        """sha256 over ids, captions and the bytes of every image, which are read once.
 
         Raises:
             InputError: an image can no longer be read.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for text in (*self.image_ids, *self.caption_ids, *self.captions):
             encoded = text.encode("utf-8")
