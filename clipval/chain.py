@@ -312,7 +312,8 @@ class Chain:
 
     def bounds(self, where: Identity) -> specs.ParityBounds:
         """The spec's tolerances for a backend in the precision it computes in."""
-        return self.spec.bounds(base_name(where.name), backends.kind(where.name).precision(where))
+        kind = backends.kind(where.name)
+        return self.spec.bounds(kind.judged_as(where) or base_name(where.name), kind.precision(where))
 
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:
         """A backend's embeddings of some samples, in the order picked, computed now."""

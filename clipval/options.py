@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from clipval import datasets
-from clipval.backends import REFERENCE, BackendSettings, kind, names
+from clipval.backends import REFERENCE, BackendSettings, kind, names, providers
+from clipval.errors import UsageError
 
 DEFAULT_BACKENDS = ("pytorch", "onnx")
 CAPTION_FORMATS = ("csv", "clip_benchmark")
 # Allowed half-width of the 95 % interval of a row's median, as a share of it, by clock. Not the coefficient of
 # variation: a few outliers of a busy host widen that, and do not move a median.
 NOISE = {"inference": 0.05, "execute": 0.025}
+ONNX_OPTIONS = ("--onnx-providers", "--onnx-provider-options", "--allow-cpu-operators")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "cann": "CANNExecutionProvider"}
 
 
@@ -98,6 +101,20 @@ def _providers(text: str) -> Tuple[str, ...]:
     return found
 
 
+def _provider_options(text: str) -> Tuple[Tuple[str, str], ...]:
+    try:
+        return providers.parse(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _operators(text: str) -> Tuple[str, ...]:
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found or not all(re.fullmatch(r"[A-Za-z]\w*", name) for name in found):
+        raise argparse.ArgumentTypeError(f"operators {text!r}; expected ONNX names such as LayerNormalization,Gelu")
+    return found
+
+
 def at_least(kind: Callable[[str], Any], least: float) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
@@ -152,7 +169,17 @@ def table() -> Dict[str, Dict[str, Any]]:
         "--onnx-providers": {
             "type": _providers,
             "metavar": "LIST",
-            "help": "execution providers: cpu, cuda, full names",
+            "help": "execution providers: cpu, cuda, cann, full names",
+        },
+        "--onnx-provider-options": {
+            "type": _provider_options,
+            "metavar": "OPTIONS",
+            "help": "of the first provider, as precision_mode=must_keep_origin_dtype,device_id=1",
+        },
+        "--allow-cpu-operators": {
+            "type": _operators,
+            "metavar": "LIST",
+            "help": "ONNX operators that may compute on the CPU beside another provider, as LayerNormalization,Gelu",
         },
         "--threads": {"type": at_least(int, 1), "metavar": "N", "help": "CPU threads of pytorch and onnx"},
         "--workdir": {"type": Path, "metavar": "DIR", "help": "where artifacts and results are kept"},

@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Set, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Set, Tuple, Union
 
 from filelock import FileLock
 
@@ -138,9 +138,7 @@ class Store:
         Raises:
             InputError: the work directory cannot be written or the disk is full.
         """
-        whole = json.loads(json.dumps({"kind": kind, **key}))
-        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-        folder = self.root / kind / digest[:32]
+        whole, folder = self._place(kind, key)
         if folder in self._checked:
             return folder
         if folder in self._failed:
@@ -157,6 +155,37 @@ class Store:
             raise InputError(self._explain(error)) from error
         self._checked.add(folder)
         return folder
+
+    def folder(self, kind: str, key: Mapping[str, Any]) -> Path:
+        """A folder that a tool fills bit by bit with what depends on a key alone, such as its compiler's cache.
+
+        Its key lies in it. It is emptied once a process where artifacts are built again.
+
+        Raises:
+            InputError: the work directory cannot be written or the disk is full.
+        """
+        whole, folder = self._place(kind, key)
+        if folder in self._checked:
+            return folder
+        note = folder / MANIFEST
+        try:
+            with FileLock(str(folder) + ".lock"):
+                old = note.is_file() and note.stat().st_mtime < (self._rebuild_before or 0)
+                if old:
+                    shutil.rmtree(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                if not note.is_file():
+                    note.write_text(json.dumps({"key": whole}, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise InputError(self._explain(error)) from error
+        self._checked.add(folder)
+        return folder
+
+    def _place(self, kind: str, key: Mapping[str, Any]) -> Tuple[Dict[str, Any], Path]:
+        """A whole key, and where what depends on it lies."""
+        whole = json.loads(json.dumps({"kind": kind, **key}))
+        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        return whole, self.root / kind / digest[:32]
 
     def _usable(self, folder: Path, key: Dict[str, Any]) -> bool:
         try:

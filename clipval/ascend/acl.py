@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
-from clipval.ascend import atc
+from clipval.ascend import atc, process
 from clipval.errors import BackendUnavailable, one_line
 
 # ACL data type ids, as tensor_desc.datatype counts them.
@@ -126,12 +126,8 @@ def refuse_fork() -> None:
 
 
 def refuse_others(*modules: str) -> None:
-    """Raises: BackendUnavailable: another user of ACL is loaded in this process."""
-    for other in modules:
-        if other in sys.modules:
-            raise BackendUnavailable(
-                f"om backend: {other} is loaded in this process, and ACL serves one user; run clipval without it"
-            )
+    """Make ACL the om backend's. Raises: BackendUnavailable: another user of ACL is in this process."""
+    process.claim("om backend", *(name for name in process.MODULES if name not in modules))
 
 
 def _at_exit(finalize: Callable[[], None]) -> None:

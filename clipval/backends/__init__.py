@@ -133,6 +133,8 @@ class BackendSettings:
     """What a backend is asked for; the part of `clipval.options.Settings` that backends read."""
 
     onnx_providers: Tuple[str, ...] = ("CPUExecutionProvider",)
+    onnx_provider_options: Tuple[Tuple[str, str], ...] = ()
+    allow_cpu_operators: Tuple[str, ...] = ()
     threads: Optional[int] = None
     om_dir: Optional[Path] = None
     soc_version: Optional[str] = None
@@ -191,6 +193,10 @@ def _fp32(_: Identity) -> str:
     return "fp32"
 
 
+def _as_itself(_: Identity) -> str:
+    return ""
+
+
 def _nothing_else(_: BackendSettings) -> str:
     return ""
 
@@ -213,6 +219,7 @@ class Kind:
         one_session: a device holds one session at a time, and `--device-id` says which devices are validated.
         precision: which of a spec's parity bounds hold for an identity, `fp32` or `fp16`.
         host: what a host of this backend has and lacks, by the number of the device.
+        judged_as: the backend whose parity bounds hold for an identity; empty for its own.
         origin: what artifacts depend on besides model, device and precision, in words that differ where they do.
     """
 
@@ -225,6 +232,7 @@ class Kind:
     precision: Callable[[Identity], str] = _fp32
     host: Callable[[int], List[Finding]] = _no_host
     origin: Callable[[BackendSettings], str] = _nothing_else
+    judged_as: Callable[[Identity], str] = _as_itself
 
     @property
     def takes_onnx(self) -> bool:

@@ -5,22 +5,32 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Set, Union
 
 import numpy as np
 
-from clipval.backends import Backend, Identity, Kind, Materials, Opening, Product
+from clipval import store
+from clipval.ascend import atc, npu_smi, process
+from clipval.backends import (
+    Backend,
+    BackendSettings,
+    Identity,
+    Kind,
+    Materials,
+    Opening,
+    Product,
+    placement,
+    providers,
+)
+from clipval.backends.providers import CANN, CPU
 from clipval.errors import BackendUnavailable, InputError, one_line
 from clipval.towers import Tower
 
-CPU = "CPUExecutionProvider"
-# CUDA's provider rounds products to TF32 unless told otherwise (its option since ONNX Runtime 1.18); fp32 is claimed
-PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 PRODUCTS_IN_A_ROW = 16
 IR_VERSION = 8  # of a model of opset 14: every onnxruntime from 1.11 on reads it
-MATRIX_PRODUCTS = ("Attention", "Conv", "Einsum", "Gemm", "MatMul")  # parts of operators' names, fused ones too
 
 
 class OnnxBackend(Backend):
@@ -29,85 +39,145 @@ class OnnxBackend(Backend):
     Args:
         tower: the tower's contract; the file's input and output are held to it.
         file: the ONNX file.
-        providers: execution providers in order of preference, full names.
+        names: execution providers in order of preference, full names.
         threads: intra-op threads; None leaves ONNX Runtime's own choice (the physical cores).
+        options: of the first provider.
+        allowed: operators that may compute on the CPU beside another provider.
+        cache: folder where the CANN provider keeps what it compiled; it writes into the working directory.
+
+    Attributes:
+        placement: which operators run on which provider; see `clipval.backends.placement`.
 
     Raises:
-        BackendUnavailable: onnxruntime is missing, lacks the provider, or fell back to another one.
+        BackendUnavailable: onnxruntime is missing, lacks the provider, refuses its options, or computes on another one.
         InputError: the file does not load or is not of this tower.
     """
 
     def __init__(
-        self, tower: Tower, file: Path, providers: Sequence[str] = (CPU,), threads: Optional[int] = None
+        self,
+        tower: Tower,
+        file: Path,
+        names: Sequence[str] = (CPU,),
+        threads: Optional[int] = None,
+        options: providers.Options = (),
+        allowed: Sequence[str] = (),
+        cache: Optional[Path] = None,
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendUnavailable(f"onnx backend: onnxruntime does not import: {error}") from error
-        available = onnxruntime.get_available_providers()
-        missing = [name for name in providers if name not in available]
-        if missing:
-            raise BackendUnavailable(
-                f"onnx backend: onnxruntime {onnxruntime.__version__} has no {missing[0]}; "
-                f"it has {', '.join(available)}"
-            )
+        self._runtime = _import_runtime(names)
         self.tower = tower
-        self._file = file
-        if providers[0] != CPU:
-            self._require_provider(onnxruntime, threads, list(providers))
+        self._file, self._names, self._threads, self._cache = file.absolute(), list(names), threads, cache
+        self._configured = providers.configured(names[0], options)
+        self._compiled: Set[int] = set()  # batch sizes that the provider has seen
+        precision = providers.precision(names[0], self._configured)
+        if CANN in names:
+            process.claim("onnxruntime's CANN provider")
+        profile = self._profile(allowed) if names[0] != CPU else []
         started, running = time.perf_counter(), _threads_running()
-        options = self._options(onnxruntime, threads)
-        self._session: Any = self._load(onnxruntime, options, list(providers))
-        self._configured: Callable[[bytes], Any] = lambda model: _session(onnxruntime, model, options, providers)
+        self._session: Any = self._load(self._options())
         self.load_seconds = time.perf_counter() - started
         # the session does not tell how many it started beside the caller's own
         self.threads = threads or (1 + _threads_running() - running if running else None)
+        self.placement = placement.of(self._assigned(), profile)
         self._check_contract()
-        self.identity = Identity("onnx", f"onnxruntime {onnxruntime.__version__}", self._device(providers), "fp32")
+        version = f"onnxruntime {self._runtime.__version__}"
+        version += f", CANN {atc.version()}" if names[0] == CANN else ""
+        self.identity = Identity("onnx", version, self._device(), precision)
 
-    def _options(self, onnxruntime: Any, threads: Optional[int]) -> Any:
-        options = onnxruntime.SessionOptions()
+    def _options(self) -> Any:
+        options = self._runtime.SessionOptions()
         options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        if hasattr(self._runtime.InferenceSession, "get_provider_graph_assignment_info"):
+            options.add_session_config_entry(placement.RECORD, "1")
         return options
 
-    def _load(self, onnxruntime: Any, options: Any, providers: List[str]) -> Any:
+    def _assigned(self) -> Any:
+        """Subgraphs by provider; None before ONNX Runtime 1.24."""
+        tell = getattr(self._session, "get_provider_graph_assignment_info", None)
+        return None if tell is None else tell()
+
+    def _new_session(self, model: Union[str, bytes], options: Any) -> Any:
+        """A session. Its own fall-back is off: it would hide what the provider said behind a session on the CPU."""
+        first, *rest = self._names
+        given = [(first, self._configured), *rest] if self._configured else self._names
+        return self._runtime.InferenceSession(model, options, providers=given, enable_fallback=0)
+
+    def _load(self, options: Any) -> Any:
+        first = self._names[0]
         try:
-            return _session(onnxruntime, str(self._file), options, providers)
+            with self._in_cache():
+                return self._new_session(str(self._file), options)
         except Exception as error:  # the runtime raises its own classes and RuntimeError
+            if first != CPU and self._loads_on_cpu():
+                shown = ",".join(f"{name}={value}" for name, value in self._configured.items()) or "no options"
+                raise BackendUnavailable(
+                    f"onnx backend: {first} with {shown} does not take {self._file} ({one_line(error, 600)}); correct "
+                    "--onnx-provider-options or the provider's installation"
+                ) from error
             raise InputError(
                 f"ONNX {self._file}: onnxruntime cannot load it ({one_line(error)}). Export it again"
             ) from error
 
-    def _require_provider(self, onnxruntime: Any, threads: Optional[int], providers: List[str]) -> None:
-        """Every matrix product runs on the provider that was asked for.
+    def _loads_on_cpu(self) -> bool:
+        """The file is not at fault: the CPU takes it."""
+        try:
+            self._runtime.InferenceSession(str(self._file), self._options(), providers=[CPU])
+        except Exception:  # see _load
+            return False
+        return True
 
-        A session takes the name of a provider that cannot compute the nodes, and computes them on the CPU without a
-        word; its profile says where each one ran. Nodes about shapes may be on the CPU: CUDA's provider wants that.
+    @contextmanager
+    def _in_cache(self, part: str = ".") -> Iterator[None]:
+        """CANN's provider writes and reads compiled models in the working directory, by name and input shape only."""
+        if self._cache is None:
+            yield
+            return
+        before = os.getcwd()
+        (self._cache / part).mkdir(parents=True, exist_ok=True)
+        os.chdir(self._cache / part)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+    def _profile(self, allowed: Sequence[str]) -> Any:
+        """Events of one run of a session of its own, held to the provider that was asked for.
+
+        Operators on shapes may be on the CPU, and those that were allowed.
         """
-        options = self._options(onnxruntime, threads)
+        options = self._options()
         with TemporaryDirectory() as folder:
             options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-            self._session = self._load(onnxruntime, options, providers)
+            self._session = self._load(options)
+            self._device()
             self.run(np.zeros(self.tower.shape(1), self.tower.dtype))
             events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
-        nodes = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event["args"]]
-        heavy = [node for node in nodes if any(word in node["op_name"] for word in MATRIX_PRODUCTS)]
-        strayed = [node for node in heavy if node["provider"] == CPU]
-        if strayed:
-            raise BackendUnavailable(
-                f"onnx backend: {providers[0]} was asked for, but {len(strayed)} of {len(heavy)} matrix products fell "
-                f"back to {CPU}; mend the provider's installation or ask for --onnx-providers cpu"
-            )
+        found = placement.of(self._assigned(), events)
+        strayed = found.beyond(allowed)
+        if strayed or not any(name != CPU for name in found.operators):
+            raise BackendUnavailable(self._strayed(strayed, found.witness))
+        self._compiled.clear()  # by another session
+        return events
 
-    def _device(self, providers: Sequence[str]) -> str:
+    def _strayed(self, strayed: Dict[str, int], witness: str) -> str:
+        most = sorted(strayed.items(), key=lambda one: -one[1])
+        listed = ", ".join(f"{name} {count}" for name, count in most[:8]) + (", ..." if len(most) > 8 else "")
+        graph = "its graph mode knows no LayerNormalization and Gelu, which --opset-version 14 to 16 spell out"
+        return (
+            f"onnx backend: {self._names[0]} was asked for, but the {self.tower.name} tower fell back to {CPU} for "
+            f"{sum(strayed.values())} operators ({listed}), as the {witness} says; "
+            f"{graph if self._names[0] == CANN else 'see whether the provider takes them in another opset'}, or allow "
+            f"them: --allow-cpu-operators {','.join(strayed)}"
+        )
+
+    def _device(self) -> str:
         """The provider that computes; a silent fall-back is an error."""
         used = self._session.get_providers()
-        if used[0] != providers[0]:
+        if used[0] != self._names[0]:
             raise BackendUnavailable(
-                f"onnx backend: {providers[0]} was asked for, but the session fell back to {used[0]}; "
-                f"mend the provider's installation or ask for --onnx-providers {used[0]}"
+                f"onnx backend: {self._names[0]} was asked for, but the session fell back to {used[0]}; "
+                f"correct --onnx-provider-options or the provider's installation, or ask for --onnx-providers {used[0]}"
             )
         return "cpu" if used[0] == CPU else str(used[0])
 
@@ -125,7 +195,12 @@ class OnnxBackend(Backend):
 
     def run(self, rows: np.ndarray) -> np.ndarray:
         try:
-            (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
+            if len(rows) not in self._compiled:
+                with self._in_cache():
+                    (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
+                self._compiled.add(len(rows))
+            else:
+                (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
         except Exception as error:  # the runtime raises its own classes and RuntimeError
             raise InputError(
                 f"ONNX {self._file}: onnxruntime cannot run it ({one_line(error)}). Export it again"
@@ -136,11 +211,28 @@ class OnnxBackend(Backend):
         # off the processor several in a row, so that transfers hardly count
         repeats = 1 if self.identity.on_host else PRODUCTS_IN_A_ROW
         square = np.full((side, side), 1 / side, np.float32)
-        session = self._configured(_products(square, repeats))
+        with self._in_cache("products"):
+            session = self._new_session(_products(square, repeats), self._options())
+            session.run(None, {"square": square})
         return Product(2.0 * repeats * side**3, lambda: session.run(None, {"square": square}))
 
     def close(self) -> None:
         self._session = None
+
+
+def _import_runtime(names: Sequence[str]) -> Any:
+    """onnxruntime, if it has these providers."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailable(f"onnx backend: onnxruntime does not import: {error}") from error
+    available = onnxruntime.get_available_providers()
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise BackendUnavailable(
+            f"onnx backend: onnxruntime {onnxruntime.__version__} has no {missing[0]}; it has {', '.join(available)}"
+        )
+    return onnxruntime
 
 
 def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
@@ -149,15 +241,58 @@ def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
 
 def _open(made: Materials, asked: Opening) -> Backend:
     assert asked.file is not None
-    return OnnxBackend(asked.tower, asked.file, made.settings.onnx_providers, made.settings.threads)
+    chosen = made.settings
+    options, cache = chosen.onnx_provider_options, None
+    if chosen.onnx_providers[0] == CANN:
+        options = (*((("device_id", str(asked.device)),) if "device_id" not in dict(options) else ()), *options)
+        cache = _cann_cache(made, asked, options)
+    return OnnxBackend(
+        asked.tower,
+        asked.file,
+        chosen.onnx_providers,
+        chosen.threads,
+        options,
+        allowed=chosen.allow_cpu_operators,
+        cache=cache,
+    )
 
 
-KIND = Kind(_open, suffix=".onnx", artifact=_artifact)
+def _cann_cache(made: Materials, asked: Opening, options: providers.Options) -> Path:
+    """A folder of the work directory for what CANN's provider compiles, by all that it depends on.
+
+    The provider's own key is the subgraph's name and its input shapes: without precision, CANN, chip or weights.
+    """
+    assert asked.file is not None
+    device = int(dict(options)["device_id"])
+    return made.store.folder(
+        "cann",
+        {
+            "onnx": store.sha256(asked.file),
+            "options": [pair for pair in options if pair[0] != "device_id"],
+            "precision": providers.precision(CANN, dict(options)),
+            "cann": atc.version(),
+            "chip": made.settings.soc_version or npu_smi.npu(device).soc_version,
+        },
+    )
 
 
-def _session(onnxruntime: Any, model: Union[str, bytes], options: Any, providers: Sequence[str]) -> Any:
-    configured = [(name, PROVIDER_OPTIONS[name]) if name in PROVIDER_OPTIONS else name for name in providers]
-    return onnxruntime.InferenceSession(model, options, providers=configured)
+def _judged_as(where: Identity) -> str:
+    """CANN's provider is CANN's compiler on an NPU, as an OM file is, and is held to the same bounds."""
+    return "om" if where.device == CANN else "onnx"
+
+
+def _origin(asked: BackendSettings) -> str:
+    return ",".join(f"{name}={value}" for name, value in asked.onnx_provider_options)
+
+
+KIND = Kind(
+    _open,
+    suffix=".onnx",
+    artifact=_artifact,
+    precision=lambda where: providers.precision_class(where.precision),
+    judged_as=_judged_as,
+    origin=_origin,
+)
 
 
 def _products(square: np.ndarray, repeats: int) -> bytes:

@@ -14,7 +14,7 @@ from clipval import backends, datasets
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
 from clipval.datasets import RetrievalDataset
 from clipval.errors import ClipvalError, InputError, UsageError
-from clipval.options import Settings, add_options, at_least
+from clipval.options import ONNX_OPTIONS, Settings, add_options, at_least
 
 if TYPE_CHECKING:
     from clipval.ascend.atc import AtcOptions
@@ -141,7 +141,7 @@ def _batch_of_shape(shape: Optional[str]) -> Tuple[int, ...]:
 
 
 def _declare_embed(parser: Parser) -> None:
-    add_options(parser.add_argument, ["--device-id", "--threads", "--onnx-providers", "--precision-mode"])
+    add_options(parser.add_argument, ["--device-id", "--threads", *ONNX_OPTIONS, "--precision-mode"])
     add_options(parser.add_argument, ["--model-name", "--pretrained", "--pretrained-cfg", "--spec", "--workdir"])
     parser.add_argument("--backend", choices=backends.names(), help="without it the model file's ending tells")
     parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")

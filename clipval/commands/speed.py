@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, List, Sequence, Tuple
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
 from clipval.errors import InputError, UsageError
-from clipval.options import add_options, at_least
+from clipval.options import ONNX_OPTIONS, add_options, at_least
 
 if TYPE_CHECKING:
     from clipval.backends import Backend
@@ -23,7 +23,7 @@ TABLE = "{:30} {:>9}  {:24}  {:>15}  {:>11}  {:>6}  {}"
 
 def _declare_bench(parser: Parser) -> None:
     model_options(parser)
-    names = ["--data-dir", "--backends", "--batch-sizes", "--onnx-providers", "--device-id", "--precision-mode"]
+    names = ["--data-dir", "--backends", "--batch-sizes", *ONNX_OPTIONS, "--device-id", "--precision-mode"]
     names += ["--soc-version", "--om-dir", "--allow-simulated", "--perf-min-time", "--perf-max-time", "--perf-noise"]
     add_options(parser.add_argument, names)
     parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as ais_bench takes it")

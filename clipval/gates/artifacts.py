@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from clipval import datasets
 from clipval.arrays import PreparedRows, spread
 from clipval.backends import Identity, kind
+from clipval.backends.placement import Placement
 from clipval.datasets import RetrievalDataset
 from clipval.export import check, read_metadata
-from clipval.gates.gate import ACCURACY, Gate, judge
+from clipval.gates.gate import ACCURACY, Gate, context, judge
 from clipval.model import Model
 from clipval.preprocess import each_in_threads, expected_pixels, pixels, tokens
-from clipval.results import Figure
+from clipval.results import INFO, Figure
 from clipval.spec import Spec
 from clipval.towers import Tower
 
@@ -111,8 +112,14 @@ def _prepared(gate: Gate, metric: str, off: np.ndarray, limit: float, ids: Seque
     )
 
 
-def artifact(file: Path, tower: Tower, weights: str, where: Identity) -> List[Figure]:
-    """The ONNX file keeps the contract and was made of the weights under test."""
+def artifact(
+    file: Path, tower: Tower, weights: str, where: Identity, placement: Optional[Placement] = None
+) -> List[Figure]:
+    """The ONNX file keeps the contract and was made of the weights under test.
+
+    Args:
+        placement: where the backend that opened it computes which operator; shown, as opening it already decided.
+    """
     check(file, tower)
     metadata = read_metadata(file)
     same = metadata.get("clipval.weights") == weights and metadata.get("clipval.normalized") == "true"
@@ -128,5 +135,26 @@ def artifact(file: Path, tower: Tower, weights: str, where: Identity) -> List[Fi
             count=1,
             where=where,
             worst=f"{file.name} is of weights {found}, under test are {weights[:12]}",
-        )
+        ),
+        *([] if placement is None else [_placed(placement, where, tower)]),
     ]
+
+
+def _placed(placement: Placement, where: Identity, tower: Tower) -> Figure:
+    strayed = sum(placement.strayed.values())
+    listed = "; ".join(
+        f"{provider}: " + ", ".join(f"{name} {count}" for name, count in sorted(found.items(), key=lambda one: -one[1]))
+        for provider, found in placement.operators.items()
+    )
+    return Figure(
+        gate=ARTIFACT.of(where.name, tower.name),
+        metric="operators on the CPU beside the provider's",
+        unit="operators",
+        measured=strayed,
+        count=sum(sum(found.values()) for found in placement.operators.values()),
+        source=f"the session's {placement.witness}",
+        verdict=INFO,
+        message=listed,
+        context=context(where),
+        detail={"placement": placement.operators, "strayed": placement.strayed, "witness": placement.witness},
+    )

@@ -20,5 +20,6 @@ def test_prepared_texts(chain, record):
 @pytest.mark.gate(artifacts.ARTIFACT)
 def test_onnx_file(chain, record, backend_name, tower_name):
     tower = chain.towers[tower_name]
-    where = chain.backend(backend_name, tower, chain.accuracy_batch).identity
-    record(artifacts.artifact(chain.onnx(tower), tower, chain.weights.sha256, where))
+    backend = chain.backend(backend_name, tower, chain.accuracy_batch)
+    placement = getattr(backend, "placement", None)
+    record(artifacts.artifact(chain.onnx(tower), tower, chain.weights.sha256, backend.identity, placement))

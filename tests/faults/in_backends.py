@@ -193,14 +193,14 @@ def provider_fell_back() -> None:
 
     real = onnxruntime.InferenceSession
 
-    def session(file: str, options: Any, providers: Any) -> Any:
+    def session(file: str, options: Any, providers: Any, **_: Any) -> Any:
         return real(file, options, providers=["CPUExecutionProvider"])
 
     onnxruntime.get_available_providers = lambda: ["AzureExecutionProvider", "CPUExecutionProvider"]
     onnxruntime.InferenceSession = session
 
 
-@fault("a provider that leaves every product to the CPU", "parity/onnx/text", "matrix products fell back",
+@fault("a provider that leaves every product to the CPU", "parity/onnx/text", "fell back to CPUExecutionProvider",
        arguments=(*ACCURACY, "--onnx-providers=AzureExecutionProvider"))  # fmt: skip
 def provider_computes_nothing() -> None:
     return None

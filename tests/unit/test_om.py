@@ -283,7 +283,7 @@ def test_import_errors_keep_the_loaders_words(host, build, monkeypatch):
 
 def test_no_second_user_of_acl_in_the_process(host, build, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
-    with pytest.raises(BackendUnavailable, match="torch_npu is loaded"):
+    with pytest.raises(BackendUnavailable, match="om backend: torch_npu is in this process"):
         om.OmBackend(TEXT, build(TEXT), batch_size=4)
 
 

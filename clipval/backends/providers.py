@@ -1,0 +1,80 @@
+"""Execution providers of ONNX Runtime: their options, and what they compute in by them. Imports no runtime.
+
+Source: ONNX Runtime's pages on execution providers, and the provider options in the source of 1.24.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Dict, Mapping, Tuple
+
+from clipval.ascend import atc
+from clipval.errors import UsageError
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CANN, TENSORRT = "CANNExecutionProvider", "TensorrtExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
+# CUDA's rounds products to TF32 unless told otherwise (an option since ONNX Runtime 1.18); fp32 is claimed
+DEFAULTS: Dict[str, Dict[str, str]] = {CUDA: {"use_tf32": "0"}}
+SHORT = {"TF32": "tf32", "FP16": "fp16", "BF16": "bf16", "FP32": "fp32"}
+
+Options = Tuple[Tuple[str, str], ...]
+
+
+def parse(text: str) -> Options:
+    """`a=1,b="2,3"` as pairs, in the order given.
+
+    Raises:
+        UsageError: a part is no NAME=VALUE, or a name is given twice.
+    """
+    reader = shlex.shlex(text, posix=True)
+    reader.whitespace, reader.whitespace_split, reader.commenters = ",", True, ""
+    try:
+        pairs = [tuple(part.strip() for part in token.split("=", 1)) for token in reader]
+    except ValueError as error:
+        raise UsageError(f"provider options {text!r}: {error}") from None
+    if not pairs or any(len(pair) != 2 or not pair[0] for pair in pairs):
+        raise UsageError(f"provider options {text!r}: expected NAME=VALUE,NAME=VALUE")
+    if len({pair[0] for pair in pairs}) < len(pairs):
+        raise UsageError(f"provider options {text!r}: a name is given twice")
+    return tuple((pair[0], pair[1]) for pair in pairs)
+
+
+def configured(provider: str, given: Options) -> Dict[str, str]:
+    """The options that a provider gets: our defaults, then those given."""
+    return {**DEFAULTS.get(provider, {}), **dict(given)}
+
+
+def precision(provider: str, options: Mapping[str, str]) -> str:
+    """What a provider computes in, by its options: `fp32`, or a word that `precision_class` knows.
+
+    CANN's is an atc precision mode, force_fp16 unless told otherwise. TensorRT's may round to TF32, which no option
+    of it forbids. OpenVINO's is fp32 on a CPU and fp16 elsewhere. Any other one is taken at its word for fp32: it is
+    held to the bounds of fp32, which half precision does not reach.
+
+    Raises:
+        UsageError: CANN has no such precision mode.
+    """
+    if provider == CANN:
+        mode = options.get("precision_mode_v2") or options.get("precision_mode") or atc.DEFAULT_MODE
+        atc.precision_class(mode)
+        return mode
+    if provider == CUDA:
+        return "fp32" if options.get("use_tf32") == "0" else "tf32"
+    if provider == TENSORRT:
+        halves = [name for name in ("fp16", "bf16", "int8", "fp8") if _on(options.get(f"trt_{name}_enable", "0"))]
+        return halves[0] if halves else "tf32"
+    if provider == OPENVINO:
+        device = options.get("device_type", "CPU").upper()
+        asked = options.get("precision", "").upper() or ("FP16" if "GPU" in device or "NPU" in device else "FP32")
+        return SHORT.get(asked, asked.lower())
+    return "fp32"
+
+
+def precision_class(computes_in: str) -> str:
+    """`fp16` or `fp32`: which tolerance holds. TF32 and int8 round operands to 10 bits or fewer, as fp16 does."""
+    return "fp32" if computes_in in ("fp32", *atc.FP32_MODES) else "fp16"
+
+
+def _on(value: str) -> bool:
+    return value.strip().lower() in ("1", "true")
