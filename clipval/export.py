@@ -231,18 +231,28 @@ def tower_of(file: Path) -> Tower:
     """The tower that an ONNX file holds, with the file's own sizes.
 
     Raises:
-        InputError: the file cannot be read, or its input is neither tower's.
+        InputError: the file cannot be read, or its input or output is neither tower's.
     """
     import onnx
+    import onnx.shape_inference
 
     read_metadata(file)
-    graph = onnx.load(str(file), load_external_data=False).graph
-    name, _, shape = _describe(graph.input[0])
-    width = _describe(graph.output[0])[2][-1]
-    for tower in (VISION, TEXT):
-        if tower.input_name == name:
-            return replace(tower, row_shape=tuple(shape[1:]), width=int(width))
-    raise InputError(f"ONNX {file}: input is {name!r}, expected {VISION.input_name!r} or {TEXT.input_name!r}")
+    model = onnx.load(str(file), load_external_data=False)
+    name, _, shape = _describe(model.graph.input[0])
+    tower = next((tower for tower in (VISION, TEXT) if tower.input_name == name), None)
+    if tower is None:
+        raise InputError(f"ONNX {file}: input is {name!r}, expected {VISION.input_name!r} or {TEXT.input_name!r}")
+    widths = [_width(found.graph, tower) for found in (model, onnx.shape_inference.infer_shapes(model))]
+    width = next((width for width in widths if width), None)
+    if width is None:
+        raise InputError(f"ONNX {file}: has no output {tower.output_name!r} of a width that the file tells")
+    return replace(tower, row_shape=tuple(shape[1:]), width=width)
+
+
+def _width(graph: Any, tower: Tower) -> int:
+    """Width of the embedding among the outputs; 0 where it has none, or torch gave the axis a name."""
+    shapes = [shape for name, _, shape in map(_describe, graph.output) if name == tower.output_name]
+    return shapes[0][-1] if shapes and shapes[0] and isinstance(shapes[0][-1], int) else 0
 
 
 def operations(file: Path) -> float:

@@ -115,7 +115,7 @@ class Account:
             narrowed_by=self.narrowed_by if self.left_out or self.missing else [],
             not_validated=[*chain.not_validated(), *self.notes, *self._not_gated()],
             failures=[*self.failures, *self._unexpected()],
-            advice=self._advice(),
+            advice=[*self._advice(), *chain.pool.notes],
         )
 
     def _unexpected(self) -> List[Dict[str, str]]:

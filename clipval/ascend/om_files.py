@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import glob
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from tqdm import tqdm
 
@@ -23,12 +23,38 @@ def ready(folder: Path, tower: Tower, batch_size: int) -> Path:
     Raises:
         InputError: there is none, or there are several.
     """
-    pattern = f"*{tower.name}_bs{batch_size}.om"
-    found = sorted(Path(path) for path in glob.glob(str(Path(glob.escape(str(folder))) / pattern)))
+    found = _ready(folder, tower).get(batch_size, [])
     if len(found) != 1:
-        listed = ", ".join(path.name for path in found) or "none"
-        raise InputError(f"--om-dir {folder}: expected one file {pattern}, found {listed}")
+        listed = ", ".join(path.name for path in found or sorted(folder.glob("*.om"))) or "none"
+        raise InputError(f"--om-dir {folder}: expected one file *{tower.name}_bs{batch_size}.om, found {listed}")
     return found[0]
+
+
+def sizes(folder: Path, towers: Sequence[Tower]) -> Tuple[int, ...]:
+    """Batch sizes for which a folder of ready files has one of every tower.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [_ready(folder, tower) for tower in towers]
+    common = set(found[0]).intersection(*found[1:])
+    if not common:
+        listed = ", ".join(path.name for path in sorted(folder.glob("*.om"))) or "none"
+        names = " and ".join(f"*{tower.name}_bs<N>.om" for tower in towers)
+        raise InputError(f"--om-dir {folder}: expected {names} of one batch size, found {listed}")
+    return tuple(sorted(common))
+
+
+def _ready(folder: Path, tower: Tower) -> Dict[int, List[Path]]:
+    """Files of a tower by batch size. atc itself adds system and machine to some names: `..._linux_x86_64.om`."""
+    if not folder.is_dir():
+        raise InputError(f"--om-dir {folder}: no such folder")
+    found: Dict[int, List[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = re.search(rf"{tower.name}_bs(\d+)(_linux_\w+)?\.om$", path.name)
+        if match:
+            found.setdefault(int(match.group(1)), []).append(path)
+    return found
 
 
 @functools.lru_cache(maxsize=None)

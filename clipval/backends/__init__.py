@@ -27,6 +27,8 @@ MODULES: Dict[str, str] = {
     "om": "clipval.backends.om",
 }
 REFERENCE = "pytorch"
+# of a file of the recipe's own export, by its kind
+EXTRA = "{} files give more than the embedding (the recipe's own export adds exp(logit_scale)); it is picked by name"
 
 
 class Identity(NamedTuple):
@@ -76,6 +78,7 @@ class Backend(Protocol):
         batch_size: rows that `run` insists on (an OM file has one); None takes any number.
         load_seconds: what opening it took, from its file to ready, the libraries imported already.
         threads: of the processor that a call takes; None on another device, or where the system does not tell.
+        notes: what a person should know of its file, one line each, the same for every file of the kind.
     """
 
     identity: Identity
@@ -83,6 +86,7 @@ class Backend(Protocol):
     batch_size: Optional[int] = None
     load_seconds: float = 0.0
     threads: Optional[int] = None
+    notes: Tuple[str, ...] = ()
 
     def run(self, rows: np.ndarray) -> np.ndarray:
         """Embed one batch.
@@ -189,6 +193,10 @@ class Opening(NamedTuple):
     device: int
 
 
+def _any_size(_: BackendSettings, __: Sequence[Tower]) -> Optional[Tuple[int, ...]]:
+    return None
+
+
 def _fp32(_: Identity) -> str:
     return "fp32"
 
@@ -216,6 +224,7 @@ class Kind:
         ahead: builds the artifacts of several towers and batch sizes side by side; what fails, fails again when it is
             asked for. None: each is built when it is asked for.
         fixed_batch: the artifact takes one batch size only.
+        sizes: batch sizes of ready files that were given, for which every tower has one; None where none were.
         one_session: a device holds one session at a time, and `--device-id` says which devices are validated.
         precision: which of a spec's parity bounds hold for an identity, `fp32` or `fp16`.
         host: what a host of this backend has and lacks, by the number of the device.
@@ -228,6 +237,7 @@ class Kind:
     artifact: Optional[Callable[[Materials, Tower, int], Path]] = None
     ahead: Optional[Callable[[Materials, Sequence[Tuple[Tower, int]]], None]] = None
     fixed_batch: bool = False
+    sizes: Callable[[BackendSettings, Sequence[Tower]], Optional[Tuple[int, ...]]] = _any_size
     one_session: bool = False
     precision: Callable[[Identity], str] = _fp32
     host: Callable[[int], List[Finding]] = _no_host

@@ -16,7 +16,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from clipval.ascend import acl, aclruntime, atc, host, npu_smi, occupancy, om_files
-from clipval.backends import Backend, BackendSettings, Identity, Kind, Materials, Opening
+from clipval.backends import EXTRA, Backend, BackendSettings, Identity, Kind, Materials, Opening
 from clipval.errors import BackendUnavailable, ClipvalError, InputError
 from clipval.towers import Tower
 
@@ -114,18 +114,19 @@ class OmBackend(Backend):
             )
 
     def _check_outputs(self, outputs: List[acl.Node]) -> acl.Node:
-        """ATC names outputs `producer:index:onnx_name`; only the last part is ours."""
+        """The embedding, by its name: ATC names outputs `producer:index:onnx_name`, and only the last part is ours.
+
+        The recipe's own export has exp(logit_scale) as a second output, first or last.
+        """
         tower = self.tower
-        if len(outputs) > 1:
-            raise InputError(
-                f"{self._where}: has {len(outputs)} outputs, {_say(outputs)}, expected only {tower.output_name}. The "
-                f"recipe's own export adds the scalar exp(logit_scale); export with clipval and compile again"
-            )
         wanted = _node(tower.output_name, "float32", (self._rows, tower.width))
-        found = outputs[0] if outputs else _node("", "", ())
-        named = found.name.rsplit(":", 1)[-1] == wanted.name
-        if not named or found.dtype not in ("float32", "float16") or found.shape != wanted.shape:
-            raise InputError(f"{self._where}: its output is {_say(outputs)}, the tower needs {_say([wanted])}")
+        named = [one for one in outputs if one.name.rsplit(":", 1)[-1] == wanted.name]
+        found = named[0] if len(named) == 1 else _node("", "", ())
+        if found.dtype not in ("float32", "float16") or found.shape != wanted.shape:
+            what = "its output is" if len(outputs) == 1 else "its outputs are"
+            raise InputError(f"{self._where}: {what} {_say(outputs)}, the tower needs {_say([wanted])}")
+        if len(outputs) > 1:
+            self.notes = (EXTRA.format("OM"),)
         return found
 
     def run(self, rows: np.ndarray) -> np.ndarray:
@@ -270,6 +271,10 @@ def atc_options(asked: BackendSettings) -> atc.AtcOptions:
     return om_files.options(asked.soc_version, first, asked.precision_mode, keep, asked.atc_flags)
 
 
+def _sizes(asked: BackendSettings, towers: Sequence[Tower]) -> Optional[Tuple[int, ...]]:
+    return om_files.sizes(asked.om_dir, towers) if asked.om_dir is not None else None
+
+
 def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
     asked = made.settings
     if asked.om_dir is not None:
@@ -297,6 +302,7 @@ KIND = Kind(
     artifact=_artifact,
     ahead=_ahead,
     fixed_batch=True,
+    sizes=_sizes,
     one_session=True,
     precision=lambda where: atc.precision_class(where.precision),
     host=host.check_host,

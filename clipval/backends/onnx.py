@@ -15,6 +15,7 @@ import numpy as np
 from clipval import store
 from clipval.ascend import atc, npu_smi, process
 from clipval.backends import (
+    EXTRA,
     Backend,
     BackendSettings,
     Identity,
@@ -115,9 +116,10 @@ class OnnxBackend(Backend):
                     f"onnx backend: {first} with {shown} does not take {self._file} ({one_line(error, 600)}); correct "
                     "--onnx-provider-options or the provider's installation"
                 ) from error
-            raise InputError(
-                f"ONNX {self._file}: onnxruntime cannot load it ({one_line(error)}). Export it again"
-            ) from error
+            said, what = one_line(error), "Export it again"
+            if "ArgMax" in said and "NOT_IMPLEMENTED" in said:  # the recipe's own export takes the end token so
+                what = f"onnxruntime {self._runtime.__version__} has no ArgMax of int64, 1.20 and newer have; {what}"
+            raise InputError(f"ONNX {self._file}: onnxruntime cannot load it ({said}). {what}") from error
 
     def _loads_on_cpu(self) -> bool:
         """The file is not at fault: the CPU takes it."""
@@ -182,16 +184,21 @@ class OnnxBackend(Backend):
         return "cpu" if used[0] == CPU else str(used[0])
 
     def _check_contract(self) -> None:
+        """The embedding is an output among others: the recipe's own export adds exp(logit_scale)."""
         inputs = [(node.name, node.type, list(node.shape[1:])) for node in self._session.get_inputs()]
         outputs = [(node.name, node.type, list(node.shape[1:])) for node in self._session.get_outputs()]
         kind = {"float32": "tensor(float)", "int64": "tensor(int64)"}[self.tower.dtype]
         wanted_in = [(self.tower.input_name, kind, list(self.tower.row_shape))]
-        wanted_out = [(self.tower.output_name, "tensor(float)", [self.tower.width])]
-        if inputs != wanted_in or outputs != wanted_out:
+        wanted_out = (self.tower.output_name, "tensor(float)", [self.tower.width])
+        # torch 1.11 gives an output's axes names of its own in place of a width
+        named = [one[:2] == wanted_out[:2] and _fits(one[2], wanted_out[2]) for one in outputs]
+        if inputs != wanted_in or sum(named) != 1:
             raise InputError(
                 f"ONNX {self._file}: has inputs {inputs} and outputs {outputs}, the {self.tower.name} tower needs "
-                f"{wanted_in} and {wanted_out}. Export it again with clipval export"
+                f"{wanted_in} and {[wanted_out]}. Export it again with clipval export"
             )
+        if len(outputs) > 1:
+            self.notes = (EXTRA.format("ONNX"),)
 
     def run(self, rows: np.ndarray) -> np.ndarray:
         try:
@@ -233,6 +240,10 @@ def _import_runtime(names: Sequence[str]) -> Any:
             f"onnx backend: onnxruntime {onnxruntime.__version__} has no {missing[0]}; it has {', '.join(available)}"
         )
     return onnxruntime
+
+
+def _fits(found: Sequence[Any], wanted: Sequence[int]) -> bool:
+    return len(found) == len(wanted) and all(one == size for one, size in zip(found, wanted) if isinstance(one, int))
 
 
 def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:

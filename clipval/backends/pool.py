@@ -34,6 +34,7 @@ class Pool:
         self._open = open_
         self._allow_simulated = allow_simulated
         self._backends: Dict[Key, Backend] = {}
+        self.notes: Dict[str, None] = {}  # of every backend that was opened, each once, in order
         self._cold: Dict[Key, ColdStart] = {}
 
     def get(self, name: str, tower: Tower, batch_size: int) -> Backend:
@@ -49,6 +50,7 @@ class Pool:
             backend.identity = backend.identity._replace(name=name)
             self._require_real(backend)
             self._backends[key] = backend
+            self.notes.update(dict.fromkeys(f"{name}: {note}" for note in backend.notes))
         return self._backends[key]
 
     def cold_start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -42,6 +43,12 @@ def tower_of_onnx(file: Path) -> Tower:
     from clipval import export
 
     return export.tower_of(file)
+
+
+def say_notes(backend: Any) -> None:
+    """Print what a person should know of a backend's file."""
+    for note in backend.notes:
+        print(f"{backend.identity.name}: {note}", file=sys.stderr)
 
 
 def batch_of_name(file: Optional[Path]) -> int:

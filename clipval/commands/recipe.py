@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 import numpy as np
 
 from clipval import backends, datasets
-from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
+from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, say_notes, tower_of_onnx
 from clipval.datasets import RetrievalDataset
 from clipval.errors import ClipvalError, InputError, UsageError
 from clipval.options import ONNX_OPTIONS, Settings, add_options, at_least
@@ -164,6 +164,7 @@ def _embed(args: argparse.Namespace) -> int:
     rows = arrays.listed(args.input, tower)
     size = args.batch_size or batch_of_name(args.model) or 8
     backend = chain.open_file(name, tower, args.model, size)
+    say_notes(backend)
     try:
         found = embeddings.embed(backend, rows.ids, rows, size)
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, Sequence, Tuple
 
 from clipval import backends
-from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
+from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, say_notes, tower_of_onnx
 from clipval.errors import InputError, UsageError
 from clipval.options import ONNX_OPTIONS, add_options, at_least
 
@@ -105,6 +105,7 @@ def _benched(chain: Any, args: argparse.Namespace) -> Any:
     name = "text" if "text" in args.model.stem else "vision"
     tower = tower_of_onnx(args.model) if backends.kind(opener).takes_onnx else chain.towers[name]
     backend = chain.open_file(opener, tower, args.model, size)
+    say_notes(backend)
     yield backend, size
     backend.close()
 

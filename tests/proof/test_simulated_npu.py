@@ -1,6 +1,7 @@
 """The whole suite on the simulated NPU host: green when all is well, red with a useful sentence for each fault."""
 
 import os
+import shutil
 
 import pytest
 
@@ -63,8 +64,6 @@ def test_other_chips_and_generations_are_green(run, chip, generation):
     [
         ("wrong_batch", "batch"),
         ("argmax_fp16", "distinct/om/text: inputs with one embedding"),
-        ("extra_output", "output"),
-        ("swapped_outputs", "output"),
         ("truncated_om", "load"),
         ("device_lost", "om backend"),
         ("atc_E10001", "E10001"),
@@ -84,6 +83,20 @@ def test_faults_are_red_and_named(run, fault, words):
     code, output = run(*NPU, fault=fault)
     assert code == 1, output[-3000:]
     assert words in output
+
+
+@pytest.mark.parametrize("fault", ["extra_output", "swapped_outputs"])
+def test_the_recipes_own_om_files_are_taken_as_they_are(tmp_path, run, fault):
+    """Two outputs, its names, and the batch sizes that are there: 4, which the spec does not have."""
+    code, output = run(*NPU, "--batch-sizes", "4", fault=fault)
+    assert code == 0, output[-3000:]
+    assert output.count("OM files give more than the embedding") == 1
+    models = tmp_path / "models"
+    models.mkdir()
+    for file in (tmp_path / "work").rglob("*_bs4.om"):
+        shutil.copy(file, models / f"vit_b_32_{file.name}")
+    code, output = run(*NPU, "--om-dir", str(models))
+    assert code == 0, output[-3000:]
 
 
 def test_a_busy_npu_is_no_figure(run):

@@ -12,8 +12,13 @@ from clipval.towers import Tower
 START, END = 49406, 49407
 
 
-def write(file: Path, tower: Tower, *, opset: int = 14, domain: str = "") -> Path:
-    """Write a tower: the same inputs and outputs as the real one, and ArgMax pooling in the text tower."""
+def write(file: Path, tower: Tower, *, opset: int = 14, domain: str = "", recipe: bool = False) -> Path:
+    """Write a tower: the same inputs and outputs as the real one, and ArgMax pooling in the text tower.
+
+    Args:
+        recipe: as the recipe's own export has it: exp(logit_scale) is a second output with a number for a name, the
+            axes of the embedding have names, and ArgMax takes int64.
+    """
     from onnx import TensorProto, helper, save
 
     nodes, weights = _image() if tower.dtype == "float32" else _text()
@@ -21,12 +26,20 @@ def write(file: Path, tower: Tower, *, opset: int = 14, domain: str = "") -> Pat
         helper.make_node("ReduceL2", ["raw"], ["length"], axes=[-1], keepdims=1),
         helper.make_node("Div", ["raw", "length"], [tower.output_name], name="normalise", domain=domain),
     ]
+    outputs = [helper.make_tensor_value_info(tower.output_name, TensorProto.FLOAT, ["batch", tower.width])]
+    if recipe:
+        nodes = [node for node in nodes if node.output[0] != "narrow"]
+        for node in nodes:
+            node.input[:] = ["text" if name == "narrow" else name for name in node.input]
+        nodes.append(helper.make_node("Constant", [], ["1775"], value_float=14.28))
+        outputs = [helper.make_tensor_value_info(tower.output_name, TensorProto.FLOAT, ["-1", "axis_1"])]
+        outputs.append(helper.make_tensor_value_info("1775", TensorProto.FLOAT, []))
     kind = TensorProto.FLOAT if tower.dtype == "float32" else TensorProto.INT64
     graph = helper.make_graph(
         nodes,
         tower.name,
         [helper.make_tensor_value_info(tower.input_name, kind, ["batch", *tower.row_shape])],
-        [helper.make_tensor_value_info(tower.output_name, TensorProto.FLOAT, ["batch", tower.width])],
+        outputs,
         weights,
     )
     imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]

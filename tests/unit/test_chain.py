@@ -32,7 +32,9 @@ class Recorded(Chain):
             self.seen.append(f"ran {len(rows)}")
 
         identity = Identity(name, "1", "cpu", "fp32")
-        return SimpleNamespace(identity=identity, load_seconds=1.5, run=run, close=lambda: self.seen.append("closed"))
+        return SimpleNamespace(
+            identity=identity, notes=(), load_seconds=1.5, run=run, close=lambda: self.seen.append("closed")
+        )
 
 
 @pytest.mark.parametrize(("name", "model"), [("onnx", "loaded before"), ("om", "loaded before"), ("pytorch", "None")])
@@ -67,3 +69,14 @@ def test_the_reference_and_one_other_backend_are_open_at_most():
     assert chain.seen.count("closed") == 3
     chain.backend("pytorch", TEXT, 8)
     assert sum("opened pytorch" in one for one in chain.seen) == 2
+
+
+def test_batch_sizes_are_those_of_ready_files(tmp_path):
+    for tower in ("vision", "text"):
+        for size in (4, 16):
+            (tmp_path / f"vit_b_32_{tower}_bs{size}.om").touch()
+    chain = Chain(Settings(om_dir=tmp_path, backends=("om",)))
+    assert (chain.batch_sizes, chain.accuracy_batch) == ((4, 16), 16)
+    assert (chain.smallest_batch("om"), chain.smallest_batch("onnx")) == (4, 1)
+    assert Chain(Settings(om_dir=tmp_path, backends=("om",), batch_sizes=(4,))).batch_sizes == (4,)
+    assert Chain(Settings(om_dir=tmp_path, backends=("onnx",))).batch_sizes == Chain(Settings()).batch_sizes

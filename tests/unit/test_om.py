@@ -157,10 +157,21 @@ def test_wrong_batch_size_names_both(host, build):
 
 
 @pytest.mark.parametrize("fault", ["extra_output", "swapped_outputs"])
-def test_a_second_output_is_refused_with_the_reason(host, build, fault):
-    host(fault=fault)
-    with pytest.raises(InputError, match=r"has 2 outputs, .*'Constant:0:1775'.*scalar exp\(logit_scale\)"):
-        om.OmBackend(TEXT, build(TEXT), batch_size=4)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_embedding_is_picked_by_name(host, build, fault, generation):
+    """The recipe's own OM has exp(logit_scale) as a second output."""
+    host(fault=fault, generation=generation)
+    two = om.OmBackend(TEXT, build(TEXT), batch_size=4)
+    assert len(two._session.outputs) == 2
+    assert two.notes == (
+        "OM files give more than the embedding (the recipe's own export adds exp(logit_scale)); it is picked by name",
+    )
+    rows = tiny.rows(TEXT, 4)
+    found = two.run(rows)
+    host(fault="", generation=generation)
+    one = om.OmBackend(TEXT, build(TEXT), batch_size=4)
+    assert one.notes == ()
+    assert np.array_equal(one.run(rows), found)
 
 
 def test_another_tower_or_width_is_refused(host, build):

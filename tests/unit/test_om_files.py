@@ -47,7 +47,7 @@ def test_the_weights_beside_an_onnx_file_count(tmp_path, monkeypatch):
 def test_ready_files_are_found_by_the_recipes_names(tmp_path):
     (tmp_path / "vit_b_32_text_bs8.om").write_bytes(b"om")
     assert om_files.ready(tmp_path, TEXT, 8).name == "vit_b_32_text_bs8.om"
-    with pytest.raises(InputError, match=r"expected one file \*text_bs1.om, found none"):
+    with pytest.raises(InputError, match=r"expected one file \*text_bs1.om, found vit_b_32_text_bs8.om"):
         om_files.ready(tmp_path, TEXT, 1)
     (tmp_path / "other_text_bs8.om").write_bytes(b"om")
     with pytest.raises(InputError, match="found other_text_bs8.om, vit_b_32_text_bs8.om"):
@@ -119,3 +119,28 @@ def test_ready_files_are_hashed_once(tmp_path, monkeypatch):
     first = om_files.origin(tmp_path, None, ())
     monkeypatch.setattr(om_files.store, "sha256", lambda file: pytest.fail(f"{file} is hashed again"))
     assert om_files.origin(tmp_path, None, ()) == first
+
+
+def test_batch_sizes_are_those_of_the_files_that_are_there(tmp_path):
+    for name in ("vit_b_32_vision_bs1", "vit_b_32_vision_bs16_linux_x86_64", "vit_b_32_text_bs1", "vit_b_32_text_bs16"):
+        (tmp_path / f"{name}.om").touch()
+    (tmp_path / "vit_b_32_text_bs4.om").touch()
+    (tmp_path / "vit_b_32_text_bs8.onnx").touch()
+    assert om_files.sizes(tmp_path, [VISION, TEXT]) == (1, 16)
+    assert om_files.ready(tmp_path, VISION, 16).name == "vit_b_32_vision_bs16_linux_x86_64.om"
+    with pytest.raises(InputError, match=r"expected one file \*vision_bs4.om, found vit_b_32_text_bs1.om, "):
+        om_files.ready(tmp_path, VISION, 4)
+    (tmp_path / "other_text_bs1.om").touch()
+    with pytest.raises(InputError, match=r"expected one file \*text_bs1.om, found other_text_bs1.om, vit_b_32_text"):
+        om_files.ready(tmp_path, TEXT, 1)
+    with pytest.raises(InputError, match=r"no such folder"):
+        om_files.sizes(tmp_path / "none", [VISION, TEXT])
+
+
+def test_files_of_different_batch_sizes_measure_nothing(tmp_path):
+    (tmp_path / "a_vision_bs1.om").touch()
+    (tmp_path / "a_text_bs4.om").touch()
+    with pytest.raises(
+        InputError, match=r"\*vision_bs<N>.om and \*text_bs<N>.om of one batch size, found a_text_bs4.om"
+    ):
+        om_files.sizes(tmp_path, [VISION, TEXT])
