@@ -8,7 +8,7 @@ from typing import Callable, Dict, Optional
 
 from clipval.backends import Backend, Product
 
-BEYOND = 1.5  # times the best matrix product; a model reaches 0.2 to 0.9 of it
+BEYOND = 1.5  # times the best matrix product; a model reaches 0.1 to 0.9 of it
 SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of square matrices: small machines are at their best in the small ones
 LOOK = 0.15  # seconds of products of one side
 LONG_LOOK = 1.0  # before a speed is called impossible
