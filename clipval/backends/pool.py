@@ -83,7 +83,12 @@ class Pool:
             self._backends.pop(key).close()
 
     def _make_room(self, name: str) -> None:
-        """Close the backend that was open besides the reference, and the only session that a device may hold."""
+        """Close the backend that was open besides the reference, and the only session that a device may hold.
+
+        The reference itself needs no room: what is measured stays open while it is held to the reference.
+        """
+        if name == REFERENCE:
+            return
         for other in {key[0] for key in self._backends} - {REFERENCE}:
             if other != name or kind(name).one_session:
                 self.close(other)
