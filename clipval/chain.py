@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
@@ -12,11 +13,12 @@ import numpy as np
 
 from clipval import backends, datasets, environment, export, library, preprocess, store, subject
 from clipval import model as models
+from clipval import probe as probes
 from clipval import spec as specs
 from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, base_name
 from clipval.backends.pool import ColdStart, Pool
 from clipval.datasets import RetrievalDataset
-from clipval.embeddings import Embeddings, embed, read_golden
+from clipval.embeddings import Embeddings, Golden, embed, read_golden
 from clipval.errors import InputError, UsageError
 from clipval.options import Settings
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
@@ -315,15 +317,34 @@ class Chain:
         identity = Identity(*msgspec.json.decode((folder / "identity.json").read_bytes()))
         return Opened(identity, Embeddings(rows.ids, np.load(folder / "values.npy")))
 
-    def golden(self, tower: Tower) -> Embeddings:
-        """The embeddings that the spec's model is known to make of a few samples."""
+    def golden(self, tower: Tower) -> Golden:
+        """The embeddings that the spec's model is known to make."""
         assert self.spec.golden is not None
         return read_golden(Path(self.spec.beside(self.spec.golden.file)), tower)
 
-    def bounds(self, where: Identity) -> specs.ParityBounds:
-        """The spec's tolerances for a backend in the precision it computes in."""
+    def bounds(self, where: Identity, tower: Tower) -> specs.ParityBounds:
+        """The spec's tolerances for a tower of a backend in the precision it computes in."""
         kind = backends.kind(where.name)
-        return self.spec.bounds(kind.judged_as(where) or base_name(where.name), kind.precision(where))
+        return self.spec.bounds(kind.judged_as(where) or base_name(where.name), kind.precision(where), tower.name)
+
+    @cached_property
+    def probe_seed(self) -> int:
+        """The seed of this run's probe inputs: `--probe-seed`, else a new one."""
+        given = self.settings.probe_seed
+        return secrets.randbelow(10**6) if given is None else given
+
+    def probe(self, tower: Tower, seed: Optional[int] = None) -> probes.Probe:
+        """Fresh inputs of a tower; see `clipval.probe`. Without a seed, of this run's."""
+        seed = self.probe_seed if seed is None else seed
+        if tower.dtype == "float32":
+            return probes.pictures(tower, partial(models.transformed, self.model), seed)
+        layout = probes.token_layout(self.model.tokenize, models.vocabulary(self.model))
+        return probes.captions(tower, layout, seed)
+
+    def embed_probe(self, name: str, tower: Tower, seed: Optional[int] = None) -> Embeddings:
+        """A backend's embeddings of probe inputs, computed now."""
+        ids, rows = self.probe(tower, seed)
+        return embed(self.backend(name, tower, self.accuracy_batch), ids, rows, self.accuracy_batch)
 
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:
         """A backend's embeddings of some samples, in the order picked, computed now."""

@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -202,30 +202,53 @@ def _why_none(folder: Path) -> str:
     return "no <id>_0.npy in it; give the folder that embed or ais_bench wrote"
 
 
-def write_golden(file: Path, towers: Dict[str, Embeddings]) -> None:
-    """Write a few embeddings of each tower as one .npz: `<tower>_ids` and `<tower>` [n, width] float32."""
-    stored: Dict[str, Any] = {name: one.values for name, one in towers.items()}
-    stored.update((f"{name}_ids", np.array(one.ids)) for name, one in towers.items())
+class Golden(NamedTuple):
+    """What one tower was once found to make.
+
+    Attributes:
+        of_data: of a few samples of the data set.
+        of_probe: of the probe inputs of seed 0: float32 [n, width]; probe_sha256: of those inputs.
+    """
+
+    of_data: Embeddings
+    of_probe: np.ndarray
+    probe_sha256: str
+
+
+def write_golden(file: Path, towers: Dict[str, Golden]) -> None:
+    """Write the pinned embeddings of each tower as one .npz.
+
+    `<tower>_ids` and `<tower>` [n, width] are of the data, `<tower>_probe` and `<tower>_probe_sha256` of probe inputs.
+    """
+    stored: Dict[str, Any] = {}
+    for name, one in towers.items():
+        stored[name], stored[f"{name}_ids"] = one.of_data.values, np.array(one.of_data.ids)
+        stored[f"{name}_probe"], stored[f"{name}_probe_sha256"] = one.of_probe, np.array(one.probe_sha256)
     file.absolute().parent.mkdir(parents=True, exist_ok=True)
     with open(file, "wb") as stream:  # given a name, numpy would add an ending to it
         np.savez_compressed(stream, **stored)
 
 
-def read_golden(file: Path, tower: Tower) -> Embeddings:
+def read_golden(file: Path, tower: Tower) -> Golden:
     """One tower's embeddings of a file that `write_golden` wrote; pickles are never loaded.
 
     Raises:
         InputError: the file is missing, damaged, or not of this tower's width.
     """
+    name = tower.name
     try:
         with np.load(file, allow_pickle=False) as stored:
-            ids, values = stored[f"{tower.name}_ids"], stored[tower.name]
+            ids, values, probe = stored[f"{name}_ids"], stored[name], stored[f"{name}_probe"]
+            digest = str(stored[f"{name}_probe_sha256"])
     except Exception as error:  # zipfile's, zlib's and numpy's own
         raise InputError(f"golden embeddings {file}: cannot be read ({one_line(error)}); run clipval pin") from error
-    if ids.ndim != 1 or values.dtype != np.float32 or values.shape != (len(ids), tower.width) or not len(ids):
-        wanted = f"float32 ({len(ids)}, {tower.width})"
-        raise InputError(f"golden embeddings {file}: {values.dtype} {values.shape}, expected {wanted}; run clipval pin")
-    return Embeddings(tuple(str(name) for name in ids), values)
+    for found, count in ((values, len(np.atleast_1d(ids))), (probe, len(np.atleast_1d(probe)))):
+        if ids.ndim != 1 or found.dtype != np.float32 or found.shape != (count, tower.width) or not count:
+            wanted = f"float32 ({count}, {tower.width})"
+            raise InputError(
+                f"golden embeddings {file}: {found.dtype} {found.shape}, expected {wanted}; run clipval pin"
+            )
+    return Golden(Embeddings(tuple(map(str, ids)), values), probe, digest)
 
 
 def align(embeddings: Embeddings, ids: Sequence[str]) -> Embeddings:

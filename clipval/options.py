@@ -39,6 +39,7 @@ class Settings(BackendSettings):
     opset_version: int = 14
     workdir: Path = Path(".clipval")
     rebuild: bool = False
+    probe_seed: Optional[int] = None
     perf_min_time: float = 1.0
     perf_max_time: float = 10.0
     perf_noise: Optional[float] = None
@@ -184,6 +185,11 @@ def table() -> Dict[str, Dict[str, Any]]:
         "--threads": {"type": at_least(int, 1), "metavar": "N", "help": "CPU threads of pytorch and onnx"},
         "--workdir": {"type": Path, "metavar": "DIR", "help": "where artifacts and results are kept"},
         "--rebuild": {"action": "store_true", "help": "build every artifact again"},
+        "--probe-seed": {
+            "type": at_least(int, 0),
+            "metavar": "N",
+            "help": "seed of the probe inputs; without it each run draws a new one",
+        },
         "--om-dir": {"type": Path, "metavar": "DIR", "help": "ready OM files with the recipe's names"},
         "--soc-version": {"metavar": "SOC", "help": "as Ascend910B4; without it npu-smi is asked"},
         "--precision-mode": {"metavar": "MODE", "help": "of atc; without it atc computes in fp16"},

@@ -7,6 +7,7 @@ too. It cannot pass here, since every run draws other inputs.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -21,6 +22,11 @@ class Probe(NamedTuple):
 
     ids: Tuple[str, ...]
     rows: np.ndarray
+
+    @property
+    def sha256(self) -> str:
+        """Of the rows: pinned embeddings are of the very inputs that a seed gave then."""
+        return hashlib.sha256(self.rows.tobytes()).hexdigest()
 
 
 class TokenLayout(NamedTuple):
@@ -78,9 +84,14 @@ def _common(rows: Sequence[np.ndarray]) -> np.ndarray:
     return rows[0][: count if same.all() else int(np.argmin(same))]
 
 
+def _generator(seed: int, stream: int) -> np.random.RandomState:
+    """numpy's legacy generator, whose draws are the same in every version: embeddings of a seed can be pinned."""
+    return np.random.RandomState([seed, stream])
+
+
 def captions(tower: Tower, layout: TokenLayout, seed: int) -> Probe:
     """One row of tokens of each length, from the shortest to a full context, words drawn from the whole vocabulary."""
-    rng = np.random.default_rng([seed, 0])
+    rng = _generator(seed, 0)
     context, fixed = tower.row_shape[0], len(layout.prefix) + len(layout.suffix)
     lengths = range(max(SHORTEST, fixed + 1), context + 1)
     rows, words = np.full((len(lengths), context), layout.pad, tower.dtype), layout.words
@@ -95,19 +106,19 @@ def pictures(tower: Tower, normalise: Callable[[np.ndarray], np.ndarray], seed: 
     Args:
         normalise: uint8 [side, side, 3], RGB -> float32 [3, side, side], the model's own transform.
     """
-    rng = np.random.default_rng([seed, 1])
+    rng = _generator(seed, 1)
     side = tower.row_shape[-1]
     shape = (side, side, 3)
-    coarse = rng.integers(0, 256, (8, 8, 3))
+    coarse = rng.randint(0, 256, (8, 8, 3))
     drawn = {
-        "noise": rng.integers(0, 256, shape),
-        "noise, other": rng.integers(0, 256, shape),
+        "noise": rng.randint(0, 256, shape),
+        "noise, other": rng.randint(0, 256, shape),
         "black": np.zeros(shape),
         "white": np.full(shape, 255),
-        "one saturated colour": np.broadcast_to(rng.integers(0, 2, 3) * 255, shape),
-        "saturated pixels": rng.integers(0, 2, shape) * 255,
-        "saturated grey": np.broadcast_to(rng.integers(0, 2, (side, side, 1)) * 255, shape),
-        "low contrast": rng.integers(0, 250) + rng.integers(0, 5, shape),
+        "one saturated colour": np.broadcast_to(rng.randint(0, 2, 3) * 255, shape),
+        "saturated pixels": rng.randint(0, 2, shape) * 255,
+        "saturated grey": np.broadcast_to(rng.randint(0, 2, (side, side, 1)) * 255, shape),
+        "low contrast": rng.randint(0, 250) + rng.randint(0, 5, shape),
         "blocks": np.kron(coarse, np.ones((-(-side // 8),) * 2 + (1,)))[:side, :side],
         "gradient": np.broadcast_to(np.linspace(0, 255, side)[:, None, None], shape),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Literal, Optional, Tuple
 
@@ -13,7 +14,7 @@ import msgspec
 from clipval import datasets
 from clipval.backends import REFERENCE, base_name
 from clipval.errors import InputError, UsageError
-from clipval.towers import Tower, towers
+from clipval.towers import TOWER_NAMES, Tower, towers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +22,8 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).parent / "specs"
+LEAST_COSINE, MOST_RECALL = 0.9, 0.1
+MOST = {"max_abs": 0.1, "norm": 0.1, "invariance": 0.1}
 METRIC = re.compile(r"(image|text)_retrieval_recall@[1-9][0-9]*$")
 
 
@@ -102,14 +105,19 @@ class GoldenSpec(_Table, frozen=True):
     """Embeddings of a few samples, once found right, which PyTorch is held to.
 
     Parity compares backends with PyTorch, so what is wrong in the model itself, and so in every backend, shows here.
+    The pinned inputs, pixels and tokens, are kept with the embeddings: no decoder or tokenizer stands in between.
 
     Attributes:
         file: made by `clipval pin`; relative to the spec file.
-        cosine_min: smallest cosine with them; because: the reason for it.
+        vision_min, text_min: smallest cosine with them, of the pinned inputs.
+        cosine_min: smallest cosine with them, of the data set's own files, whose decoder may differ.
+        because: the reason for these numbers.
     """
 
     file: str
     cosine_min: float
+    vision_min: float
+    text_min: float
     because: str = ""
 
 
@@ -140,10 +148,12 @@ class ParityBounds(_Table, frozen=True):
     """Bounds on a backend's embeddings against PyTorch's, per sample on unit-length vectors.
 
     Attributes:
-        backend, precision: which rows these bounds hold for; precision `fp32` or `fp16`.
+        backend, precision: which embeddings these bounds hold for; precision `fp32` or `fp16`.
+        tower: `vision` or `text`; empty for both, where a tower has no bounds of its own.
         cosine_min: smallest cosine over samples; cosine_mean: mean cosine over samples.
         max_abs: largest absolute difference of one element.
         norm: largest |L2 norm - 1| of an embedding as the backend gave it.
+        invariance: largest absolute difference of one element between two batches that hold the same sample.
         because: the reason for these numbers.
     """
 
@@ -153,7 +163,9 @@ class ParityBounds(_Table, frozen=True):
     cosine_mean: float
     max_abs: float
     norm: float
+    invariance: float
     because: str
+    tower: str = ""
 
 
 class PairedBounds(_Table, frozen=True):
@@ -202,16 +214,20 @@ class Spec(_Table, frozen=True):
         """Both towers' contracts by name."""
         return towers(self.model.image_size, self.model.context_length, self.model.embed_dim)
 
-    def bounds(self, backend: str, precision: str) -> ParityBounds:
-        """Parity bounds of a backend in a precision.
+    def bounds(self, backend: str, precision: str, tower: str) -> ParityBounds:
+        """Parity bounds of a backend in a precision, for one tower.
 
         Raises:
             InputError: the spec has none.
         """
-        for bounds in self.parity:
-            if (bounds.backend, bounds.precision) == (backend, precision):
-                return bounds
-        raise InputError(f"spec {self.path}: no [[parity]] for backend {backend!r}, precision {precision!r}; add one")
+        for wanted in (tower, ""):
+            for bounds in self.parity:
+                if (bounds.backend, bounds.precision, bounds.tower) == (backend, precision, wanted):
+                    return bounds
+        raise InputError(
+            f"spec {self.path}: no [[parity]] for backend {backend!r}, precision {precision!r} and the {tower} tower; "
+            f"add one"
+        )
 
     def reference(self, metric: str, backend: str) -> Optional[Reference]:
         """The figure of a metric for a backend: its own, else PyTorch's, else None."""
@@ -265,8 +281,9 @@ def _check(spec: Spec) -> None:
         problems.append(f"data.kind is {spec.data.kind!r}, expected one of {', '.join(datasets.names())}")
     if not spec.throughput.batch_sizes or min(spec.throughput.batch_sizes) < 1:
         problems.append("throughput.batch_sizes must be positive numbers")
-    if spec.golden is not None and not 0 < spec.golden.cosine_min < 1:
-        problems.append("golden.cosine_min must be between 0 and 1")
+    for name in ("cosine_min", "vision_min", "text_min") if spec.golden is not None else ():
+        if not 0 < getattr(spec.golden, name) < 1:
+            problems.append(f"golden.{name} must be between 0 and 1")
     for reference in spec.references:
         if not 0 <= reference.value <= 1 or reference.count < 1:
             problems.append(f"reference {reference.metric}: value must be a share in [0, 1] and count at least 1")
@@ -277,17 +294,53 @@ def _check(spec: Spec) -> None:
             problems.append(f"reference {reference.metric}: within must be between 0 and 1")
     for bounds in spec.parity:
         cosines = 0 < bounds.cosine_min <= bounds.cosine_mean < 1
-        if not cosines or not 0 < bounds.max_abs < 1 or not 0 < bounds.norm < 1:
+        rest = (bounds.max_abs, bounds.norm, bounds.invariance)
+        if not cosines or not all(0 < one < 1 for one in rest):
             problems.append(
-                f"parity {bounds.backend}: 0 < cosine_min <= cosine_mean < 1, 0 < max_abs < 1, 0 < norm < 1"
+                f"parity {bounds.backend}: 0 < cosine_min <= cosine_mean < 1; max_abs, norm, invariance in (0, 1)"
             )
+        if bounds.tower not in ("", *TOWER_NAMES):
+            problems.append(f"parity {bounds.backend}: tower is {bounds.tower!r}, expected vision or text, or none")
     problems += [
         f"paired {one.metric}: within must be between 0 and 1" for one in spec.paired if not 0 < one.within < 1
     ]
     metrics = [*(one.metric for one in spec.references), *(two.metric for two in spec.paired)]
     problems += [f"metric {name!r}, expected as image_retrieval_recall@5" for name in metrics if not METRIC.match(name)]
+    problems += [*_given_twice(spec), *_cannot_fail(spec)]
     if problems:
         raise InputError(f"spec {spec.path}: {problems[0]}")
+
+
+def _given_twice(spec: Spec) -> List[str]:
+    """Tables of one key, of which only the first would be read."""
+    keys = [
+        *(f"[[parity]] of {one.backend}, {one.precision}, {one.tower or 'both towers'}" for one in spec.parity),
+        *(f"[[references]] of {one.metric}, {one.backend}" for one in spec.references),
+        *(f"[[paired]] of {one.metric}" for one in spec.paired),
+        *(f"[[throughput.published]] of {one.chip}, {one.tower}" for one in spec.throughput.published),
+    ]
+    return [f"two {key}; keep one" for key, count in Counter(keys).items() if count > 1]
+
+
+def _cannot_fail(spec: Spec) -> List[str]:
+    """Bounds so wide that a broken model is within them.
+
+    Embeddings of two other samples have a cosine of 0.3 to 0.9 in a CLIP model, unit vectors of width 512 differ by
+    0.1 to 0.3 in one element, and a recall that is 0.1 off is another model's.
+    """
+    wide = [
+        f"parity {one.backend}: cosine_min {one.cosine_min:g}" for one in spec.parity if one.cosine_min < LEAST_COSINE
+    ]
+    for name, most in MOST.items():
+        found = [(one.backend, getattr(one, name)) for one in spec.parity]
+        wide += [f"parity {backend}: {name} {value:g}" for backend, value in found if value > most]
+    if spec.golden is not None:
+        least = min(spec.golden.cosine_min, spec.golden.vision_min, spec.golden.text_min)
+        wide += [f"golden: cosine {least:g}"] if least < LEAST_COSINE else []
+    within = [(one.metric, one.within) for one in spec.references if one.within is not None]
+    within += [(pair.metric, pair.within) for pair in spec.paired]
+    wide += [f"{metric}: within {value:g}" for metric, value in within if value >= MOST_RECALL]
+    return [f"{one} cannot fail: a broken model is within it; see the shipped specs for bounds" for one in wide]
 
 
 class PublishedRecall(msgspec.Struct, frozen=True):

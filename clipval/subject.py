@@ -79,7 +79,10 @@ def _left_out(spec: Spec, replaced: Spec, why: str, seeded: bool) -> Tuple[str, 
     lines: List[str] = []
     if replaced.golden is None:
         reason = f"the spec's embeddings are not of {why}" if spec.golden and why else "no embeddings were pinned"
-        lines.append(f"golden: {reason}, so what is wrong in the model itself shows in recall alone")
+        seen = "shows in recall alone" if replaced.references and not seeded else "is not seen"
+        lines.append(f"golden: {reason}, so what is wrong in the model itself {seen}")
+    if not spec.references and not seeded:
+        lines.append("recall: the spec has no [[references]], so recall is not gated")
     if why and not seeded and spec.references:
         if replaced.references:
             lines.append(f"recall: the spec's figures are not of {why}; held to published ones of these weights")

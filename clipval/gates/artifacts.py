@@ -9,7 +9,7 @@ from typing import List, Optional, Sequence, Tuple
 import numpy as np
 
 from clipval import datasets
-from clipval.arrays import PreparedRows, spread
+from clipval.arrays import PreparedRows
 from clipval.backends import Identity, kind
 from clipval.backends.placement import Placement
 from clipval.datasets import RetrievalDataset
@@ -26,7 +26,6 @@ PREPARED_TEXTS = Gate("prepared/data/text", ACCURACY)
 ARTIFACT = Gate(
     "artifact", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: kind(backend).takes_onnx
 )
-COMPARED_IMAGES = 400
 PIXELS = 1e-5  # a rounding of normalised float32 pixels; one grey level is 0.015
 
 
@@ -36,12 +35,9 @@ def prepared_images(
     """Prepared pixels are bit for bit the model's own transform of the images, and what the spec says they must be.
 
     The second comparison does not use the transform, so a wrong mean, crop, channel order or resize cannot hide in it.
-    Of more than 400 images, 400 spread over the set are compared; the store's hashes guard all of them afterwards.
-
     Args:
         digests: one per image, equal for equal pixels: [n].
     """
-    picked = spread(len(data), COMPARED_IMAGES)
     size, stated = (data.tower.row_shape[1], data.tower.row_shape[2]), spec.preprocess or model.preprocess
 
     def compare(n: int) -> Tuple[float, float]:
@@ -49,13 +45,12 @@ def prepared_images(
         own = np.abs(found - pixels(path, model)).max()
         return float(own), float(np.abs(found - expected_pixels(path, size, stated)).max())
 
-    off = np.array(each_in_threads(compare, picked.tolist(), "check images", len(picked)))
-    ids = [data.ids[n] for n in picked]
+    off = np.array(each_in_threads(compare, range(len(data)), "check images", len(data)))
     _, first = np.unique(digests, return_index=True)
     again = np.setdiff1d(np.arange(len(digests)), first)
     figures = [
-        _prepared(PREPARED_IMAGES, "|pixel - transform's|", off[:, 0], 0.0, ids),
-        _prepared(PREPARED_IMAGES, "|pixel - the spec's|", off[:, 1], PIXELS, ids),
+        _prepared(PREPARED_IMAGES, "|pixel - transform's|", off[:, 0], 0.0, data.ids),
+        _prepared(PREPARED_IMAGES, "|pixel - the spec's|", off[:, 1], PIXELS, data.ids),
         judge(
             PREPARED_IMAGES.of(),
             "images there a second time",

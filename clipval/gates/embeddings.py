@@ -8,7 +8,7 @@ import numpy as np
 
 from clipval import arrays, parity
 from clipval.backends import REFERENCE, Identity
-from clipval.embeddings import Embeddings
+from clipval.embeddings import Embeddings, Golden
 from clipval.errors import InputError
 from clipval.gates.gate import ACCURACY, Gate, judge
 from clipval.results import Figure
@@ -24,6 +24,8 @@ GOLDEN = Gate(
     ("backend_name", "tower_name"),
     lambda plan, backend, tower: backend == REFERENCE and plan.spec.golden is not None,
 )
+BATCHES = Gate("batches", ACCURACY, ("backend_name", "tower_name", "batch_size"))
+PROBE = Gate("probe", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE)
 INVARIANCE_SAMPLES = 32
 SAME = 1e-7  # cosine distance below which two fp32 embeddings are one; two captions of one word more differ by 1e-4
 
@@ -119,7 +121,7 @@ def invariance(
                 f"|difference| {metric}",
                 compared.max_abs[worst],
                 "<=",
-                bounds.max_abs,
+                bounds.invariance,
                 unit="absolute",
                 count=len(other.ids),
                 where=where,
@@ -130,8 +132,118 @@ def invariance(
     return figures
 
 
-def golden(pinned: Embeddings, reference: Embeddings, where: Identity, tower: Tower, spec: GoldenSpec) -> List[Figure]:
-    """PyTorch still makes what it once made of a few samples: parity cannot see what is wrong in every backend alike.
+def batch_samples(count: int, batch_size: int) -> np.ndarray:
+    """Indices of two whole batches and a partial one, spread over the set; distinct where the set has that many."""
+    wanted = 2 * batch_size + (batch_size // 2 or 1)
+    return np.linspace(0, count - 1, wanted).round().astype(int) if wanted <= count else np.arange(wanted) % count
+
+
+def batches(
+    reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds, batch_size: int
+) -> List[Figure]:
+    """One batch size agrees with the reference on every row of two whole batches and a partial one.
+
+    Each OM file holds one batch size and is compiled by itself, so that each can be wrong by itself.
+
+    Args:
+        reference, found: of the same rows in the same order.
+    """
+    gate = BATCHES.of(where.name, tower.name, batch_size)
+    compared = parity.compare(found.ids, reference.values, found.values)
+    far, off = (np.nan_to_num(one, nan=np.inf) for one in (1 - compared.cosine, compared.max_abs))
+    common: Dict[str, Any] = {"where": where, "count": len(found.ids), "because": bounds.because}
+
+    def row(n: int) -> str:
+        return f"sample {found.ids[n]}, row {n % batch_size} of batch {n // batch_size}"
+
+    worst, largest = int(np.argmax(far)), int(np.argmax(off))
+    cosine = compared.cosine[worst]
+    return [
+        judge(gate, "minimum cosine", cosine, ">=", bounds.cosine_min, unit="cosine", worst=row(worst), **common),
+        judge(
+            gate, "max |difference|", off[largest], "<=", bounds.max_abs, unit="absolute", worst=row(largest), **common
+        ),
+    ]
+
+
+def probe(
+    reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds, seed: int
+) -> List[Figure]:
+    """Inputs that were drawn for this run get PyTorch's embeddings, finite and within the bounds of parity.
+
+    Token rows of every length over the whole vocabulary, and pictures at the extremes; see `clipval.probe`. A backend
+    that hands out stored results has none for them.
+    """
+    gate = PROBE.of(where.name, tower.name)
+    compared = parity.compare(found.ids, reference.values, found.values)
+    far, off = (np.nan_to_num(one, nan=np.inf) for one in (1 - compared.cosine, compared.max_abs))
+    bad = ~np.isfinite(found.values).all(axis=1)
+    again = f"repeat with --probe-seed {seed}"
+    common: Dict[str, Any] = {"where": where, "count": len(found.ids)}
+
+    def named(n: int) -> str:
+        return f"input {found.ids[n]!r}; {again}"
+
+    worst, largest = int(np.argmax(far)), int(np.argmax(off))
+    wide: Dict[str, Any] = {"because": bounds.because, **common}
+    return [
+        judge(
+            gate,
+            "NaN or Inf",
+            float(bad.sum()),
+            "<=",
+            0,
+            unit="samples",
+            worst=named(int(np.argmax(bad))) if bad.any() else "",
+            detail={"seed": seed},
+            **common,
+        ),
+        judge(
+            gate,
+            "minimum cosine",
+            compared.cosine[worst],
+            ">=",
+            bounds.cosine_min,
+            unit="cosine",
+            worst=named(worst),
+            **wide,
+        ),
+        judge(
+            gate, "max |difference|", off[largest], "<=", bounds.max_abs, unit="absolute", worst=named(largest), **wide
+        ),
+    ]
+
+
+def golden(
+    pinned: Golden, found: Embeddings, inputs_sha256: str, where: Identity, tower: Tower, spec: GoldenSpec
+) -> List[Figure]:
+    """PyTorch still makes of the probe inputs of seed 0 what it once made of them.
+
+    Parity cannot see what is wrong in every backend alike: another activation, epsilon or attention scale.
+
+    Args:
+        found: what PyTorch makes of them now; inputs_sha256: of the inputs.
+    """
+    least = {"vision": spec.vision_min, "text": spec.text_min}[tower.name]
+    gate = GOLDEN.of(where.name, tower.name)
+    same = judge(
+        gate,
+        "probe inputs are the pinned ones",
+        float(inputs_sha256 == pinned.probe_sha256),
+        ">=",
+        1,
+        unit="share",
+        count=len(found.ids),
+        worst="the model's transform or tokenizer changed",
+        failure="input",
+    )
+    return [same, _pinned(gate, "minimum cosine of probe inputs", pinned.of_probe, found, least, where, spec)]
+
+
+def golden_of_data(
+    pinned: Embeddings, reference: Embeddings, where: Identity, tower: Tower, spec: GoldenSpec
+) -> List[Figure]:
+    """PyTorch still makes of the data set's own files what it once made of them: decoder and tokenizer stand between.
 
     Raises:
         InputError: a pinned sample is not in the data.
@@ -140,20 +252,25 @@ def golden(pinned: Embeddings, reference: Embeddings, where: Identity, tower: To
     lost = [name for name in pinned.ids if name not in row]
     if lost:
         raise InputError(f"golden embeddings {spec.file}: sample {lost[0]} is not in the data; run clipval pin again")
-    found = reference.values[[row[name] for name in pinned.ids]]
-    compared = parity.compare(pinned.ids, pinned.values, found)
+    found = Embeddings(pinned.ids, reference.values[[row[name] for name in pinned.ids]])
+    gate = GOLDEN.of(where.name, tower.name)
+    return [_pinned(gate, "minimum cosine of the data's files", pinned.values, found, spec.cosine_min, where, spec)]
+
+
+def _pinned(
+    gate: str, metric: str, pinned: np.ndarray, found: Embeddings, least: float, where: Identity, spec: GoldenSpec
+) -> Figure:
+    compared = parity.compare(found.ids, pinned, found.values)
     named = ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in compared.worst())
-    return [
-        judge(
-            GOLDEN.of(where.name, tower.name),
-            "minimum cosine with pinned embeddings",
-            compared.cosine.min(),
-            ">=",
-            spec.cosine_min,
-            unit="cosine",
-            count=len(pinned.ids),
-            where=where,
-            worst=f"worst samples {named}",
-            because=spec.because,
-        )
-    ]
+    return judge(
+        gate,
+        metric,
+        compared.cosine.min(),
+        ">=",
+        least,
+        unit="cosine",
+        count=len(found.ids),
+        where=where,
+        worst=f"worst samples {named}",
+        because=spec.because,
+    )

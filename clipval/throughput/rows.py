@@ -43,7 +43,7 @@ def subject(
     names = {scope: baseline.row_name(name, tower.name, feed.batch_size, scope) for scope in (EXECUTE, INFERENCE)}
 
     def expected() -> Expected:
-        bounds = chain.bounds(backend.identity)
+        bounds = chain.bounds(backend.identity, tower)
         reference = chain.backend(REFERENCE, tower, 1)
         return Expected(reference.run, bounds.cosine_min, bounds.max_abs, chain.prepared.rows[tower.name].ids)
 

@@ -11,4 +11,4 @@ def test_parity(chain, record, backend_name, tower_name):
     tower = chain.towers[tower_name]
     where, found = chain.embeddings(backend_name, tower)
     reference = chain.embeddings(REFERENCE, tower).embeddings
-    record(parity.agreement(reference, found, where, tower, chain.bounds(where)))
+    record(parity.agreement(reference, found, where, tower, chain.bounds(where, tower)))

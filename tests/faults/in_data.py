@@ -311,7 +311,7 @@ def mask_lost_everywhere() -> None:
     loaded(change)
 
 
-@fault("QuickGELU for GELU in the model itself", "golden/pytorch/vision", "pinned embeddings", "worst samples",
+@fault("QuickGELU for GELU in the model itself", "golden/pytorch/vision", "cosine of probe inputs", "worst samples",
        arguments=REBUILD)  # fmt: skip
 def quick_gelu_everywhere() -> None:
     def change(one: Any) -> Any:
@@ -327,7 +327,43 @@ def quick_gelu_everywhere() -> None:
     loaded(change)
 
 
-@fault("noise of 5 % on the weights of the model itself", "golden/pytorch/text", "pinned embeddings", "worst samples",
+@fault("GELU by its tanh formula in the model itself", "golden/pytorch/text", "cosine of probe inputs",
+       arguments=REBUILD)  # fmt: skip
+def tanh_gelu_everywhere() -> None:
+    def change(one: Any) -> Any:
+        import torch
+
+        for module in one.module.modules():
+            if isinstance(module, torch.nn.GELU):
+                module.approximate = "tanh"
+        return one
+
+    loaded(change)
+
+
+@fault("weights of one matrix of the model itself in bf16", "golden/pytorch/vision", "cosine of probe inputs",
+       arguments=REBUILD)  # fmt: skip
+def bf16_matrix_everywhere() -> None:
+    def change(one: Any) -> Any:
+        weight = one.module.visual.transformer.resblocks[1].mlp.c_fc.weight
+        weight.data = weight.data.bfloat16().float()
+        return one
+
+    loaded(change)
+
+
+@fault("8 bits for one matrix of the model itself", "golden/pytorch/text", "cosine of probe inputs", arguments=REBUILD)
+def int8_matrix_everywhere() -> None:
+    def change(one: Any) -> Any:
+        weight = one.module.transformer.resblocks[1].mlp.c_proj.weight
+        step = weight.data.abs().max() / 127
+        weight.data = (weight.data / step).round() * step
+        return one
+
+    loaded(change)
+
+
+@fault("noise of 5 % on the weights of the model itself", "golden/pytorch/text", "cosine of probe inputs",
        arguments=REBUILD)  # fmt: skip
 def noise_everywhere() -> None:
     loaded(lambda one: noisy(one, 0.05))
@@ -344,7 +380,7 @@ def noisy(one: model.Model, size: float) -> model.Model:
     return one
 
 
-@fault("mirrored by the library that decodes", "golden/pytorch/vision", "pinned embeddings", arguments=REBUILD)
+@fault("mirrored by the library that decodes", "golden/pytorch/vision", "cosine of the data's files", arguments=REBUILD)
 def mirrored_where_decoded() -> None:
     from PIL import Image, ImageOps
 

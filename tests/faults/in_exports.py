@@ -174,3 +174,22 @@ def quick_gelu() -> None:
                     setattr(block.mlp, name, QuickGELU())
 
     module(change)
+
+
+@fault("an epsilon of 1e-4 in one layer norm of the text export", "parity/onnx/text", "minimum cosine")
+def one_epsilon() -> None:
+    def change(onnx: Any, graph: Any) -> None:
+        values = [node.attribute[0].t for node in graph.graph.node if node.op_type == "Constant"]
+        epsilons = [one for one in values if abs(onnx.numpy_helper.to_array(one).ravel()[:1].sum() - 1e-5) < 1e-8]
+        epsilons[2].CopyFrom(onnx.numpy_helper.from_array(np.array(1e-4, np.float32), epsilons[2].name))
+
+    exported(change)
+
+
+@fault("12 bits for the weights of one layer of the vision tower", "parity/onnx/vision", "minimum cosine")
+def int12_layer() -> None:
+    def rounded(values: np.ndarray) -> np.ndarray:
+        step = np.abs(values).max() / 2047
+        return np.asarray(np.round(values / step) * step, np.float32)
+
+    exported(lambda onnx, graph: weights(onnx, graph, rounded), "vision")

@@ -13,7 +13,14 @@ import random
 from typing import Any
 
 from clipval import store
-from tests.faults import in_backends, in_data, in_exports, in_suite, in_timing  # noqa: F401  enter their faults into the table
+from tests.faults import (  # noqa: F401  enter their faults into the table
+    in_backends,
+    in_data,
+    in_exports,
+    in_inputs,
+    in_suite,
+    in_timing,
+)
 from tests.faults.table import FAULTS
 
 

@@ -49,7 +49,7 @@ class Bench:
         """Changed embeddings are caught by values or parity."""
         tower = self.chain.towers[tower_name]
         where, found = self.chain.embeddings("onnx", tower)
-        bounds = self.chain.bounds(where)
+        bounds = self.chain.bounds(where, tower)
         changed = Embeddings(found.ids, np.asarray(change(found.values.copy()), np.float32))
         reference = self.chain.embeddings("pytorch", tower).embeddings
         figures = embeddings.values(changed, where, tower, bounds, found.ids)
@@ -76,7 +76,7 @@ class Bench:
         picked = embeddings.invariance_samples(len(whole.ids))
         single = self.chain.embed_some("onnx", tower, picked, 1)
         noisy = Embeddings(single.ids, noise(single.values, size))
-        figures = embeddings.invariance(whole, noisy, single, where, tower, self.chain.bounds(where))
+        figures = embeddings.invariance(whole, noisy, single, where, tower, self.chain.bounds(where, tower))
         return any(figure.verdict == "fail" for figure in figures)
 
     def golden(self, size: float) -> bool:
@@ -84,11 +84,10 @@ class Bench:
         chain, tower = self.chain, self.chain.towers["text"]
         assert chain.spec.golden is not None
         pinned = chain.golden(tower)
-        rows, model = chain.prepared.rows["text"], load(chain.spec.model.name, chain.weights, chain.towers)
-        picked = [rows.ids.index(name) for name in pinned.ids]
-        backend = PytorchBackend(tower, encoder(noisy(model, size), tower))
-        found = embed(backend, pinned.ids, rows[np.array(picked)], 8)
-        figures = embeddings.golden(pinned, found, backend.identity, tower, chain.spec.golden)
+        model = load(chain.spec.model.name, chain.weights, chain.towers)
+        backend, inputs = PytorchBackend(tower, encoder(noisy(model, size), tower)), chain.probe(tower, seed=0)
+        found = embed(backend, *inputs, 8)
+        figures = embeddings.golden(pinned, found, inputs.sha256, backend.identity, tower, chain.spec.golden)
         return any(figure.verdict == "fail" for figure in figures)
 
     def pixels(self, change: Callable[[np.ndarray], np.ndarray]) -> bool:

@@ -1,21 +1,22 @@
 """Gates of accuracy by themselves: each passes on good evidence and fails on bad, and says where."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from clipval import retrieval, spec
 from clipval.backends import Identity
-from clipval.embeddings import Embeddings
+from clipval.embeddings import Embeddings, Golden
 from clipval.errors import InputError
-from clipval.gates import embeddings
+from clipval.gates import artifacts, embeddings
 from clipval.gates import retrieval as recalled
-from clipval.towers import TEXT, VISION
+from clipval.towers import TEXT, VISION, towers
 
 WHERE = Identity("onnx", "test", "cpu", "fp32")
 SPEC = spec.load("vit-b-32-flickr30k")
-BOUNDS = SPEC.bounds("onnx", "fp32")
+BOUNDS = SPEC.bounds("onnx", "fp32", "text")
 IDS = tuple(f"{n}_0" for n in range(64))
 
 
@@ -164,19 +165,99 @@ def test_paired_names_the_flips():
     assert "959" in bad.message
 
 
-GOLDEN = spec.GoldenSpec(file="pins.npz", cosine_min=0.99999)
+GOLDEN = spec.GoldenSpec(file="pins.npz", cosine_min=0.99999, vision_min=1 - 1e-11, text_min=1 - 1e-11)
 
 
 def test_the_reference_is_held_to_pinned_embeddings(rows):
     pinned = Embeddings(IDS[8:4:-1], rows[8:4:-1])  # by id, in any order
-    assert verdicts(embeddings.golden(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)) == ["pass"]
+    assert verdicts(embeddings.golden_of_data(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)) == ["pass"]
     rows = rows.copy()
     rows[6] += 0.001
-    (found,) = embeddings.golden(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)
+    (found,) = embeddings.golden_of_data(pinned, Embeddings(IDS, rows), WHERE, TEXT, GOLDEN)
     assert (found.verdict, found.count) == ("fail", 4)
     assert "worst samples 6_0" in found.message
 
 
 def test_a_pinned_sample_that_is_not_there_is_an_error(rows):
     with pytest.raises(InputError, match=r"pins.npz: sample 63_0 is not in the data; run clipval pin again"):
-        embeddings.golden(Embeddings(IDS, rows), Embeddings(IDS[:-1], rows[:-1]), WHERE, TEXT, GOLDEN)
+        embeddings.golden_of_data(Embeddings(IDS, rows), Embeddings(IDS[:-1], rows[:-1]), WHERE, TEXT, GOLDEN)
+
+
+@pytest.mark.parametrize(
+    ("off", "digest", "wanted"),
+    [
+        (0, "a", ["pass", "pass"]),
+        (1e-6, "a", ["pass", "pass"]),
+        (1e-4, "a", ["pass", "fail"]),
+        (0, "b", ["fail", "pass"]),
+    ],
+)
+def test_the_reference_is_held_to_pinned_probe_inputs(rows, off, digest, wanted):
+    pinned = Golden(Embeddings((), rows[:0]), rows, "a")
+    found = rows.copy()
+    found[3] *= 1 + off * np.random.default_rng(0).normal(size=rows.shape[1])
+    figures = embeddings.golden(pinned, Embeddings(IDS, found), digest, WHERE, TEXT, GOLDEN)
+    assert verdicts(figures) == wanted
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1000, 8), (997, 64), (5000, 1), (60, 64)])
+def test_two_whole_batches_and_a_partial_one(count, batch_size):
+    picked = embeddings.batch_samples(count, batch_size)
+    assert len(picked) == 2 * batch_size + (batch_size // 2 or 1)
+    assert len(set(picked)) == min(count, len(picked))
+    assert picked.max() < count
+
+
+def test_a_wrong_row_of_a_batch_is_named(rows):
+    picked = np.arange(20)
+    reference = Embeddings(tuple(IDS[n] for n in picked), rows[picked])
+    found = Embeddings(reference.ids, reference.values.copy())
+    assert verdicts(embeddings.batches(reference, found, WHERE, TEXT, BOUNDS, 8)) == ["pass", "pass"]
+    found.values[13] = found.values[12]
+    figures = embeddings.batches(reference, found, WHERE, TEXT, BOUNDS, 8)
+    assert verdicts(figures) == ["fail", "fail"]
+    assert f"sample {IDS[13]}, row 5 of batch 1" in figures[0].message
+    assert figures[0].gate == f"batches/{WHERE.name}/text/8"
+
+
+@pytest.mark.parametrize("damage", [np.nan, 0.5])
+def test_a_probe_names_its_input_and_its_seed(rows, damage):
+    reference = Embeddings(IDS, rows)
+    found = Embeddings(IDS, rows.copy())
+    assert set(verdicts(embeddings.probe(reference, found, WHERE, TEXT, BOUNDS, 7))) == {"pass"}
+    found.values[5, 0] = damage
+    figures = embeddings.probe(reference, found, WHERE, TEXT, BOUNDS, 7)
+    assert "fail" in verdicts(figures)
+    failed = next(figure for figure in figures if figure.verdict == "fail")
+    assert f"input {IDS[5]!r}; repeat with --probe-seed 7" in failed.message
+
+
+def test_every_prepared_image_is_compared(monkeypatch):
+    """The one among 997 that is not the transform's is found wherever it lies."""
+    tower = towers(image_size=2)["vision"]
+
+    class Rows:
+        ids = tuple(f"image{n}" for n in range(997))
+
+        def __init__(self):
+            self.tower, self.off = tower, -1
+
+        def __len__(self):
+            return len(self.ids)
+
+        def __getitem__(self, index):
+            (n,) = index
+            return np.full((1, 3, 2, 2), n + (n == self.off), np.float32)
+
+    def pixels(path, *_):
+        return np.full((3, 2, 2), path, np.float32)
+
+    rows, dataset = Rows(), SimpleNamespace(image_paths=range(997))
+    monkeypatch.setattr(artifacts, "pixels", pixels)
+    monkeypatch.setattr(artifacts, "expected_pixels", pixels)
+    one = spec.load("vit-b-32-flickr30k")
+    assert set(verdicts(artifacts.prepared_images(rows, dataset, None, one, np.arange(997)))) == {"pass"}
+    for rows.off in (1, 3, 500, 996):
+        for found in artifacts.prepared_images(rows, dataset, None, one, np.arange(997))[:2]:
+            assert (found.verdict, found.count) == ("fail", 997)
+            assert f"sample image{rows.off}" in found.message

@@ -60,7 +60,7 @@ def judged(seeded, backend):
     """Verdicts of parity with PyTorch, under the bounds that the backend is held to."""
     reference = embed(PytorchBackend(TEXT, model.encoder(seeded, TEXT)), list("abcdef"), rows(), 6)
     where, its = backend.identity, kind("onnx")
-    bounds = load("shapes").bounds(its.judged_as(where) or "onnx", its.precision(where))
+    bounds = load("shapes").bounds(its.judged_as(where) or "onnx", its.precision(where), "text")
     found = embed(backend, list("abcdef"), rows(), 6)
     return {figure.verdict for figure in parity.agreement(reference, found, where, TEXT, bounds)}, bounds
 
@@ -89,7 +89,7 @@ def test_fp16_on_the_cpu_bounds_fails(seeded, file, tmp_path, monkeypatch):
     found = embed(opened(file, tmp_path, KEEP), list("abcdef"), rows(), 6)
     reference = embed(PytorchBackend(TEXT, model.encoder(seeded, TEXT)), list("abcdef"), rows(), 6)
     where = opened(file, tmp_path, KEEP).identity
-    figures = parity.agreement(reference, found, where, TEXT, load("shapes").bounds("onnx", "fp32"))
+    figures = parity.agreement(reference, found, where, TEXT, load("shapes").bounds("onnx", "fp32", "text"))
     assert FAIL in {figure.verdict for figure in figures}
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from clipval import arrays, embeddings
 from clipval.backends import Identity
-from clipval.embeddings import Embeddings
+from clipval.embeddings import Embeddings, Golden
 from clipval.errors import InputError
 from clipval.towers import TEXT, VISION
 
@@ -351,32 +351,48 @@ def test_read_array_is_strict(tmp_path):
 
 def test_golden_embeddings_come_back(tmp_path):
     rows = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
-    written = {"vision": Embeddings(("a", "b", "c"), rows), "text": Embeddings(("a_0",), rows[:1])}
+    written = {
+        "vision": Golden(Embeddings(("a", "b", "c"), rows), rows[:2], "12ab"),
+        "text": Golden(Embeddings(("a_0",), rows[:1]), rows, "34cd"),
+    }
     embeddings.write_golden(tmp_path / "new" / "pins", written)
     for tower in (VISION, TEXT):
-        found = embeddings.read_golden(tmp_path / "new" / "pins", tower)
-        assert found.ids == written[tower.name].ids
-        assert np.array_equal(found.values, written[tower.name].values)
+        found, wanted = embeddings.read_golden(tmp_path / "new" / "pins", tower), written[tower.name]
+        assert found.of_data.ids == wanted.of_data.ids
+        assert np.array_equal(found.of_data.values, wanted.of_data.values)
+        assert np.array_equal(found.of_probe, wanted.of_probe)
+        assert found.probe_sha256 == wanted.probe_sha256
+
+
+ROW = np.zeros((1, 512), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("arrays", "words"),
+    ("changed", "words"),
     [
         (None, "cannot be read"),
-        ({"vision": np.zeros((1, 512), np.float32)}, "cannot be read"),
-        ({"vision": np.array([{}], object), "vision_ids": np.array(["a"])}, "cannot be read"),
-        ({"vision": np.zeros((1, 256), np.float32), "vision_ids": np.array(["a"])}, r"expected float32 \(1, 512\)"),
-        ({"vision": np.zeros((1, 512)), "vision_ids": np.array(["a"])}, "float64"),
-        ({"vision": np.zeros((2, 512), np.float32), "vision_ids": np.array(["a"])}, "expected float32"),
-        ({"vision": np.zeros((0, 512), np.float32), "vision_ids": np.array([], "<U1")}, "expected float32"),
+        ({"vision_ids": None}, "cannot be read"),
+        ({"vision_probe": None}, "cannot be read"),
+        ({"vision": np.array([{}], object)}, "cannot be read"),
+        ({"vision": np.zeros((1, 256), np.float32)}, r"expected float32 \(1, 512\)"),
+        ({"vision": np.zeros((1, 512))}, "float64"),
+        ({"vision": np.zeros((2, 512), np.float32)}, "expected float32"),
+        ({"vision": ROW[:0], "vision_ids": np.array([], "<U1")}, "expected float32"),
+        ({"vision_probe": np.zeros((3, 64), np.float32)}, r"expected float32 \(3, 512\)"),
     ],
 )
-def test_golden_embeddings_of_another_kind_are_refused(tmp_path, arrays, words):
+def test_golden_embeddings_of_another_kind_are_refused(tmp_path, changed, words):
     file = tmp_path / "pins.npz"
-    if arrays is None:
+    if changed is None:
         file.write_bytes(b"PK no archive")
     else:
-        np.savez(file, **arrays)
+        whole = {
+            "vision": ROW,
+            "vision_ids": np.array(["a"]),
+            "vision_probe": ROW,
+            "vision_probe_sha256": np.array("a"),
+        }
+        np.savez(file, **{key: value for key, value in {**whole, **changed}.items() if value is not None})
     with pytest.raises(InputError, match=words) as caught:
         embeddings.read_golden(file, VISION)
     assert str(file) in str(caught.value)

@@ -15,6 +15,7 @@ cosine_min = 0.9999999
 cosine_mean = 0.99999995
 max_abs = 2e-5
 norm = 1e-5
+invariance = 1e-5
 because = "the same graph in fp32"
 
 [throughput]"""

@@ -13,7 +13,7 @@ from clipval.towers import VISION
 WHERE = Identity("onnx", "test", "cpu", "fp32")
 IDS = tuple(str(n) for n in range(1000))
 SPECS = [spec.load(name) for name in spec.names()]
-BOUNDS = SPECS[0].bounds("onnx", "fp32")
+BOUNDS = SPECS[0].bounds("onnx", "fp32", "vision")
 
 
 @pytest.fixture(scope="module")

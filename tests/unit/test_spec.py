@@ -32,7 +32,7 @@ def test_shipped_specs_are_complete(name):
     assert all(reference.source and (reference.because or reference.within is None) for reference in found.references)
     assert all(bounds.because for bounds in found.parity)
     for backend, precision in (("pytorch", "fp32"), ("onnx", "fp32"), ("om", "fp16"), ("om", "fp32")):
-        assert found.bounds(backend, precision).because
+        assert all(found.bounds(backend, precision, tower).because for tower in found.towers)
     assert {bounds.metric for bounds in found.paired} == {"image_retrieval_recall@5", "text_retrieval_recall@5"}
 
 
@@ -111,3 +111,42 @@ def test_the_table_has_121_models_on_both_data_sets():
         rows = [row for row in csv.DictReader(stream) if "open_clip" in row["source"]]
     for data in ("flickr30k", "mscoco_captions"):
         assert len({(row["model"], row["pretrained"]) for row in rows if row["dataset"] == data}) == 121
+
+
+@pytest.mark.parametrize("name", ["parity", "references", "paired"])
+def test_two_tables_of_one_key_are_refused(tmp_path, name):
+    """The first would win without a word."""
+    text = (spec.FOLDER / "shapes.toml").read_text(encoding="utf-8")
+    start = text.index(f"[[{name}]]")
+    table = text[start : text.index("\n\n", start)]
+    file = tmp_path / "twice.toml"
+    file.write_text(f"{text}\n{table}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=rf"two \[\[{name}\]\] of .*; keep one"):
+        spec.load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("cosine_min = 0.9999999998\n", "cosine_min = 0.5\n", "parity onnx: cosine_min 0.5 cannot fail"),
+        ("max_abs = 5e-6\n", "max_abs = 0.9\n", "parity onnx: max_abs 0.9 cannot fail"),
+        ("norm = 5e-3\n", "norm = 0.99\n", "norm 0.99 cannot fail"),
+        ("invariance = 2e-3\n", "invariance = 0.5\n", "invariance 0.5 cannot fail"),
+        ("text_min = 0.99999999999\n", "text_min = 0.1\n", "golden: cosine 0.1 cannot fail"),
+        ("within = 0.005\n", "within = 0.9\n", "image_retrieval_recall@5: within 0.9 cannot fail"),
+        ("within = 0.002\n", "within = 0.5\n", "image_retrieval_recall@5: within 0.5 cannot fail"),
+    ],
+)
+def test_bounds_that_a_broken_model_meets_are_refused(tmp_path, old, new, words):
+    text = (spec.FOLDER / "shapes.toml").read_text(encoding="utf-8")
+    assert old in text
+    file = tmp_path / "wide.toml"
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(InputError, match=words):
+        spec.load(str(file))
+
+
+def test_a_tower_has_bounds_of_its_own_or_those_of_both():
+    found = spec.load("shapes")
+    assert found.bounds("onnx", "fp32", "text").cosine_min > found.bounds("onnx", "fp32", "vision").cosine_min
+    assert found.bounds("om", "fp16", "text") is found.bounds("om", "fp16", "vision")
