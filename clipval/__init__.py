@@ -2,8 +2,8 @@
 
 Data flows one way, and a module imports only from its left:
 
-errors -> towers -> results, store, environment, arrays -> ascend -> backends, datasets -> options -> spec
--> embeddings -> library -> transform -> weights -> subject, checkpoint -> model -> preprocess, probe -> export
+errors -> towers -> results, store, environment, arrays -> ascend -> backends, datasets -> library -> transform
+-> options -> spec -> embeddings -> weights -> subject, checkpoint -> model -> preprocess, probe -> export
 -> parity, ranks, doctor
 -> retrieval, architectures -> chain -> throughput -> gates, diagnose -> plots -> evidence -> report -> run
 -> promise, entry, supervise -> plugin -> train_shapes, commands -> cli -> __main__

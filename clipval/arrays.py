@@ -11,7 +11,7 @@ from typing import Any, List, Sequence, Tuple, Union
 import numpy as np
 from numpy.lib import format as npy
 
-from clipval.errors import InputError, one_line
+from clipval.errors import InputError, lfs_pointer, one_line
 from clipval.towers import Tower
 
 Index = Union[slice, Sequence[int], np.ndarray]
@@ -95,7 +95,8 @@ def load(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; run preprocess again") from error
     except Exception as error:  # numpy raises ValueError, MemoryError, SyntaxError, TypeError, ... by what is damaged
-        raise InputError(f"{path}: not an array that can be read ({one_line(error)}); make it again") from error
+        cause = lfs_pointer(path) or f"not an array that can be read ({one_line(error)}); make it again"
+        raise InputError(f"{path}: {cause}") from error
 
 
 def natural(name: str) -> List[Any]:

@@ -23,7 +23,7 @@ from clipval.errors import InputError, UsageError
 from clipval.options import Settings
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.towers import Tower
-from clipval.transform import DEFAULT
+from clipval.transform import DEFAULT, PreprocessSpec
 from clipval.weights import RANDOM, Weights, find_weights, identify
 
 REFERENCE_BATCH = 32  # fewer calls: torch's threads wait for each other at every operator, the more so on a busy host
@@ -167,7 +167,7 @@ class Chain:
         """The model's transform and tokenizer without its weights, which are not downloaded for them."""
         return models.inputs(self.spec.model.name, self._transform_of(identify(*self._weights_asked)))
 
-    def _transform_of(self, found: Weights) -> specs.PreprocessSpec:
+    def _transform_of(self, found: Weights) -> PreprocessSpec:
         """The weights' own transform, else the spec's; else the spec's of other weights or open_clip's, assumed."""
         return found.preprocess or self.spec.preprocess or self.subject.fallback or DEFAULT
 

@@ -13,11 +13,10 @@ import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from clipval.errors import InputError, one_line
+from clipval.errors import InputError, lfs_pointer, one_line
 
 NPZ = "npz"
 SHOWN = 3  # objects named in a refusal
-LFS = b"version https://git-lfs.github.com/spec/"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02"  # torch.save before 1.6: a pickled magic number
 # What other files begin with, and what to do about them.
 OTHER_FORMS = (
@@ -65,12 +64,8 @@ def form(file: Path) -> str:
     size = file.stat().st_size
     if not head:
         raise _refused(file, "damaged or cut off, it is empty", "Copy or download it again")
-    if head.startswith(LFS):
-        fields = dict(line.split(" ", 1) for line in head.decode("utf-8", "replace").splitlines() if " " in line)
-        held = f"of {int(fields['size']) / 1e6:.0f} MB" if fields.get("size", "").isdigit() else ""
-        raise _refused(
-            file, f"a git-lfs pointer to a file {held}, not the weights", "Run 'git lfs pull' in its repository"
-        )
+    if lfs_pointer(file):
+        raise InputError(f"checkpoint {file}: {lfs_pointer(file)}")
     if head.startswith(b"PK\x03\x04"):
         return _form_of_zip(file)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < max(size, 1 << 27):

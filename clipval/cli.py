@@ -6,12 +6,14 @@ Exit codes: 0 done or passed, 1 a gate failed, 2 wrong usage or input (one line 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import List, Optional
 
 from clipval.commands import Parser, diagnose, lookup, models, recipe, speed
-from clipval.errors import ClipvalError
+from clipval.errors import ClipvalError, os_cause
 
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as of any other command
 COMMANDS = {**recipe.COMMANDS, **speed.COMMANDS, **lookup.COMMANDS, **models.COMMANDS, **diagnose.COMMANDS}
 
 
@@ -28,12 +30,19 @@ def main(argv: Optional[List[str]] = None) -> int:
     except ClipvalError as error:
         print(f"clipval {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        where, what = error.filename or "a file", error.strerror or error
-        print(f"clipval {args.command}: {where}: {what}; check the path, its permissions and its disk", file=sys.stderr)
+        print(f"clipval {args.command}: {os_cause(error)}", file=sys.stderr)
         return 2
 
 
 def console() -> None:
-    """Entry point of the `clipval` command."""
-    sys.exit(main())
+    """Entry point of the `clipval` command; a reader that has seen enough, as `head`, ends it without a word."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        code = CLOSED_PIPE
+    sys.exit(code)

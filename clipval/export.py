@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List
 
 import numpy as np
 
-from clipval.errors import InputError, UsageError, one_line
+from clipval.errors import InputError, UsageError, lfs_pointer, one_line
 from clipval.model import Model, encoder
 from clipval.towers import TEXT, VISION, Tower
 
@@ -120,7 +120,7 @@ def data_files(file: Path) -> List[Path]:
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:
-        raise InputError(f"ONNX {file}: cannot be read ({one_line(error)}). Export it again") from error
+        raise _unreadable(file, error) from error
     names = {
         entry.value
         for tensor in model.graph.initializer
@@ -199,7 +199,7 @@ def check(file: Path, tower: Tower) -> None:
         onnx.checker.check_model(str(file))
         graph = onnx.load(str(file), load_external_data=False).graph
     except Exception as error:  # protobuf's, onnx's and the file system's own classes
-        raise InputError(f"ONNX {file}: not a valid model ({one_line(error)}). Export it again") from error
+        raise _unreadable(file, error) from error
     kinds = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
     found = [_describe(value) for value in (*graph.input, *graph.output)]
     wanted = [
@@ -209,6 +209,15 @@ def check(file: Path, tower: Tower) -> None:
     if found != wanted or len(graph.output) != 1:
         raise InputError(f"ONNX {file}: inputs and outputs are {found}, the {tower.name} tower needs {wanted}")
     _check_argmax(file, graph)
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    """Why an ONNX file cannot be read: what it is instead where its bytes say so."""
+    if not file.is_file():
+        what = "it is a folder, give the file" if file.is_dir() else "no such file"
+        return InputError(f"ONNX {file}: {what}")
+    cause = lfs_pointer(file) or f"not a valid model ({one_line(error)}). Export it again"
+    return InputError(f"ONNX {file}: {cause}")
 
 
 def read_metadata(file: Path) -> Dict[str, str]:
@@ -222,7 +231,7 @@ def read_metadata(file: Path) -> Dict[str, str]:
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:
-        raise InputError(f"ONNX {file}: cannot be read ({one_line(error)}). Export it again") from error
+        raise _unreadable(file, error) from error
     opset = max(entry.version for entry in model.opset_import)
     return {**{entry.key: entry.value for entry in model.metadata_props}, "opset": str(opset)}
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from clipval import environment
-from clipval.errors import BackendUnavailable, InputError, UsageError, one_line
+from clipval.errors import BackendUnavailable, InputError, UsageError, disk_full, one_line
 from clipval.towers import Tower, towers
 
 HUB, FOLDER = "hf-hub:", "local-dir:"  # prefixes of names that bring config and weights along, as open_clip has them
@@ -168,7 +168,7 @@ def unreachable(what: str, error: Exception) -> InputError:
     """What is neither in the hub's cache nor could be downloaded; a full disk is said as that."""
     cause: Optional[BaseException] = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno == 28:
+        if isinstance(cause, OSError) and disk_full(cause):
             return InputError(f"{what} could not be stored: {one_line(cause)}; free space in the hub's cache (HF_HOME)")
         cause = cause.__cause__ or cause.__context__
     return InputError(

@@ -14,9 +14,8 @@ import numpy as np
 from clipval import checkpoint, library
 from clipval.errors import BackendUnavailable, ClipvalError, InputError, UsageError, one_line
 from clipval.library import CONTEXT, architecture, config, import_open_clip, open_clip_version
-from clipval.spec import PreprocessSpec
 from clipval.towers import Tower
-from clipval.transform import DEFAULT
+from clipval.transform import DEFAULT, PreprocessSpec
 from clipval.transform import build as build_transform
 from clipval.weights import RANDOM_SEED, Weights
 

@@ -20,10 +20,10 @@ from clipval.arrays import PreparedRows
 from clipval.datasets.images import open_rgb
 from clipval.model import Model, check_tokens
 from clipval.towers import Tower
+from clipval.transform import PreprocessSpec
 
 if TYPE_CHECKING:
     from clipval.datasets import RetrievalDataset
-    from clipval.spec import PreprocessSpec
 
 THREADS = 8
 Item = TypeVar("Item")

@@ -15,6 +15,7 @@ from clipval import datasets
 from clipval.backends import REFERENCE, base_name
 from clipval.errors import InputError, UsageError
 from clipval.towers import TOWER_NAMES, Tower, towers
+from clipval.transform import PreprocessSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -75,30 +76,6 @@ class DataSpec(_Table, frozen=True):
     fingerprint: str = ""
     duplicates: int = 0
     get: str = ""
-
-
-class PreprocessSpec(_Table, frozen=True):
-    """How images are prepared for the weights; stated apart from the code that does it, so that a gate can compare.
-
-    Attributes:
-        mean, std: per channel, RGB, of pixel values in [0, 1].
-        interpolation: `bicubic`, `bilinear`, or `random` (in training; bicubic here).
-        resize_mode: `shortest` edge to the size and crop, `longest` edge and pad, or `squash` to the size.
-        fill_color: grey level of the padding.
-        source: where this is from.
-    """
-
-    mean: Tuple[float, float, float]
-    std: Tuple[float, float, float]
-    source: str
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
-    fill_color: int = 0
-
-    def describe(self) -> str:
-        """In a few words, as `squash, bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5`."""
-        numbers = [f"{name} {' '.join(f'{one:g}' for one in getattr(self, name))}" for name in ("mean", "std")]
-        return ", ".join([self.resize_mode, self.interpolation, *numbers])
 
 
 class GoldenSpec(_Table, frozen=True):

@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Set, Tuple,
 
 from filelock import FileLock
 
-from clipval.errors import ClipvalError, InputError
+from clipval.errors import ClipvalError, InputError, disk_full, os_cause
 
 MANIFEST = "manifest.json"
 # They say where things lie and what went wrong, never what a result is.
@@ -204,13 +204,11 @@ class Store:
             os.replace(str(scratch), str(folder))
 
     def _explain(self, error: OSError) -> str:
-        # numpy's own "requested and written" has no number, and a short write means a full disk
-        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):
-            return f"work directory {self.root}: disk full; free some space or give another --workdir"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             return f"work directory {self.root}: cannot be written ({error.strerror}); give another --workdir"
-        where = error.filename or self.root
-        return f"{where}: {error.strerror or error}; check it, or give another --workdir"
+        if disk_full(error):
+            return f"work directory {self.root}: disk full; free some space or give another --workdir"
+        return os_cause(error)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from clipval import datasets
 from clipval import spec as specs
 from clipval.library import QUICK, brings_weights
 from clipval.options import Settings
-from clipval.spec import DataSpec, PreprocessSpec, Reference, Spec
+from clipval.spec import DataSpec, Reference, Spec
 from clipval.store import sha256
+from clipval.transform import PreprocessSpec
 from clipval.weights import RANDOM
 
 ANOTHER_PIPELINE = (

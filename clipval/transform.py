@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Literal, Optional, Tuple
+
+import msgspec
 
 from clipval.errors import InputError
 from clipval.library import import_open_clip, open_clip_version
-from clipval.spec import PreprocessSpec
+
+
+class PreprocessSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How images are prepared for the weights; stated apart from the code that does it, so that a gate can compare.
+
+    Attributes:
+        mean, std: per channel, RGB, of pixel values in [0, 1].
+        interpolation: `bicubic`, `bilinear`, or `random` (in training; bicubic here).
+        resize_mode: `shortest` edge to the size and crop, `longest` edge and pad, or `squash` to the size.
+        fill_color: grey level of the padding.
+        source: where this is from.
+    """
+
+    mean: Tuple[float, float, float]
+    std: Tuple[float, float, float]
+    source: str
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: int = 0
+
+    def describe(self) -> str:
+        """In a few words, as `squash, bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5`."""
+        numbers = [f"{name} {' '.join(f'{one:g}' for one in getattr(self, name))}" for name in ("mean", "std")]
+        return ", ".join([self.resize_mode, self.interpolation, *numbers])
+
 
 # open_clip's own default (its constants.py), which holds for 138 of the 196 tags of open_clip 3.3.0.
 DEFAULT = PreprocessSpec(

@@ -13,8 +13,8 @@ from typing import NamedTuple, Optional
 from clipval import environment, library, transform
 from clipval.errors import InputError
 from clipval.library import architecture, open_clip_version
-from clipval.spec import PreprocessSpec
 from clipval.store import sha256
+from clipval.transform import PreprocessSpec
 
 RANDOM = "random"
 RANDOM_SEED = 0

@@ -27,7 +27,7 @@ from clipval.backends import (
     providers,
 )
 from clipval.backends.providers import CANN, CPU
-from clipval.errors import BackendUnavailable, InputError, one_line
+from clipval.errors import BackendUnavailable, InputError, lfs_pointer, one_line
 from clipval.towers import Tower
 
 PRODUCTS_IN_A_ROW = 16
@@ -119,7 +119,8 @@ class OnnxBackend(Backend):
             said, what = one_line(error), "Export it again"
             if "ArgMax" in said and "NOT_IMPLEMENTED" in said:  # the recipe's own export takes the end token so
                 what = f"onnxruntime {self._runtime.__version__} has no ArgMax of int64, 1.20 and newer have; {what}"
-            raise InputError(f"ONNX {self._file}: onnxruntime cannot load it ({said}). {what}") from error
+            cause = lfs_pointer(self._file) or f"onnxruntime cannot load it ({said}). {what}"
+            raise InputError(f"ONNX {self._file}: {cause}") from error
 
     def _loads_on_cpu(self) -> bool:
         """The file is not at fault: the CPU takes it."""

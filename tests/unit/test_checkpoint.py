@@ -154,7 +154,7 @@ def a_zip(file):
 
 
 OTHER = {
-    "git-lfs": (a_pointer, "a git-lfs pointer to a file of 605 MB, not the weights. Run 'git lfs pull'"),
+    "git-lfs": (a_pointer, "a git-lfs pointer to a file of 605 MB, not the file itself. Run 'git lfs pull'"),
     "html": (lambda file: file.write_bytes(b"\n<!DOCTYPE html><html>"), "HTML .*Download the file again"),
     "index": (lambda file: file.write_bytes(b'{"weight_map": {}}'), "JSON text"),
     "gguf": (lambda file: file.write_bytes(b"GGUF\x03\0\0\0\0\0"), "a GGUF file"),

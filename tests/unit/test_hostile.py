@@ -1,6 +1,7 @@
 """Hostile input on the command line: exit code 2 and one line that names the file, never a traceback or a verdict."""
 
 import contextlib
+import errno
 import os
 import pickle
 import shutil
@@ -14,7 +15,9 @@ from PIL import Image
 
 from clipval import cli, export
 from clipval.datasets import shapes
+from clipval.errors import InputError
 from clipval.spec import FOLDER
+from clipval.store import Store
 from clipval.towers import TEXT
 
 from .conftest import CONFIG
@@ -393,3 +396,61 @@ def test_pytest_ends_in_a_usage_error(arguments, words, tmp_path):
     assert "Traceback" not in output
     assert "gates passed" not in output
     assert words in output
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(lines):
+    """`clipval reference | head`: 282 rows, more than a pipe holds."""
+    command = [sys.executable, "-m", "clipval", "reference"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        for _ in range(lines):
+            running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait(60) == 141 or lines  # a small table may be written whole before
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "never"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: disk full; free some space", "path"),
+        (OSError("7 requested and 3 written"), "disk full", "reached"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            "/x: Permission denied; check its permissions",
+            "disk",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/x"), "/x: No such file; check the path", "disk"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "cannot be reached", "disk"),
+        (OSError("HTTPSConnectionPool(host='hub'): Max retries exceeded"), "cannot be reached", "disk"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "cannot be written", "disk full"),
+    ],
+)
+def test_the_systems_errors_are_said_by_their_cause(error, words, never, monkeypatch, capsys):
+    def run(args):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.COMMANDS["doctor"]._replace(run=run))
+    said = refused(capsys, "doctor")
+    assert words in said
+    assert never not in said
+
+
+def test_a_hub_that_is_away_is_no_full_work_directory(tmp_path):
+    def build(folder):
+        raise OSError("We couldn't connect to the hub")
+
+    with pytest.raises(InputError, match="couldn't connect") as caught:
+        Store(tmp_path).get("kind", {}, build)
+    assert "disk" not in str(caught.value)
+
+
+def test_git_lfs_pointers_are_named_wherever_they_lie(tokens, graph, tmp_path, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 254000000\n"
+    words = "git-lfs pointer to a file of 254 MB, not the file itself. Run 'git lfs pull'"
+    (tmp_path / "m.onnx").write_text(pointer, encoding="utf-8")
+    assert words in refused(capsys, "embed", "--model", tmp_path / "m.onnx", "--input", tokens)
+    min(tokens.iterdir()).write_text(pointer, encoding="utf-8")
+    assert words in refused(capsys, "embed", "--model", graph, "--input", tokens, "--output", tmp_path / "out")
+    command = ["export", "--model-name", CONFIG, "--pretrained", tmp_path / "m.onnx", "--workdir", tmp_path / "work"]
+    assert words in refused(capsys, *command, "--onnx-prefix", tmp_path / "m")
