@@ -6,26 +6,32 @@ from typing import Any, Callable, Dict
 
 
 def measure(ways: Dict[str, Callable[[], Any]], rounds: int) -> Dict[str, Dict[str, float]]:
-    """Seconds of each way, best and median, and the median over rounds of the first way's time as a share of it."""
+    """Seconds of each way, best and median, best of the processors', and the first way's median share of each round."""
     times: Dict[str, Any] = {name: [] for name in ways}
+    busy: Dict[str, Any] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             way()
             if turn or rounds == 1:  # the first one warms up
                 times[name].append(time.perf_counter() - started)
+                busy[name].append(time.process_time() - worked)
         if rounds == 1:
             break
     first = next(iter(times.values()))
     rows = {}
     for name, seconds in times.items():
         share = statistics.median(ours / theirs for ours, theirs in zip(first, seconds))
-        rows[name] = {"best": min(seconds), "median": statistics.median(seconds), "share": share}
+        median = statistics.median(seconds)
+        rows[name] = {"best": min(seconds), "median": median, "processor": min(busy[name]), "share": share}
     return rows
 
 
 def show(rows: Dict[str, Dict[str, float]]) -> None:
     width = max(len(name) for name in rows)
-    print(f"{'':{width}}  best seconds    median  clipval takes")
+    print(f"{'':{width}}  best seconds    median  processors  clipval takes")
     for name, row in rows.items():
-        print(f"{name:{width}}  {row['best']:12.4f}  {row['median']:8.4f}  {row['share']:.2f} of it")
+        print(
+            f"{name:{width}}  {row['best']:12.4f}  {row['median']:8.4f}  {row['processor']:10.4f}  "
+            f"{row['share']:.2f} of it"
+        )

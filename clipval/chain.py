@@ -208,7 +208,7 @@ class Chain:
         def build(folder: Path) -> None:
             preprocess.prepare(self.dataset, self.model, self.towers, folder)
 
-        folder = self.store.get("prepared", key, build)
+        folder = self.store.get("prepared", key, build, resumes=True)
         return preprocess.opened(self.dataset, self.towers, folder)
 
     def input_digests(self, tower: Tower) -> np.ndarray:

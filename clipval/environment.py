@@ -66,6 +66,11 @@ def library_versions() -> Dict[str, str]:
     return {name: version(name) or "absent" for name in PACKAGES}
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe() -> Dict[str, Any]:
     """Everything a report says of the machine."""
     return {
@@ -74,7 +79,7 @@ def describe() -> Dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "git": git_commit(Path(__file__).parent),
     }

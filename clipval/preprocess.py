@@ -2,20 +2,31 @@
 
 `images/<id>.npy` is float32 [1, 3, side, side], `texts/<id>_<k>.npy` int64 [1, 77].
 
-Pixels are exactly what the model's own open_clip transform gives for the image as RGB.
+Pixels are exactly what the model's own open_clip transform gives for the image as RGB: its own steps resize and crop,
+and each grey level then takes the value that its own last steps give to that level. Threads share the work, as
+decoding, resizing and writing release the interpreter's lock; neither rows nor tasks pile up in memory.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import io
+import json
+import os
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Set, Tuple, TypeVar
 
 import numpy as np
+from numpy.lib import format as npy
 from PIL import Image
 from tqdm import tqdm
 
+from clipval import environment, store
 from clipval.arrays import PreparedRows
 from clipval.datasets.images import open_rgb
 from clipval.model import Model, check_tokens
@@ -25,7 +36,12 @@ from clipval.transform import PreprocessSpec
 if TYPE_CHECKING:
     from clipval.datasets import RetrievalDataset
 
-THREADS = 8
+THREADS = max(2, min(32, environment.usable_cores()))
+AHEAD = 4 * THREADS  # tasks that wait at most
+CAPTIONS = 256  # tokenised at once
+UNFINISHED = "unfinished.json"
+# The last steps of open_clip's transforms, all versions: each value depends on its own grey level and channel alone.
+SCALING = ({"ToTensor", "MaybeToTensor"}, {"Normalize"})
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -38,30 +54,138 @@ class PreparedData:
     rows: Dict[str, PreparedRows]
 
 
+class Transform:
+    """A model's own transform, bit for bit, without torch where its last steps are known.
+
+    Args:
+        transform: open_clip's, PIL image -> float32 tensor [3, side, side].
+    """
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self._whole = transform
+        self._steps: List[Callable[[Any], Any]] = list(getattr(transform, "transforms", []))
+        names = [type(step).__name__ for step in self._steps[-2:]]
+        self._table: Optional[np.ndarray] = None
+        if len(names) == 2 and all(name in known for name, known in zip(names, SCALING)):
+            grey = np.arange(256, dtype=np.uint8)
+            ramp: Any = Image.fromarray(np.repeat(grey[None, :, None], 3, axis=2))
+            for step in self._steps[-2:]:
+                ramp = step(ramp)
+            self._table = np.ascontiguousarray(ramp.numpy()[:, 0], dtype=np.float32)  # [3, 256]
+
+    def __call__(self, image: Image.Image, out: np.ndarray) -> None:
+        """Fill `out`, float32 [3, side, side], from an RGB image."""
+        if self._table is None:
+            out[:] = self._whole(image).numpy()
+            return
+        for step in self._steps[:-2]:
+            image = step(image)
+        levels = np.asarray(image)
+        for channel, values in enumerate(self._table):
+            np.take(values, levels[:, :, channel], out=out[channel], mode="clip")
+
+
 def prepare(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], folder: Path) -> PreparedData:
     """Write every image and caption as arrays; shows a progress bar on a terminal.
+
+    What a run that was killed has written into the folder is kept, where data, transform, tokenizer and code are the
+    same.
 
     Raises:
         InputError: an image cannot be read; the file is named.
     """
     vision, text = towers["vision"], towers["text"]
-    (folder / vision.prepared).mkdir(parents=True, exist_ok=True)
-    (folder / text.prepared).mkdir(parents=True, exist_ok=True)
-
-    def write_image(item: Tuple[str, Path]) -> None:
-        name, path = item
-        np.save(folder / vision.prepared / f"{name}.npy", pixels(path, model)[None])
-
-    def write_text(item: Tuple[str, np.ndarray]) -> None:
-        name, row = item
-        np.save(folder / text.prepared / f"{name}.npy", row[None])
-
-    each_in_threads(
-        write_image, zip(dataset.image_ids, dataset.image_paths), "preprocess images", len(dataset.image_ids)
-    )
-    rows = tokens(dataset.captions, model, text)
-    each_in_threads(write_text, zip(dataset.caption_ids, rows), "preprocess texts", len(rows))
+    done = _begin(dataset, model, towers, folder)
+    _write_images(dataset, model, vision, folder / vision.prepared, done["vision"])
+    _write_texts(dataset, model, text, folder / text.prepared, done["text"])
+    (folder / UNFINISHED).unlink()
     return opened(dataset, towers, folder)
+
+
+def _write_images(dataset: RetrievalDataset, model: Model, tower: Tower, folder: Path, done: Set[str]) -> None:
+    transform, shape = Transform(model.transform), tower.shape(1)
+    start = _header("float32", shape)
+    own = threading.local()
+
+    def write(item: Tuple[str, Path]) -> None:
+        name, path = item
+        if not hasattr(own, "content"):  # one buffer a thread: fresh memory costs as much as decoding
+            own.content = bytearray(start) + bytearray(4 * int(np.prod(shape)))
+            own.row = np.frombuffer(own.content, np.float32, offset=len(start)).reshape(shape)
+        transform(open_rgb(path), own.row[0])
+        _write(folder / f"{name}.npy", own.content)
+
+    items = [item for item in zip(dataset.image_ids, dataset.image_paths) if item[0] not in done]
+    each_in_threads(write, items, "preprocess images", len(items))
+
+
+def _write_texts(dataset: RetrievalDataset, model: Model, tower: Tower, folder: Path, done: Set[str]) -> None:
+    left = [n for n, name in enumerate(dataset.caption_ids) if name not in done]
+    parts = [left[start : start + CAPTIONS] for start in range(0, len(left), CAPTIONS)]
+
+    def write(part: List[int]) -> None:
+        rows = tokens([dataset.captions[n] for n in part], model, tower)
+        for n, row in zip(part, rows):
+            content = _header(rows.dtype.name, (1, *row.shape)) + row.tobytes()
+            _write(folder / f"{dataset.caption_ids[n]}.npy", content)
+
+    each_in_threads(write, parts, "preprocess texts", len(parts))
+
+
+@lru_cache(maxsize=None)
+def _header(dtype: str, shape: Tuple[int, ...]) -> bytes:
+    """What `np.save` writes before an array."""
+    stream = io.BytesIO()
+    about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(stream, about)
+    return stream.getvalue()
+
+
+def _write(file: Path, content: Any) -> None:
+    """Write a file in one call; one that was cut off is known by its size."""
+    with open(file, "wb", buffering=0) as stream:
+        written = stream.write(content)
+        if written != len(content):
+            raise OSError(f"{file}: {written} of {len(content)} bytes written")  # without a number, as numpy's own
+
+
+def _begin(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], folder: Path) -> Dict[str, Set[str]]:
+    """Names of the rows, by tower, that a killed run of the same made; other rows of these names are removed."""
+    key, marker = _key(dataset, model, towers["text"]), folder / UNFINISHED
+    same = marker.is_file() and marker.read_bytes() == key
+    done: Dict[str, Set[str]] = {}
+    for name, ids in (("vision", dataset.image_ids), ("text", dataset.caption_ids)):
+        rows, wanted, tower = folder / towers[name].prepared, set(ids), towers[name]
+        rows.mkdir(parents=True, exist_ok=True)
+        whole = len(_header(tower.dtype, tower.shape(1))) + np.dtype(tower.dtype).itemsize * int(
+            np.prod(tower.row_shape)
+        )
+        with os.scandir(rows) as entries:
+            found = {entry.name[: -len(".npy")]: entry for entry in entries if entry.name.endswith(".npy")}
+        done[name] = {one for one in wanted & set(found) if same and found[one].stat().st_size == whole}
+        for one in (wanted & set(found)) - done[name]:
+            os.unlink(found[one].path)
+    if not same:
+        store.write(marker, key)
+    return done
+
+
+def _key(dataset: RetrievalDataset, model: Model, text: Tower) -> bytes:
+    """Everything that the rows depend on; of the images their sizes and times, as nobody reads them all twice."""
+    digest = hashlib.sha256()
+    for name, path in zip(dataset.image_ids, dataset.image_paths):
+        stat = os.stat(path)
+        digest.update(f"{name} {path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for name, caption in zip(dataset.caption_ids, dataset.captions):
+        digest.update(f"{name} {caption}\n".encode())
+    known = {
+        "transform": str(model.transform),
+        "tokens": hashlib.sha256(tokens(dataset.captions[:32], model, text).tobytes()).hexdigest(),
+        "data": digest.hexdigest(),
+        "code": store.code_hash("clipval.preprocess"),
+        "versions": environment.library_versions(),
+    }
+    return json.dumps(known, indent=1).encode()
 
 
 def opened(dataset: RetrievalDataset, towers: Dict[str, Tower], folder: Path) -> PreparedData:
@@ -126,8 +250,21 @@ def tokens(captions: Sequence[str], model: Model, tower: Tower) -> np.ndarray:
 def each_in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], describe: str = "", total: Optional[int] = None
 ) -> List[Result]:
-    """Map in threads (decoding, resizing and array I/O release the interpreter's lock), with a progress bar."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(
-            tqdm(pool.map(function, items), desc=describe, total=total, disable=None if describe else True, leave=False)
-        )
+    """Map in threads, with a progress bar; few items are taken before their turn."""
+    results: List[Result] = []
+    waiting: Deque[Future[Result]] = deque()
+    hidden = None if describe else True
+    with ThreadPoolExecutor(THREADS) as pool, tqdm(desc=describe, total=total, disable=hidden, leave=False) as bar:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= AHEAD:
+                    results.append(waiting.popleft().result())
+                    bar.update()
+            while waiting:
+                results.append(waiting.popleft().result())
+                bar.update()
+        finally:
+            for left in waiting:
+                left.cancel()
+    return results

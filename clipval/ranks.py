@@ -12,7 +12,6 @@ what is left in its column. Memory beside the embeddings: their float32 copies, 
 
 from __future__ import annotations
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
+from clipval import environment
 from clipval.errors import BackendUnavailable
 
 TIE = 1e-12  # float64 products of equal vectors differ by less than this between kernels of one GEMM
@@ -187,8 +187,8 @@ class _Scores:
 
     def rank(self) -> Tuple[Ranks, Ranks]:
         count = len(self.owner)
-        blocks = -(-count // CAPTIONS)
-        blocks = min(-(-blocks // _cores()) * _cores(), count)  # every core has as many
+        cores = environment.usable_cores()
+        blocks = min(-(-count // (CAPTIONS * cores)) * cores, count)  # every core has as many
         edges = np.linspace(0, count, blocks + 1).astype(int)
         _in_threads(self.block, [slice(a, b) for a, b in zip(edges, edges[1:])], "ranks")
         return self.captions.result(), self.images.result()
@@ -273,10 +273,6 @@ def _split(
     return sure, row, column
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @lru_cache(maxsize=None)
 def _blas() -> ThreadpoolController:
     return ThreadpoolController()
@@ -290,7 +286,7 @@ def _one_blas_thread() -> ContextManager[Any]:
 
 def _in_threads(function: Any, items: Any, describe: str = "") -> None:
     tasks: List[Any] = list(items)
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(environment.usable_cores()) as pool:
         done = pool.map(function, tasks)
         for _ in tqdm(done, desc=describe, total=len(tasks), disable=None if describe else True, leave=False, delay=2):
             pass

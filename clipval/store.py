@@ -126,7 +126,7 @@ class Store:
         except OSError as error:
             raise InputError(self._explain(error)) from error
 
-    def get(self, kind: str, key: Mapping[str, Any], build: Build) -> Path:
+    def get(self, kind: str, key: Mapping[str, Any], build: Build, *, resumes: bool = False) -> Path:
         """The folder of an artifact, built by `build(folder)` where it is missing, stale or damaged.
 
         Args:
@@ -134,6 +134,7 @@ class Store:
             key: everything the result depends on, JSON-able.
             build: fills the empty folder that it is given; what it raises is passed on and nothing is kept. What
                 failed is not built again by this store: the next call raises the same error.
+            resumes: `build` goes on with what a killed or failed one of the same key left in its folder.
 
         Raises:
             InputError: the work directory cannot be written or the disk is full.
@@ -147,7 +148,7 @@ class Store:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(str(folder) + ".lock"):
                 if not self._usable(folder, whole):
-                    self._build(folder, whole, build)
+                    self._build(folder, whole, build, resumes)
         except ClipvalError as error:
             self._failed[folder] = error
             raise
@@ -195,9 +196,9 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _build(self, folder: Path, key: Dict[str, Any], build: Build) -> None:
+    def _build(self, folder: Path, key: Dict[str, Any], build: Build, resumes: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        with aside(folder) as scratch:
+        with aside(folder, resumes) as scratch:
             build(scratch)
             manifest = {"key": key, "built": time.time(), "files": _list(scratch)}
             (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -212,15 +213,20 @@ class Store:
 
 
 @contextmanager
-def aside(folder: Path) -> Iterator[Path]:
-    """An empty folder next to one that is being made, to be moved into its place when it is complete."""
+def aside(folder: Path, resumes: bool = False) -> Iterator[Path]:
+    """A folder next to one that is being made, to be moved into its place when it is complete.
+
+    It is empty, or with `resumes` holds what was left of one that was not completed.
+    """
     scratch = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
-    scratch.mkdir(parents=True)
+    if not resumes:
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+    scratch.mkdir(parents=True, exist_ok=resumes)
     try:
         yield scratch
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not resumes:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write(file: Path, content: bytes) -> None:

@@ -201,6 +201,7 @@ def test_bad_specs(old, new, words, tmp_path, capsys):
         ("{image},r\udce9d\n", "not UTF-8"),
         ("/etc/passwd,x\n", "not below the data folder"),
         ('{image},"x\n', "line 1"),
+        ("{image} x\n", "1 columns"),
         ("{image},x,y\n", "3 columns"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipval import ranks
+from clipval import environment, ranks
 from clipval.errors import BackendUnavailable
 
 DTYPES = (np.float16, np.float32, np.float64)
@@ -116,7 +116,7 @@ def test_float64_outside_the_range_of_its_squares(scale):
 
 @pytest.mark.parametrize("cores", [1, 2, 5])
 def test_any_number_of_cores(monkeypatch, cores):
-    monkeypatch.setattr(ranks, "_cores", lambda: cores)
+    monkeypatch.setattr(environment, "usable_cores", lambda: cores)
     rng = np.random.default_rng(8)
     agree(
         rng.normal(size=(64, 32)).astype(np.float32),

@@ -68,6 +68,25 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     assert not [path for path in (tmp_path / "kind").iterdir() if path.suffix != ".lock"]
 
 
+def test_a_build_that_resumes_finds_what_was_left(tmp_path):
+    found = []
+
+    def build(folder):
+        found.append(sorted(path.name for path in folder.iterdir()))
+        (folder / f"{len(found)}.txt").write_text("x", encoding="utf-8")
+        if len(found) < 3:
+            raise InputError("stopped")
+
+    for _ in range(2):
+        with pytest.raises(InputError, match="stopped"):
+            Store(tmp_path).get("kind", {}, build, resumes=True)
+    folder = Store(tmp_path).get("kind", {}, build, resumes=True)
+    assert found == [[], ["1.txt"], ["1.txt", "2.txt"]]
+    assert set(files(folder)) == {"1.txt", "2.txt", "3.txt"}
+    assert Store(tmp_path).get("kind", {"other": 1}, build, resumes=True) != folder
+    assert found[-1] == []
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     def fail(folder):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "x"))
