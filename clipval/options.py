@@ -209,6 +209,12 @@ def table() -> Dict[str, Dict[str, Any]]:
             "metavar": "LIST",
             "help": "NPUs by logic id, as 0 or 0,1; each is validated",
         },
+        "--device-timeout": {
+            "type": at_least(float, 1),
+            "metavar": "S",
+            "help": "a device call that takes longer ends the run as failed",
+        },
+        "--allow-health": {"action": "store_true", "help": "use an NPU whose health is Alarm or worse"},
         "--allow-simulated": {"action": "store_true", "help": "let a simulated NPU pass gates"},
         "--perf-min-time": {"type": at_least(float, 0.01), "metavar": "S", "help": "seconds of timed calls a row"},
         "--perf-max-time": {"type": at_least(float, 0.01), "metavar": "S", "help": "seconds a row at most"},

@@ -19,6 +19,7 @@ from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple
 import pytest
 
 from clipval import evidence, gates, options, promise, report, supervise
+from clipval.ascend import watchdog
 from clipval.chain import Chain
 from clipval.errors import ClipvalError
 from clipval.results import FAIL, Figure, from_json, to_json
@@ -93,6 +94,8 @@ def pytest_configure(config: pytest.Config) -> None:
     unwatched = config.stash.get(UNWATCHED, "")
     if unwatched:
         config.stash[ACCOUNT].notes.append(f"the exit code: nothing watches this process, as {unwatched}")
+    watched = os.getppid() if supervise.watched() else None
+    watchdog.tell(results=str(config.stash[ACCOUNT].file.absolute()), also=watched, say=os.dup(2))
     if reports:
         config.pluginmanager.register(Keeper(config))  # without a name, so that -p no:NAME cannot switch it off
 
@@ -219,6 +222,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             config.stash[CHAIN].check_inputs()
         except ClipvalError as error:
             raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    watchdog.tell(gate=_gate_id(item))
 
 
 class Recorder:

@@ -64,6 +64,11 @@ def fork(say: Callable[[str], None]) -> Optional[int]:
     return code
 
 
+def watched() -> bool:
+    """This process is the child that somebody watches."""
+    return _record is not None
+
+
 def close(code: int) -> None:
     """The child's closing record: what it means to exit with. Nothing where nobody watches."""
     if _record is not None:

@@ -147,6 +147,8 @@ class BackendSettings:
     atc_flags: Tuple[str, ...] = ()
     jobs: Optional[int] = None
     device_id: Tuple[int, ...] = (0,)
+    device_timeout: float = 300.0
+    allow_health: bool = False
     allow_simulated: bool = False
 
 

@@ -11,11 +11,11 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from clipval.ascend import acl, aclruntime, atc, host, npu_smi, occupancy, om_files
+from clipval.ascend import acl, aclruntime, atc, host, npu_smi, occupancy, om_files, watchdog
 from clipval.backends import EXTRA, Backend, BackendSettings, Identity, Kind, Materials, Opening
 from clipval.errors import BackendUnavailable, ClipvalError, InputError
 from clipval.towers import Tower
@@ -38,6 +38,7 @@ class OmBackend(Backend):
         batch_size: rows of a batch; must be what the OM was compiled for.
         device_id: ACL's device id, a logic id after `ASCEND_RT_VISIBLE_DEVICES`.
         precision: atc's precision mode that the OM was compiled with; a label, the file does not tell.
+        device_timeout: seconds after which a device call ends the process; see `clipval.ascend.watchdog`.
 
     Raises:
         BackendUnavailable: aclruntime, the driver or the device cannot be used.
@@ -45,7 +46,13 @@ class OmBackend(Backend):
     """
 
     def __init__(
-        self, tower: Tower, om: Path, batch_size: int, device_id: int = 0, precision: str = atc.DEFAULT_MODE
+        self,
+        tower: Tower,
+        om: Path,
+        batch_size: int,
+        device_id: int = 0,
+        precision: str = atc.DEFAULT_MODE,
+        device_timeout: Optional[float] = None,
     ) -> None:
         acl.refuse_fork()
         self.tower = tower
@@ -54,6 +61,7 @@ class OmBackend(Backend):
         self._file = _readable(om)
         self._device_id = device_id
         self._where = f"om backend, {tower.name} tower, {self._file}"
+        self._device_timeout = device_timeout
         self._times: List[float] = []  # of sessions that were closed
         self._closed = ""
         self._session: Optional[aclruntime.Session] = None
@@ -70,7 +78,8 @@ class OmBackend(Backend):
         """A fresh session that keeps the contract."""
         started = time.perf_counter()
         try:
-            session = aclruntime.Session(self._file, self._device_id)
+            with self._limited("loading"):
+                session = aclruntime.Session(self._file, self._device_id)
         except acl.Failed as failed:
             raise self._load_error(failed) from failed
         self.load_seconds = time.perf_counter() - started
@@ -81,7 +90,7 @@ class OmBackend(Backend):
             self._check_input(session.inputs)
             self._output = self._check_outputs(session.outputs)
         except ClipvalError:
-            session.free()
+            self._free(session)
             raise
         self._session = session
         return session
@@ -141,7 +150,8 @@ class OmBackend(Backend):
             self._renew_when_stale()
             session = self._require_open()
             try:
-                found = session.run(exact, self._output.name)
+                with self._limited("a run"):
+                    found = session.run(exact, self._output.name)
             except acl.Failed as failed:
                 advice = acl.advice(failed.words) or "the device may be lost; see `npu-smi info` and ~/ascend/log"
                 raise BackendUnavailable(
@@ -195,7 +205,7 @@ class OmBackend(Backend):
             session = self._require_open()
             self._times += self._session_times()
             self._session = None
-            session.free()
+            self._free(session)
             try:
                 self._open()
             except ClipvalError:
@@ -238,7 +248,14 @@ class OmBackend(Backend):
         with suppress(BackendUnavailable):  # after a failed run, whose own error was raised
             self._times += self._session_times()
         session, self._session = self._session, None
-        session.free()
+        self._free(session)
+
+    def _free(self, session: aclruntime.Session) -> None:
+        with self._limited("closing"):
+            session.free()
+
+    def _limited(self, what: str) -> ContextManager[None]:
+        return watchdog.limit(self._device_timeout, self._device_id, f"{self._where}: {what}")
 
 
 def _readable(om: Path) -> Path:
@@ -291,9 +308,31 @@ def _ahead(made: Materials, needed: Sequence[Tuple[Tower, int]]) -> None:
 
 def _open_file(made: Materials, asked: Opening) -> Backend:
     assert asked.file is not None
-    precision = made.settings.precision_mode or atc.DEFAULT_MODE
+    chosen = made.settings
+    precision, timeout = chosen.precision_mode or atc.DEFAULT_MODE, chosen.device_timeout
+    health = _health(asked.device, chosen.allow_health)
     with occupancy.opening(asked.device):
-        return OmBackend(asked.tower, asked.file, asked.batch_size, asked.device, precision)
+        backend = OmBackend(asked.tower, asked.file, asked.batch_size, asked.device, precision, timeout)
+    backend.notes = (*backend.notes, *health)
+    return backend
+
+
+def _health(device_id: int, allowed: bool) -> Tuple[str, ...]:
+    """What to say of a chip's health; a warning is for the figures to judge, worse fails before anything is measured.
+
+    Raises:
+        BackendUnavailable: Alarm, Critical or a word that is not known, and not `allowed`.
+    """
+    npu = npu_smi.npu(device_id)
+    if npu.health.lower() == "ok":
+        return ()
+    said = f"device {device_id} ({npu.soc_version}) has health {npu.health}, says npu-smi"
+    if npu.health.lower() != "warning" and not allowed:
+        raise BackendUnavailable(
+            f"om backend: {said}; see `npu-smi info -t health -i {npu.npu_id}`, reset or replace it. Boards of 310B "
+            f"show Alarm and work: --allow-health takes it"
+        )
+    return (said,)
 
 
 KIND = Kind(

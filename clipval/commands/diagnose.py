@@ -16,7 +16,16 @@ from clipval.towers import TOWER_NAMES
 def _declare(parser: Parser) -> None:
     model_options(parser)
     names = ["--data-dir", "--captions-format", "--opset-version", "--onnx-providers", "--device-id", "--soc-version"]
-    names += ["--om-dir", "--precision-mode", "--keep-dtype", "--atc-flags", "--allow-simulated", "--rebuild"]
+    names += [
+        "--om-dir",
+        "--precision-mode",
+        "--keep-dtype",
+        "--atc-flags",
+        "--device-timeout",
+        "--allow-health",
+        "--allow-simulated",
+        "--rebuild",
+    ]
     add_options(parser.add_argument, names)
     parser.add_argument("--backend", choices=("onnx",), help="whose tower; without it the ending of --model tells")
     parser.add_argument("--tower", choices=TOWER_NAMES, help="without it the name of --model tells")

@@ -24,7 +24,16 @@ TABLE = "{:30} {:>9}  {:24}  {:>15}  {:>11}  {:>6}  {}"
 def _declare_bench(parser: Parser) -> None:
     model_options(parser)
     names = ["--data-dir", "--backends", "--batch-sizes", *ONNX_OPTIONS, "--device-id", "--precision-mode"]
-    names += ["--soc-version", "--om-dir", "--allow-simulated", "--perf-min-time", "--perf-max-time", "--perf-noise"]
+    names += [
+        "--soc-version",
+        "--om-dir",
+        "--device-timeout",
+        "--allow-health",
+        "--allow-simulated",
+        "--perf-min-time",
+        "--perf-max-time",
+        "--perf-noise",
+    ]
     add_options(parser.add_argument, names)
     parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as ais_bench takes it")
     parser.add_argument(

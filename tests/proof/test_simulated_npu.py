@@ -99,6 +99,14 @@ def test_the_recipes_own_om_files_are_taken_as_they_are(tmp_path, run, fault):
     assert code == 0, output[-3000:]
 
 
+def test_a_device_that_does_not_come_back_ends_the_run(small_spec, tmp_path):
+    faults = simulated(fault="device_hangs")
+    ended = small.run(small_spec, tmp_path / "work", *NPU, "--device-timeout", "2", **faults)
+    assert ended.code == 137, ended.output[-3000:]
+    assert "did not come back within 2 s (--device-timeout); npu-smi then: Ascend910B4" in ended.output
+    assert [one.metric for one in ended.figures if one.verdict == "fail"] == ["device call"]
+
+
 def test_a_busy_npu_is_no_figure(run):
     code, output = run("-m", "perf", "--backends", "om", "--allow-simulated", "--batch-sizes", "8", fault="busy")
     assert code == 1

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clipval import results
 from clipval.ascend import acl, atc
-from clipval.backends import om
+from clipval.backends import BackendSettings, Opening, om
 from clipval.errors import BackendUnavailable, InputError
 from clipval.towers import TEXT, TOWER_NAMES, VISION, towers
 from tests.simulator import GENERATIONS, LIB, environment, forget, tiny
@@ -501,3 +503,61 @@ def test_words_of_c_code_are_captured_too(capfd):
     with pytest.raises(acl.Failed, match=r"^\[ERROR\] EE1001: the argument is invalid; \[1\]$"):
         load()
     assert "EE1001" not in capfd.readouterr().out
+
+
+HANG = """
+import sys
+from pathlib import Path
+from clipval.ascend import watchdog
+from clipval.backends import om
+from clipval.towers import TEXT
+from tests.simulator import tiny
+watchdog.tell(results=sys.argv[2], gate="parity/om/text")
+backend = om.OmBackend(TEXT, Path(sys.argv[1]), batch_size=4, device_timeout=1)
+backend.run(tiny.rows(TEXT, 4))
+backend.run(tiny.rows(TEXT, 4))
+"""
+
+
+def test_a_call_that_does_not_come_back_ends_the_run_as_failed(host, build, tmp_path):
+    """The runtime keeps Python's lock meanwhile, so nothing in this process could."""
+    file, found = build(TEXT), tmp_path / "runs" / "results.jsonl"
+    variables = {**os.environ, **environment(fault="device_hangs", lose_after=1, health="Warning")}
+    command = [sys.executable, "-c", HANG, str(file), str(found)]
+    done = subprocess.run(
+        command, cwd=str(ROOT), env=variables, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == -9
+    assert f"clipval: FAIL: om backend, text tower, {file}: a run: device 0 did not come back within 1 s" in done.stderr
+    assert "npu-smi then: Ascend910B4 NPU 0 chip 0, health Warning" in done.stderr
+    (figure,) = results.read(found)
+    assert (figure.gate, figure.verdict, figure.failure) == ("parity/om/text", "fail", "environment")
+    assert "did not come back" in figure.message
+
+
+def test_a_call_that_comes_back_in_time_is_left_alone(host, build):
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4, device_timeout=1)
+    for _ in range(4):
+        backend.run(tiny.rows(TEXT, 4))
+        time.sleep(0.6)
+
+
+@pytest.mark.parametrize("health", ["Alarm", "Critical", "Unknown"])
+def test_a_chip_that_is_not_well_is_not_measured(host, build, health):
+    host(health=health)
+    made = types.SimpleNamespace(settings=BackendSettings(device_timeout=60))
+    asked = Opening(TEXT, build(TEXT), 4, 0)
+    with pytest.raises(
+        BackendUnavailable, match=rf"device 0 \(Ascend910B4\) has health {health}.*--allow-health takes it"
+    ):
+        om.KIND.open(made, asked)
+    made.settings = BackendSettings(allow_health=True)
+    said = f"device 0 (Ascend910B4) has health {health}, says npu-smi"
+    assert om.KIND.open(made, asked).notes == (said,)
+
+
+def test_a_warning_is_said_and_judged_by_the_figures(host, build):
+    host(health="Warning")
+    made = types.SimpleNamespace(settings=BackendSettings())
+    (note,) = om.KIND.open(made, Opening(TEXT, build(TEXT), 4, 0)).notes
+    assert note == "device 0 (Ascend910B4) has health Warning, says npu-smi"

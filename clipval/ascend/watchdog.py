@@ -1,0 +1,146 @@
+"""Device calls that do not come back: a process beside this one ends it, says why and records the run as failed.
+
+aclruntime keeps Python's lock for the whole of a call (no `gil_scoped_release` in its source), so while a call hangs no
+thread of this process can do anything. Both processes share a page of memory: a call costs two writes to it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+SIZE = 1 << 14
+DEADLINE = struct.Struct("d")  # of the call that is under way, on the system-wide monotonic clock; 0 for none
+TICK = 0.5  # seconds between two looks
+KILL_SECONDS = 10.0  # a process that waits in the driver is not ended by a signal
+
+_page: Optional[mmap.mmap] = None
+_owner = 0
+_context: Dict[str, Any] = {}
+
+
+def tell(**context: Any) -> None:
+    """Say what to do besides ending this process; each value stays until it is replaced.
+
+    Args:
+        context: `results`, a file that gets the failed figure; `gate`, its id; `also`, the pid of a process that waits
+            for this one; `say`, the descriptor for the message (2 by default).
+    """
+    _context.update(context)
+    if _page is not None and _owner == os.getpid():
+        _write(_page)
+
+
+@contextmanager
+def limit(seconds: Optional[float], device: int, what: str) -> Iterator[None]:
+    """End this process where the body takes longer than `seconds`; None is no limit.
+
+    Args:
+        device: ACL's device id, of which npu-smi is asked then; what: the call in words, for the message.
+    """
+    if seconds is None:
+        yield
+        return
+    page = _started()
+    if (_context.get("seconds"), _context.get("device"), _context.get("what")) != (seconds, device, what):
+        tell(seconds=seconds, device=device, what=what)
+    DEADLINE.pack_into(page, 0, time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        DEADLINE.pack_into(page, 0, 0.0)
+
+
+def _started() -> mmap.mmap:
+    """The page of this process's watcher, which is started first where there is none."""
+    global _page, _owner
+    if _page is not None and _owner == os.getpid():
+        return _page
+    with tempfile.TemporaryFile() as file:
+        file.truncate(SIZE)
+        _page, _owner = mmap.mmap(file.fileno(), SIZE), os.getpid()
+        say = os.dup(_context.get("say", 2))
+        code = f"from clipval.ascend import watchdog; watchdog.watch({file.fileno()}, {os.getpid()}, {say})"
+        package = str(Path(__file__).parents[2])
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, sys.path)])},
+            pass_fds=(file.fileno(), say),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run
+        )
+        os.close(say)
+    _write(_page)
+    return _page
+
+
+def _write(page: mmap.mmap) -> None:
+    text = json.dumps(_context).encode()[: SIZE - DEADLINE.size - 1]
+    page[DEADLINE.size : DEADLINE.size + len(text) + 1] = text + b"\0"
+
+
+def watch(descriptor: int, pid: int, say: int) -> None:
+    """The watcher's whole life: until the process ends, or one of its calls takes too long."""
+    page = mmap.mmap(descriptor, SIZE)
+    os.close(descriptor)
+    while os.getppid() == pid:
+        (deadline,) = DEADLINE.unpack_from(page, 0)
+        if deadline and time.monotonic() > deadline:
+            end = page.find(b"\0", DEADLINE.size)
+            _end(pid, say, json.loads(page[DEADLINE.size : end]))
+            return
+        time.sleep(TICK)
+
+
+def _end(pid: int, say: int, context: Dict[str, Any]) -> None:
+    message = (
+        f"{context['what']}: device {context['device']} did not come back within {context['seconds']:g} s "
+        f"(--device-timeout); npu-smi then: {_state(context['device'])}"
+    )
+    with suppress(OSError):
+        os.write(say, f"\nclipval: FAIL: {message}; the run is ended\n".encode("utf-8", "replace"))
+    if context.get("results"):
+        _record(Path(context["results"]), context.get("gate") or "device", message)
+    os.kill(pid, signal.SIGKILL)
+    ends = time.monotonic() + KILL_SECONDS
+    while os.getppid() == pid and time.monotonic() < ends:
+        time.sleep(0.1)
+    if os.getppid() == pid and context.get("also"):
+        os.kill(context["also"], signal.SIGKILL)
+
+
+def _state(device: int) -> str:
+    """What npu-smi shows of the chip, in a line; its own error where it does not come back either."""
+    from clipval.ascend import npu_smi
+    from clipval.errors import ClipvalError
+
+    try:
+        npu = npu_smi.npu(device)
+    except ClipvalError as error:
+        return str(error)
+    held = ", ".join(f"{one.name or 'process'} {one.pid}" for one in npu.processes) or "no process"
+    memory = f"{npu.memory_used_mb} of {npu.memory_total_mb} MB in use"
+    return f"{npu.soc_version} NPU {npu.npu_id} chip {npu.chip_id}, health {npu.health}, {memory}, {held}"
+
+
+def _record(file: Path, gate: str, message: str) -> None:
+    from clipval import results
+
+    figure = results.Figure(
+        gate=gate, metric="device call", unit="", verdict=results.FAIL, failure="environment", message=message
+    )
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        results.append(file, [figure])
