@@ -12,18 +12,17 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import msgspec
 import numpy as np
 from tqdm import tqdm
 
 from clipval import arrays, store
 from clipval.arrays import Rows
+from clipval.backends import Backend, Identity
 from clipval.errors import InputError, one_line
 from clipval.towers import Tower
-
-if TYPE_CHECKING:
-    from clipval.backends import Backend
 
 THREADS = 8
 # ais_bench's folders: of one run where --output_dirname was not given, and of one device of several (0.0.2's source).
@@ -37,6 +36,25 @@ class Embeddings:
 
     ids: Tuple[str, ...]
     values: np.ndarray
+
+
+class Made(NamedTuple):
+    """What one backend made of one tower: its identity and the embeddings."""
+
+    identity: Identity
+    embeddings: Embeddings
+
+
+def write_made(folder: Path, made: Made) -> None:
+    """Write embeddings as one array, with what made them."""
+    np.save(folder / "values.npy", made.embeddings.values)
+    (folder / "identity.json").write_bytes(msgspec.json.encode(made.identity))
+
+
+def read_made(folder: Path, ids: Tuple[str, ...]) -> Made:
+    """What `write_made` wrote; the ids are the caller's."""
+    identity = Identity(*msgspec.json.decode((folder / "identity.json").read_bytes()))
+    return Made(identity, Embeddings(ids, np.load(folder / "values.npy")))
 
 
 def embed(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> Embeddings:

@@ -192,7 +192,7 @@ def _expect(chain: Chain, item: pytest.Item) -> None:
         towers = [given["tower_name"]] if "tower_name" in given else TOWER_NAMES
         sizes = {given.get("batch_size", chain.accuracy_batch), *gate.also_in_batches_of}
         for tower, size in itertools.product(towers, sizes):
-            chain.expect(given["backend_name"], tower, size)
+            chain.pool.expect(given["backend_name"], tower, size)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -340,7 +340,8 @@ class Keeper:
         if chain.settings.report is None:
             return []
         try:
-            return report.write(chain.settings.report, run, report.Assets(chain.image_path, chain.caption))
+            assets = report.Assets(lambda one: chain.dataset.image_path(one), lambda one: chain.dataset.caption(one))
+            return report.write(chain.settings.report, run, assets)
         except ClipvalError as error:  # the disk is full by now, or the folder gone
             self._failed("session", str(error))
             return [error]

@@ -27,8 +27,8 @@ from filelock import FileLock
 from clipval.errors import ClipvalError, InputError, disk_full, os_cause
 
 MANIFEST = "manifest.json"
-# They say where things lie and what went wrong, never what a result is.
-NEUTRAL = ("clipval.environment", "clipval.errors", "clipval.store")
+# They say where things lie, what went wrong and what was asked for, whose values are in the keys; not what a result is.
+NEUTRAL = ("clipval.environment", "clipval.errors", "clipval.spec", "clipval.store")
 Build = Callable[[Path], None]
 
 
@@ -39,6 +39,17 @@ def sha256(path: Union[str, Path]) -> str:
         for block in iter(lambda: stream.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def once(path: Path) -> str:
+    """sha256 of a file, which is read once as long as its size and time of change stay."""
+    found = path.stat()
+    return _once(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=None)
+def _once(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
 
 
 @functools.lru_cache(maxsize=None)

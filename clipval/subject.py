@@ -14,12 +14,12 @@ import msgspec
 
 from clipval import datasets
 from clipval import spec as specs
-from clipval.library import QUICK, brings_weights
+from clipval.library import QUICK, brings_weights, is_quick
 from clipval.options import Settings
 from clipval.spec import DataSpec, Reference, Spec
 from clipval.store import sha256
-from clipval.transform import PreprocessSpec
-from clipval.weights import RANDOM
+from clipval.transform import DEFAULT, PreprocessSpec
+from clipval.weights import RANDOM, Weights
 
 ANOTHER_PIPELINE = (
     "another pipeline (its caption file, its precision); pipelines differ by 0.005 to 0.007 for one model"
@@ -33,11 +33,41 @@ class Subject(NamedTuple):
         spec: with the model's name and weights as given, and without what the spec says of others.
         fallback: the spec's transform, for weights of the spec's architecture that nothing says anything of.
         left_out: what of the spec does not hold for these weights and data, and why; one line each.
+        pretrained_cfg: the tag that says what the weights are of, where the options name one.
     """
 
     spec: Spec
     fallback: Optional[PreprocessSpec]
     left_out: Tuple[str, ...]
+    pretrained_cfg: str = ""
+
+    @property
+    def trained(self) -> bool:
+        """Recall means something: the weights are not seeded ones."""
+        return self.spec.model.pretrained != RANDOM
+
+    @property
+    def weights_asked(self) -> Tuple[str, str, str, str]:
+        """Arguments of `clipval.weights.find_weights`."""
+        model = self.spec.model
+        return model.name, model.pretrained, self.pretrained_cfg, model.activation
+
+    def transform_of(self, found: Weights) -> PreprocessSpec:
+        """The weights' own transform, else the spec's; else the spec's of other weights or open_clip's, assumed."""
+        return found.preprocess or self.spec.preprocess or self.fallback or DEFAULT
+
+    def assumed(self, found: Weights) -> List[str]:
+        """What nothing states of trained weights and was assumed, one line each."""
+        if not self.trained:
+            return []
+        nothing = "neither tag, folder nor spec states it"
+        lines = []
+        if found.preprocess is None and self.spec.preprocess is None:
+            lines.append(f"transform assumed: {self.transform_of(found).describe()}; {nothing}")
+        if found.quick_gelu is None:
+            quick = is_quick(self.spec.model.name)
+            lines.append(f"activation assumed: {'quick_gelu' if quick else 'gelu'}; {nothing}")
+        return lines
 
 
 def of(settings: Settings) -> Subject:
@@ -52,7 +82,7 @@ def of(settings: Settings) -> Subject:
     others = "" if same_model else f"another architecture, {Path(name).stem}"
     if same_model:
         others = _other_weights(spec, pretrained, settings.pretrained_cfg)
-    drawn = datasets.kind(spec.data.kind).draw is not None
+    drawn = datasets.draws(spec.data.kind)
     other_data = f"other data, --data-dir {settings.data_dir}" if drawn and settings.data_dir is not None else ""
     why = others or other_data
     speaks = not others or (same_model and seeded)  # of seeded weights a transform cannot be wrong
@@ -73,7 +103,8 @@ def of(settings: Settings) -> Subject:
         golden=None if why else spec.golden,
         references=references,
     )
-    return Subject(replaced, spec.preprocess if same_model else None, _left_out(spec, replaced, why, seeded))
+    left_out = _left_out(spec, replaced, why, seeded)
+    return Subject(replaced, spec.preprocess if same_model else None, left_out, settings.pretrained_cfg)
 
 
 def _left_out(spec: Spec, replaced: Spec, why: str, seeded: bool) -> Tuple[str, ...]:
@@ -82,9 +113,11 @@ def _left_out(spec: Spec, replaced: Spec, why: str, seeded: bool) -> Tuple[str, 
         reason = f"the spec's embeddings are not of {why}" if spec.golden and why else "no embeddings were pinned"
         seen = "shows in recall alone" if replaced.references and not seeded else "is not seen"
         lines.append(f"golden: {reason}, so what is wrong in the model itself {seen}")
-    if not spec.references and not seeded:
+    if seeded:
+        lines.append("recall: the weights are random, so figures of recall mean nothing")
+    elif not spec.references:
         lines.append("recall: the spec has no [[references]], so recall is not gated")
-    if why and not seeded and spec.references:
+    elif why:
         if replaced.references:
             lines.append(f"recall: the spec's figures are not of {why}; held to published ones of these weights")
         else:

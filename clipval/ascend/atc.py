@@ -20,7 +20,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from clipval.ascend import atc_advice
 from clipval.errors import BackendUnavailable, InputError, ToolFailed, UsageError
-from clipval.store import sha256
+from clipval.store import once
 from clipval.towers import Tower
 
 DEFAULT_MODE = "force_fp16"  # atc's own, where no precision flag is given; source: GE atc_flags
@@ -155,10 +155,10 @@ def key(tower: Tower, batch_size: int, options: AtcOptions) -> Dict[str, Any]:
     program = shutil.which("atc")
     return {
         "flags": flags,
-        "files": {value: sha256(Path(value)) for value in _named_files(flags)},
+        "files": {value: once(Path(value)) for value in _named_files(flags)},
         "soc": options.soc_version,
         "cann": version(),
-        "atc": sha256(Path(program)) if program else "absent",
+        "atc": once(Path(program)) if program else "absent",
     }
 
 

@@ -125,15 +125,6 @@ def side_by_side(
 def origin(folder: Optional[Path], keep_dtype: Optional[Path], flags: Sequence[str]) -> str:
     """What OM files depend on besides model, chip and precision: atc's other options, or the ready files."""
     if folder is not None:
-        return " ".join(["ready", *(f"{file.name} {_digest(file)}" for file in sorted(folder.glob("*.om")))])
+        return " ".join(["ready", *(f"{file.name} {store.once(file)}" for file in sorted(folder.glob("*.om")))])
     kept = [f"keep {store.sha256(keep_dtype)}"] if keep_dtype else []
     return " ".join([*kept, *flags])
-
-
-def _digest(file: Path) -> str:
-    return _digest_of(file, file.stat().st_size, file.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=None)
-def _digest_of(file: Path, size: int, changed: int) -> str:
-    return store.sha256(file)  # every row of throughput asks for it, and it is read once

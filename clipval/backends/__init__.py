@@ -168,6 +168,11 @@ class Materials(Protocol):
         ...
 
     @property
+    def towers(self) -> Dict[str, Tower]:
+        """Both towers' contracts by name."""
+        ...
+
+    @property
     def store(self) -> Store:
         """Where artifacts are kept."""
         ...

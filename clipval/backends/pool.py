@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from pathlib import Path
+from typing import Callable, Dict, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 
-from clipval.backends import REFERENCE, Backend, kind
-from clipval.errors import BackendUnavailable
+from clipval.backends import REFERENCE, Backend, Materials, Opening, base_name, kind
+from clipval.errors import BackendUnavailable, UsageError
 from clipval.towers import Tower
 
 Key = Tuple[str, str, Optional[int]]
@@ -26,13 +27,12 @@ class Pool:
     """Open backends.
 
     Args:
-        open_: opens one, by name, tower and batch size.
-        allow_simulated: a simulated device may stand in for a real one.
+        made: what they are built of and opened from.
     """
 
-    def __init__(self, open_: Callable[[str, Tower, int], Backend], *, allow_simulated: bool = False) -> None:
-        self._open = open_
-        self._allow_simulated = allow_simulated
+    def __init__(self, made: Materials) -> None:
+        self._made = made
+        self._expected: Dict[str, Set[Tuple[str, int]]] = {}
         self._backends: Dict[Key, Backend] = {}
         self.notes: Dict[str, None] = {}  # of every backend that was opened, each once, in order
         self._cold: Dict[Key, ColdStart] = {}
@@ -46,36 +46,54 @@ class Pool:
         key = _key(name, tower, batch_size)
         if key not in self._backends:
             self._make_room(name)
-            backend = self._open(name, tower, batch_size)
+            backend = self.open_file(name, tower, self.file(name, tower, batch_size), batch_size)
             backend.identity = backend.identity._replace(name=name)
             self._require_real(backend)
             self._backends[key] = backend
             self.notes.update(dict.fromkeys(f"{name}: {note}" for note in backend.notes))
         return self._backends[key]
 
-    def cold_start(
-        self, name: str, tower: Tower, batch: np.ndarray, forget: Callable[[], None] = lambda: None
-    ) -> ColdStart:
+    def expect(self, name: str, tower_name: str, batch_size: int) -> None:
+        """Say that a backend will be opened for a tower and batch size, so that artifacts are built side by side."""
+        self._expected.setdefault(base_name(name), set()).add((tower_name, batch_size))
+
+    def file(self, name: str, tower: Tower, batch_size: int) -> Optional[Path]:
+        """The artifact that a backend opens; None where it opens the model itself."""
+        found, expected = kind(name), self._expected.pop(base_name(name), None)
+        if found.ahead and expected:
+            found.ahead(self._made, [(self._made.towers[one], size) for one, size in sorted(expected)])
+        return found.artifact(self._made, tower, batch_size) if found.artifact else None
+
+    def open_file(self, name: str, tower: Tower, file: Optional[Path], batch_size: int) -> Backend:
+        """A backend on a given file, which the caller closes; one that opens the model itself needs no file.
+
+        Raises:
+            UsageError: the backend needs a file.
+        """
+        found, number = kind(name), name.partition(":")[2]
+        if file is None and found.suffix:
+            raise UsageError(f"backend {name} needs --model with an {found.suffix} file")
+        device = int(number) if number else self._made.settings.device_id[0]
+        return found.open(self._made, Opening(tower, file, batch_size, device))
+
+    def cold_start(self, name: str, tower: Tower, batch: np.ndarray, forget: Callable[[], None]) -> ColdStart:
         """How long a backend takes to open from what lies on the disk, and for its first call.
 
-        Measured once for what one backend serves. Its artifact must be built already, and the libraries imported.
+        Measured once for what one backend serves; its artifact is built before.
 
         Args:
-            batch: of the first call; forget: called once the backend is closed, to let go of what it was opened from.
+            batch: of the first call; forget: lets go of the model, for a backend that opens the model itself.
         """
         key = _key(name, tower, len(batch))
         if key not in self._cold:
+            if self.file(name, tower, len(batch)) is None:
+                forget()
             self.close(name)
-            forget()
             backend = self.get(name, tower, len(batch))
             started = time.perf_counter()
             backend.run(batch)
             self._cold[key] = ColdStart(backend.load_seconds, time.perf_counter() - started, len(batch))
         return self._cold[key]
-
-    def busy(self, name: str) -> str:
-        """What else uses the device of an open backend, in words; empty for nothing, and where none is open."""
-        return next((backend.busy() for key, backend in self._backends.items() if key[0] == name), "")
 
     def close(self, only: Optional[str] = None) -> None:
         """Close the backends, or those of one name."""
@@ -94,7 +112,7 @@ class Pool:
                 self.close(other)
 
     def _require_real(self, backend: Backend) -> None:
-        if backend.identity.simulated and not self._allow_simulated:
+        if backend.identity.simulated and not self._made.settings.allow_simulated:
             backend.close()
             raise BackendUnavailable(
                 f"{backend.identity}: a simulated device passes no gate; use a real one, or give --allow-simulated"

@@ -51,8 +51,6 @@ def _declare_pin(parser: Parser) -> None:
 
 def _pin(args: argparse.Namespace) -> int:
     """A few of PyTorch's embeddings into a file; prints the lines of a spec that hold later runs to them."""
-    import hashlib
-
     from clipval import arrays, embeddings
 
     chain = chain_of(args)
@@ -65,8 +63,7 @@ def _pin(args: argparse.Namespace) -> int:
         of_data, of_probe = chain.embed_some(REFERENCE, tower, picked, 1), chain.embed_probe(REFERENCE, tower, seed=0)
         found[name] = embeddings.Golden(of_data, of_probe.values, probe.sha256)
     embeddings.write_golden(args.save, found)
-    captions = "".join(f"{caption}\n" for caption in chain.dataset.captions)
-    print(f'[data]\ncaptions_sha256 = "{hashlib.sha256(captions.encode()).hexdigest()}"')
+    print(f'[data]\ncaptions_sha256 = "{chain.dataset.captions_sha256()}"')
     if datasets.kind(chain.spec.data.kind).draw is None:  # drawn images are files of this machine's JPEG coder
         print(f'fingerprint = "{chain.dataset.fingerprint()}"')
     print(f'\n[golden]\nfile = "{args.save.name}"\ncosine_min = 0.99999')

@@ -164,7 +164,7 @@ def _embed(args: argparse.Namespace) -> int:
     tower = chain.towers[_tower_of_input(args.input)]
     rows = arrays.listed(args.input, tower)
     size = args.batch_size or batch_of_name(args.model) or 8
-    backend = chain.open_file(name, tower, args.model, size)
+    backend = chain.pool.open_file(name, tower, args.model, size)
     say_notes(backend)
     try:
         found = embeddings.embed(backend, rows.ids, rows, size)

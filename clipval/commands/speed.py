@@ -113,7 +113,7 @@ def _benched(chain: Any, args: argparse.Namespace) -> Any:
         raise UsageError(f"bench --model {args.model}: no such {known} file")
     name = "text" if "text" in args.model.stem else "vision"
     tower = tower_of_onnx(args.model) if backends.kind(opener).takes_onnx else chain.towers[name]
-    backend = chain.open_file(opener, tower, args.model, size)
+    backend = chain.pool.open_file(opener, tower, args.model, size)
     say_notes(backend)
     yield backend, size
     backend.close()

@@ -15,8 +15,9 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+from clipval.environment import version
 from clipval.errors import InputError, UsageError
-from clipval.store import sha256
+from clipval.store import Store, code_hash, sha256
 
 # By name; `data.kind` of a spec and `--data-format` take these.
 MODULES: Dict[str, str] = {
@@ -69,6 +70,18 @@ class RetrievalDataset:
             if name.rpartition("_")[0] != self.image_ids[index]:
                 return f"caption {name} is paired with image {self.image_ids[index]}"
         return ""
+
+    def image_path(self, image_id: str) -> Optional[Path]:
+        """File of an image; None for an id that is no image's."""
+        return dict(zip(self.image_ids, self.image_paths)).get(image_id)
+
+    def caption(self, caption_id: str) -> Optional[str]:
+        """Text of a caption; None for an id that is no caption's."""
+        return dict(zip(self.caption_ids, self.captions)).get(caption_id)
+
+    def captions_sha256(self) -> str:
+        """sha256 over the captions in order, each ended by a newline."""
+        return hashlib.sha256("".join(f"{caption}\n" for caption in self.captions).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 over ids, captions and the bytes of every image, which are read once.
@@ -130,6 +143,24 @@ def kind(name: str) -> Kind:
         raise UsageError(f"data format {name!r}: unknown; expected one of {', '.join(MODULES)}")
     found: Kind = import_module(MODULES[name]).KIND
     return found
+
+
+def draws(name: str) -> bool:
+    """The kind is drawn, not brought."""
+    return kind(name).draw is not None
+
+
+def drawn(name: str, images: int, kept: Store) -> Path:
+    """The folder of a drawn data set, made once: of the kind, or of the one that stands in for a kind that is brought.
+
+    Args:
+        images: how many.
+    """
+    name = name if draws(name) else DRAWN
+    draw = kind(name).draw
+    assert draw is not None
+    key = {"code": code_hash(MODULES[name]), "kind": name, "images": images, "pillow": version("pillow")}
+    return kept.get("dataset", key, lambda folder: draw(folder, images))
 
 
 def read(

@@ -66,7 +66,7 @@ def onnx(
 
 def _run(chain: Any, backend: str, tower: Tower, file: Path, rows: np.ndarray) -> np.ndarray:
     """The candidate's embeddings by the backend that is validated, not node by node."""
-    opened = chain.open_file(backend, tower, file, len(rows))
+    opened = chain.pool.open_file(backend, tower, file, len(rows))
     try:
         return np.asarray(opened.run(rows))
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
@@ -84,8 +83,7 @@ def prepared_texts(data: PreparedRows, dataset: RetrievalDataset, model: Model, 
     off = (found != tokens(dataset.captions, model, data.tower)).sum(axis=1)
     figures = [_prepared(PREPARED_TEXTS, "tokens that differ", off, 0.0, data.ids)]
     if spec.data.captions_sha256:
-        digest = hashlib.sha256("".join(f"{caption}\n" for caption in dataset.captions).encode()).hexdigest()
-        same = np.array([digest != spec.data.captions_sha256])
+        same = np.array([dataset.captions_sha256() != spec.data.captions_sha256])
         figures.append(
             _prepared(PREPARED_TEXTS, "captions that differ from the spec's", same, 0.0, ["annotation file"])
         )

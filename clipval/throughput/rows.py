@@ -54,7 +54,7 @@ def subject(
     return Subject(
         backend,
         feed,
-        busy=lambda: chain.busy(name),
+        busy=backend.busy,
         expected=expected() if checked and chain.spec.parity else None,
         operations=operations(chain, tower) if checked else None,
         peaks=PEAKS,

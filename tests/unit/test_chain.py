@@ -1,11 +1,14 @@
 """What the chain opens anew: how a backend starts from cold."""
 
-from types import SimpleNamespace
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from clipval.backends import Identity
+from clipval import backends
+from clipval.backends import Identity, Kind
 from clipval.chain import Chain
 from clipval.options import Settings
 from clipval.towers import TEXT, VISION
@@ -21,10 +24,13 @@ class Recorded(Chain):
         self.prepared = SimpleNamespace(rows={"text": rows})
         self.model = "loaded before"
 
-    def file(self, name, tower, batch_size):
-        self.seen.append("built")
+        self.pool.file, self.pool.open_file = self.built, self.opened
 
-    def _open(self, name, tower, batch_size):
+    def built(self, name, tower, batch_size):
+        self.seen.append("built")  # by the store, once
+        return None if name == "pytorch" else "file"
+
+    def opened(self, name, tower, file, batch_size):
         self.seen.append(f"opened {name}, model {self.__dict__.get('model')}")
 
         def run(rows):
@@ -43,7 +49,7 @@ def test_a_cold_start_is_of_a_backend_that_is_opened_anew(name, model):
     chain.backend(name, TEXT, 8).run(np.zeros((8, 77), np.int64))  # as the gates of accuracy do
     chain.seen.clear()
     found = chain.cold_start(name, TEXT, 8)
-    assert chain.seen == ["built", "closed", f"opened {name}, model {model}", "ran 8"]
+    assert chain.seen == ["built", "closed", "built", f"opened {name}, model {model}", "ran 8"]
     assert (found.load_seconds, found.batch_size) == (1.5, 8)
     assert found.first_inference_seconds >= 0
 
@@ -80,3 +86,22 @@ def test_batch_sizes_are_those_of_ready_files(tmp_path):
     assert (chain.smallest_batch("om"), chain.smallest_batch("onnx")) == (4, 1)
     assert Chain(Settings(om_dir=tmp_path, backends=("om",), batch_sizes=(4,))).batch_sizes == (4,)
     assert Chain(Settings(om_dir=tmp_path, backends=("onnx",))).batch_sizes == Chain(Settings()).batch_sizes
+
+
+def test_files_that_a_run_will_open_are_built_side_by_side_where_their_kind_can(monkeypatch):
+    built = []
+
+    def ahead(made, needed):
+        built.append([(tower.name, size) for tower, size in needed])
+
+    module = ModuleType("side_by_side")
+    module.KIND = Kind(lambda made, asked: None, ".many", lambda made, tower, size: Path(f"{size}.many"), ahead)
+    monkeypatch.setitem(sys.modules, "side_by_side", module)
+    monkeypatch.setitem(backends.MODULES, "many", "side_by_side")
+    pool = Chain(Settings()).pool
+    for name, size in (("many:0", 1), ("many:1", 8), ("many:0", 8), ("onnx", 64)):
+        pool.expect(name, "text", size)
+    assert pool.file("many:1", TEXT, 8) == Path("8.many")
+    assert built == [[("text", 1), ("text", 8)]]  # and no others
+    pool.file("many:0", TEXT, 1)
+    assert len(built) == 1

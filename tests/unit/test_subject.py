@@ -100,13 +100,13 @@ def test_seeded_weights_keep_the_transform_and_no_figures():
 
 def test_what_nothing_states_is_said_as_assumed(other, tmp_path):
     chain = Chain(Settings(pretrained=other, workdir=tmp_path))
-    lines = chain.assumed(chain.weights)
+    lines = chain.subject.assumed(chain.weights)
     assert [line.partition(";")[0] for line in lines] == [
         "transform assumed: shortest, bicubic, mean 0.481455 0.457827 0.408211, std 0.26863 0.261303 0.275777",
         "activation assumed: gelu",
     ]
     own = Chain(Settings(workdir=tmp_path))
-    assert own.assumed(own.weights) == []
+    assert own.subject.assumed(own.weights) == []
 
 
 PAIRS = [("ViT-B-32", "openai"), ("RN50", "yfcc15m"), ("ViT-H-14", "dfn5b"), ("ViT-B-32", "laion400m_e32")]
