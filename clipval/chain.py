@@ -64,31 +64,18 @@ class Chain:
     @property
     def batch_sizes(self) -> Tuple[int, ...]:
         """Those asked for, else those of ready files that were given, else the spec's."""
-        if self.settings.batch_sizes:
-            return self.settings.batch_sizes
-        of_files = (backends.kind(name).sizes for name in self.settings.validated)
-        given = [sizes(self.settings, list(self.towers.values())) for sizes in of_files]
-        return next((found for found in given if found), self.spec.throughput.batch_sizes)
+        of_files = map(self.pool.sizes, self.settings.validated)
+        return self.settings.batch_sizes or next(filter(None, of_files), self.spec.throughput.batch_sizes)
 
     @property
     def accuracy_batch(self) -> int:
         """Batch size of the accuracy path."""
         return PREFERRED_BATCH if PREFERRED_BATCH in self.batch_sizes else max(self.batch_sizes)
 
-    def smallest_batch(self, name: str) -> int:
-        """The smallest batch size that a backend has: 1, unless ready files were given and none is of it."""
-        given = backends.kind(name).sizes(self.settings, list(self.towers.values()))
-        return min(given) if given else 1
-
-    @property
-    def trained(self) -> bool:
-        """Recall means something: the weights are not seeded ones."""
-        return self.subject.trained
-
     @property
     def drawn(self) -> bool:
         """The drawn scenes are the data: the spec says so, or random weights are fed and no data was given."""
-        return self.settings.data_dir is None and (datasets.draws(self.spec.data.kind) or not self.trained)
+        return self.settings.data_dir is None and (datasets.draws(self.spec.data.kind) or not self.subject.trained)
 
     def check_inputs(self) -> None:
         """Find data and weights before anything is built.

@@ -35,7 +35,8 @@ class Line(NamedTuple):
 def plan(chain: Chain) -> gates.Plan:
     """What a run validates, as far as its gates depend on it."""
     settings = chain.settings
-    return gates.Plan(chain.spec, settings.validated, chain.batch_sizes, chain.trained, settings.baseline is not None)
+    trained = chain.subject.trained
+    return gates.Plan(chain.spec, settings.validated, chain.batch_sizes, trained, settings.baseline is not None)
 
 
 def account(chain: Chain, line: Line) -> Account:

@@ -200,10 +200,6 @@ class Opening(NamedTuple):
     device: int
 
 
-def _any_size(_: BackendSettings, __: Sequence[Tower]) -> Optional[Tuple[int, ...]]:
-    return None
-
-
 def _fp32(_: Identity) -> str:
     return "fp32"
 
@@ -231,7 +227,8 @@ class Kind:
         ahead: builds the artifacts of several towers and batch sizes side by side; what fails, fails again when it is
             asked for. None: each is built when it is asked for.
         fixed_batch: the artifact takes one batch size only.
-        sizes: batch sizes of ready files that were given, for which every tower has one; None where none were.
+        sizes: batch sizes of ready files that were given, for which every tower has one, and None where none were;
+            None for a kind that takes no ready files.
         one_session: a device holds one session at a time, and `--device-id` says which devices are validated.
         precision: which of a spec's parity bounds hold for an identity, `fp32` or `fp16`.
         host: what a host of this backend has and lacks, by the number of the device.
@@ -244,7 +241,7 @@ class Kind:
     artifact: Optional[Callable[[Materials, Tower, int], Path]] = None
     ahead: Optional[Callable[[Materials, Sequence[Tuple[Tower, int]]], None]] = None
     fixed_batch: bool = False
-    sizes: Callable[[BackendSettings, Sequence[Tower]], Optional[Tuple[int, ...]]] = _any_size
+    sizes: Optional[Callable[[BackendSettings, Sequence[Tower]], Optional[Tuple[int, ...]]]] = None
     one_session: bool = False
     precision: Callable[[Identity], str] = _fp32
     host: Callable[[int], List[Finding]] = _no_host

@@ -57,6 +57,15 @@ class Pool:
         """Say that a backend will be opened for a tower and batch size, so that artifacts are built side by side."""
         self._expected.setdefault(base_name(name), set()).add((tower_name, batch_size))
 
+    def sizes(self, name: str) -> Tuple[int, ...]:
+        """Batch sizes of the ready files that were given for a backend; empty where its files are built."""
+        found = kind(name).sizes
+        return (found(self._made.settings, list(self._made.towers.values())) or ()) if found else ()
+
+    def smallest_batch(self, name: str) -> int:
+        """The smallest batch size that a backend has: 1, unless ready files were given and none is of it."""
+        return min(self.sizes(name), default=1)
+
     def file(self, name: str, tower: Tower, batch_size: int) -> Optional[Path]:
         """The artifact that a backend opens; None where it opens the model itself."""
         found, expected = kind(name), self._expected.pop(base_name(name), None)

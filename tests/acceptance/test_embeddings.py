@@ -29,7 +29,7 @@ def test_batch_invariance(chain, record, backend_name, tower_name):
     where, whole = chain.embeddings(backend_name, tower)
     picked = embeddings.invariance_samples(len(whole.ids))
     order = np.random.default_rng(0).permutation(len(picked))
-    single = chain.embed_some(backend_name, tower, picked, chain.smallest_batch(backend_name))
+    single = chain.embed_some(backend_name, tower, picked, chain.pool.smallest_batch(backend_name))
     shuffled = chain.embed_some(backend_name, tower, picked[order], chain.accuracy_batch)
     record(embeddings.invariance(whole, single, shuffled, where, tower, chain.bounds(where, tower)))
 

@@ -83,7 +83,7 @@ def test_batch_sizes_are_those_of_ready_files(tmp_path):
             (tmp_path / f"vit_b_32_{tower}_bs{size}.om").touch()
     chain = Chain(Settings(om_dir=tmp_path, backends=("om",)))
     assert (chain.batch_sizes, chain.accuracy_batch) == ((4, 16), 16)
-    assert (chain.smallest_batch("om"), chain.smallest_batch("onnx")) == (4, 1)
+    assert (chain.pool.smallest_batch("om"), chain.pool.smallest_batch("onnx")) == (4, 1)
     assert Chain(Settings(om_dir=tmp_path, backends=("om",), batch_sizes=(4,))).batch_sizes == (4,)
     assert Chain(Settings(om_dir=tmp_path, backends=("onnx",))).batch_sizes == Chain(Settings()).batch_sizes
 

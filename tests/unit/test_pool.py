@@ -6,6 +6,7 @@ import pytest
 
 from clipval.backends import Identity
 from clipval.backends.pool import Pool
+from clipval.options import Settings
 from clipval.towers import TEXT, VISION
 
 
@@ -15,10 +16,14 @@ def pool():
 
     def opened(name, tower, batch_size):
         backend = SimpleNamespace(identity=Identity(name, "1", "cpu", "fp32"), closed=False, load_seconds=0.0)
+        backend.notes = ()
         backend.close = lambda: setattr(backend, "closed", True)
         return backend
 
-    return Pool(opened)
+    pool = Pool(SimpleNamespace(settings=Settings()))
+    pool.file = lambda name, tower, batch_size: None
+    pool.open_file = lambda name, tower, file, batch_size: opened(name, tower, batch_size)
+    return pool
 
 
 def test_the_reference_and_one_other_are_open(pool):
