@@ -126,13 +126,10 @@ def _distance(loaded: model.Model, name: str, tower: Tower, folder: Path, seed: 
 
 def probe_inputs(loaded: model.Model, name: str, tower: Tower, seed: int) -> probe.Probe:
     """Probe inputs that need no tokenizer: for one from a hub, rows of words with the end where the tower pools."""
-    if tower.name == "vision":
-        return probe.pictures(tower, lambda pixels: model.transformed(loaded, pixels), seed)
     text = library.config(name)["text_cfg"]
-    if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
-        layout = probe.TokenLayout((), END.get(text.get("pool_type", ""), ()), 1, model.vocabulary(loaded))
-    else:
-        layout = probe.token_layout(loaded.tokenize, model.vocabulary(loaded))
+    if tower.name == "vision" or not (text.get("hf_tokenizer_name") or text.get("hf_model_name")):
+        return probe.inputs(loaded, tower, seed)
+    layout = probe.TokenLayout((), END.get(text.get("pool_type", ""), ()), 1, model.vocabulary(loaded))
     return probe.captions(tower, layout, seed)
 
 

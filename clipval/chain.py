@@ -10,9 +10,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from clipval import backends, datasets, environment, export, library, preprocess, store, subject
+from clipval import backends, datasets, environment, export, library, preprocess, probe, store, subject
 from clipval import model as models
-from clipval import probe as probes
 from clipval import spec as specs
 from clipval.backends import REFERENCE, Backend, Encoder, Identity, base_name
 from clipval.backends.pool import ColdStart, Pool
@@ -38,9 +37,8 @@ class Chain:
 
     def __init__(self, settings: Settings, rebuild_before: Optional[float] = None) -> None:
         self.settings = settings
-        if rebuild_before is None and settings.rebuild:
-            rebuild_before = time.time()
-        self.store = store.Store(settings.workdir, rebuild_before)
+        started = time.time() if settings.rebuild else None
+        self.store = store.Store(settings.workdir, started if rebuild_before is None else rebuild_before)
         self.pool = Pool(self)
         self._embeddings: Dict[Tuple[str, str], Made] = {}
         self._retrievals: Dict[str, Retrieval] = {}
@@ -58,8 +56,7 @@ class Chain:
     @cached_property
     def towers(self) -> Dict[str, Tower]:
         """Both towers' contracts: the spec's sizes, or those of the architecture that replaces the spec's."""
-        name = self.settings.model_name
-        return self.spec.towers if name is None else library.sizes(name)
+        return library.sizes(self.settings.model_name) if self.settings.model_name else self.spec.towers
 
     @property
     def batch_sizes(self) -> Tuple[int, ...]:
@@ -143,10 +140,8 @@ class Chain:
             "transform": str(self.model.transform),
         }
 
-        def build(folder: Path) -> None:
-            preprocess.prepare(self.dataset, self.model, self.towers, folder)
-
-        folder = self.store.get("prepared", key, build, resumes=True)
+        write = partial(preprocess.prepare, self.dataset, self.model, self.towers)
+        folder = self.store.get("prepared", key, write, resumes=True)
         return preprocess.opened(self.dataset, self.towers, folder)
 
     def input_digests(self, tower: Tower) -> np.ndarray:
@@ -159,11 +154,7 @@ class Chain:
         """The ONNX file of a tower."""
         opset = self.settings.opset_version
         key = {**self.model_key, "tower": tower.name, "opset": opset, "code": store.code_hash("clipval.export")}
-        metadata = {
-            "clipval.weights": self.weights.sha256,
-            "clipval.model": self.spec.model.name,
-            "clipval.versions": str(environment.library_versions()),
-        }
+        metadata = export.origin(self.spec.model.name, self.weights.sha256)
 
         def build(folder: Path) -> None:
             export.export(self.model, tower, folder / f"{tower.name}.onnx", opset=opset, metadata=metadata)
@@ -217,8 +208,7 @@ class Chain:
 
     def golden(self, tower: Tower) -> Golden:
         """The embeddings that the spec's model is known to make."""
-        assert self.spec.golden is not None
-        return read_golden(Path(self.spec.beside(self.spec.golden.file)), tower)
+        return read_golden(self.subject.golden_file, tower)
 
     def bounds(self, where: Identity, tower: Tower) -> specs.ParityBounds:
         """The spec's tolerances for a tower of a backend in the precision it computes in."""
@@ -228,20 +218,11 @@ class Chain:
     @cached_property
     def probe_seed(self) -> int:
         """The seed of this run's probe inputs: `--probe-seed`, else a new one."""
-        given = self.settings.probe_seed
-        return secrets.randbelow(10**6) if given is None else given
-
-    def probe(self, tower: Tower, seed: Optional[int] = None) -> probes.Probe:
-        """Fresh inputs of a tower; see `clipval.probe`. Without a seed, of this run's."""
-        seed = self.probe_seed if seed is None else seed
-        if tower.dtype == "float32":
-            return probes.pictures(tower, partial(models.transformed, self.model), seed)
-        layout = probes.token_layout(self.model.tokenize, models.vocabulary(self.model))
-        return probes.captions(tower, layout, seed)
+        return secrets.randbelow(10**6) if self.settings.probe_seed is None else self.settings.probe_seed
 
     def embed_probe(self, name: str, tower: Tower, seed: Optional[int] = None) -> Embeddings:
-        """A backend's embeddings of probe inputs, computed now."""
-        ids, rows = self.probe(tower, seed)
+        """A backend's embeddings of probe inputs, of this run's seed without another, computed now."""
+        ids, rows = probe.inputs(self.model, tower, self.probe_seed if seed is None else seed)
         return embed(self.backend(name, tower, self.accuracy_batch), ids, rows, self.accuracy_batch)
 
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:

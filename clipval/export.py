@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List
 
 import numpy as np
 
+from clipval import environment
 from clipval.errors import InputError, UsageError, lfs_pointer, one_line
 from clipval.model import Model, encoder
 from clipval.towers import TEXT, VISION, Tower
@@ -64,6 +65,12 @@ def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metada
         )
         _finish(traced, file, tower, {**_logits(model), **metadata})
     check(file, tower)
+
+
+def origin(model: str, weights: str) -> Dict[str, str]:
+    """Metadata of a file: the model's name, the sha256 of its weights, and the libraries that made it."""
+    versions = str(environment.library_versions())
+    return {"clipval.weights": weights, "clipval.model": model, "clipval.versions": versions}
 
 
 def _logits(model: Model) -> Dict[str, str]:

@@ -8,10 +8,12 @@ too. It cannot pass here, since every run draws other inputs.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
+from clipval.model import Model, transformed, vocabulary
 from clipval.towers import Tower
 
 SHORTEST = 3  # tokens: start, one word, end
@@ -87,6 +89,13 @@ def _common(rows: Sequence[np.ndarray]) -> np.ndarray:
 def _generator(seed: int, stream: int) -> np.random.RandomState:
     """numpy's legacy generator, whose draws are the same in every version: embeddings of a seed can be pinned."""
     return np.random.RandomState([seed, stream])
+
+
+def inputs(loaded: Model, tower: Tower, seed: int) -> Probe:
+    """Fresh inputs of a tower, as the model's own transform and tokenizer lay them out."""
+    if tower.dtype == "float32":
+        return pictures(tower, partial(transformed, loaded), seed)
+    return captions(tower, token_layout(loaded.tokenize, vocabulary(loaded)), seed)
 
 
 def captions(tower: Tower, layout: TokenLayout, seed: int) -> Probe:

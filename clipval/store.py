@@ -29,7 +29,7 @@ from clipval.errors import ClipvalError, InputError, disk_full, os_cause
 MANIFEST = "manifest.json"
 # They say where things lie, what went wrong and what was asked for, whose values are in the keys; not what a result is.
 NEUTRAL = ("clipval.environment", "clipval.errors", "clipval.spec", "clipval.store")
-Build = Callable[[Path], None]
+Build = Callable[[Path], Any]
 
 
 def sha256(path: Union[str, Path]) -> str:

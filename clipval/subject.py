@@ -47,6 +47,12 @@ class Subject(NamedTuple):
         return self.spec.model.pretrained != RANDOM
 
     @property
+    def golden_file(self) -> Path:
+        """The file of the embeddings that the spec's model is pinned to; only where the spec names one."""
+        assert self.spec.golden is not None
+        return Path(self.spec.beside(self.spec.golden.file))
+
+    @property
     def weights_asked(self) -> Tuple[str, str, str, str]:
         """Arguments of `clipval.weights.find_weights`."""
         model = self.spec.model

@@ -51,7 +51,7 @@ def _declare_pin(parser: Parser) -> None:
 
 def _pin(args: argparse.Namespace) -> int:
     """A few of PyTorch's embeddings into a file; prints the lines of a spec that hold later runs to them."""
-    from clipval import arrays, embeddings
+    from clipval import arrays, embeddings, probe
 
     chain = chain_of(args)
     chain.check_inputs()
@@ -59,9 +59,9 @@ def _pin(args: argparse.Namespace) -> int:
     for name, tower in chain.towers.items():
         count = len(chain.prepared.rows[name])
         picked = arrays.spread(count, args.samples)
-        probe = chain.probe(tower, seed=0)
+        inputs = probe.inputs(chain.model, tower, 0)
         of_data, of_probe = chain.embed_some(REFERENCE, tower, picked, 1), chain.embed_probe(REFERENCE, tower, seed=0)
-        found[name] = embeddings.Golden(of_data, of_probe.values, probe.sha256)
+        found[name] = embeddings.Golden(of_data, of_probe.values, inputs.sha256)
     embeddings.write_golden(args.save, found)
     print(f'[data]\ncaptions_sha256 = "{chain.dataset.captions_sha256()}"')
     if datasets.kind(chain.spec.data.kind).draw is None:  # drawn images are files of this machine's JPEG coder

@@ -13,6 +13,7 @@ from typing import Callable, Dict, Tuple
 import numpy as np
 from PIL import Image
 
+from clipval import probe
 from clipval.arrays import PreparedRows
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
@@ -85,7 +86,7 @@ class Bench:
         assert chain.spec.golden is not None
         pinned = chain.golden(tower)
         model = load(chain.spec.model.name, chain.weights, chain.towers)
-        backend, inputs = PytorchBackend(tower, encoder(noisy(model, size), tower)), chain.probe(tower, seed=0)
+        backend, inputs = PytorchBackend(tower, encoder(noisy(model, size), tower)), probe.inputs(chain.model, tower, 0)
         found = embed(backend, *inputs, 8)
         figures = embeddings.golden(pinned, found, inputs.sha256, backend.identity, tower, chain.spec.golden)
         return any(figure.verdict == "fail" for figure in figures)
