@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Optional, Sequence
 
 import numpy as np
@@ -16,12 +15,6 @@ SLACK = 0.01  # seconds that a look may take beside
 LONGEST = 1.02
 TICK = 2e-5
 SHORTEST = 1 / 20
-
-
-def witness() -> float:
-    """Seconds of a clock that nothing adjusts, to hold the one that times calls to."""
-    raw = getattr(time, "CLOCK_MONOTONIC_RAW", None)
-    return time.monotonic() if raw is None else time.clock_gettime(raw)
 
 
 class Watched:

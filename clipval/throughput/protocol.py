@@ -15,9 +15,9 @@ from clipval.backends import Backend
 from clipval.errors import ClipvalError
 from clipval.throughput.baseline import REGRESSED, SLOW_MACHINE, Judgement, on_busy_host, on_slow_machine
 from clipval.throughput.calls import Calls
-from clipval.throughput.clocks import Watched, device_fault, witness
+from clipval.throughput.clocks import Watched, device_fault
 from clipval.throughput.feed import Feed
-from clipval.throughput.machine import SETTLED, Clock, HostLoad, Pace
+from clipval.throughput.machine import SETTLED, Clock, HostLoad, Pace, witness
 from clipval.throughput.outputs import Expected, cached_results, wrong_outputs
 from clipval.throughput.plausible import Peaks
 from clipval.throughput.process import LARGE_BATCH, idle_threads, leak, thread_seconds, threads_used

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from clipval.backends import REFERENCE, Backend, base_name, kind
 from clipval.chain import Chain
 from clipval.throughput import baseline
 from clipval.throughput.feed import Feed
-from clipval.throughput.machine import Pace
+from clipval.throughput.machine import Pace, witness
 from clipval.throughput.operations import flops_per_sample
 from clipval.throughput.outputs import Expected
 from clipval.throughput.plausible import Peaks
@@ -96,8 +95,8 @@ def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> EndToEnd:
 
     times: List[float] = []
     while not times or sum(times) + times[-1] <= chain.settings.perf_min_time / 2:
-        start = time.perf_counter()
+        start = witness()
         batch()
-        times.append(time.perf_counter() - start)
+        times.append(witness() - start)
     seconds = float(np.median(times))
     return EndToEnd(seconds, batch_size / seconds, len(times), preprocess.THREADS)

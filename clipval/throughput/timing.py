@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List
 
@@ -33,7 +32,7 @@ class WarmUp(msgspec.Struct, frozen=True):
     stable: bool
 
 
-def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock = time.perf_counter) -> WarmUp:
+def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock) -> WarmUp:
     """Call until it is warm: by count, by time, and until the time of a call is stable.
 
     Args:

@@ -48,7 +48,7 @@ def input_overwritten() -> None:
     timed(change)
 
 
-@fault("results cached by content, half as fast again", "throughput/onnx/text/8", "BAD_OUTPUT", "appears to cache",
+@fault("results cached by content, twice as fast", "throughput/onnx/text/8", "BAD_OUTPUT", "appears to cache",
        arguments=(*PERF, "--perf-min-time=0.5"))  # fmt: skip
 def cached_by_content() -> None:
     real, known = OnnxBackend.run, {}  # type: ignore[var-annotated]

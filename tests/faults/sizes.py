@@ -24,7 +24,8 @@ from clipval.gates import artifacts, embeddings, parity
 from clipval.model import encoder, load
 from clipval.options import Settings
 from clipval.preprocess import expected_pixels
-from tests import small
+from clipval.throughput.verdict import FAULTS as ROW_FAULTS
+from tests import small, speed_fakes
 from tests.faults.in_data import noisy
 from tests.faults.in_exports import weights
 from tests.faults.planted import FAULTS
@@ -162,10 +163,37 @@ def sizes(bench: Bench) -> Dict[str, str]:
     return {**table, "int8_weights": f"{bits} bits"}
 
 
+def speed_sizes() -> Dict[str, str]:
+    """The same for timed calls, on backends with a clock of their own."""
+    fake = speed_fakes.Fake
+
+    def caught(backend: speed_fakes.Fake) -> bool:
+        return speed_fakes.verdict(backend, seconds=0.5)[0] in ROW_FAULTS
+
+    def off(size: float) -> speed_fakes.Fake:
+        return fake(lambda rows, found, n: noise(found, size) if n > 30 else found)
+
+    def touched(size: int) -> np.ndarray:
+        return np.ones(size, np.uint8)
+
+    found: Dict[str, Tuple[Callable[[float], bool], float, str]] = {
+        "wrong_under_load": (lambda s: caught(off(s)), 1.0, "on each element"),
+        "cached_by_content": (lambda s: caught(fake(takes=speed_fakes.cached(1 + s))), 10.0, "faster, as a share"),
+        "execute_too_short": (
+            lambda s: caught(fake(device=lambda took: took / max(1.0, s))),
+            1000.0,
+            "times shorter than the call",
+        ),
+        "execute_too_long": (lambda s: caught(fake(device=lambda took: (1 + s) * took)), 1.0, "longer, as a share"),
+        "leak": (lambda s: caught(fake(speed_fakes.keeping(int(s * 2**20), touched))), 1.0, "MB a call"),
+    }
+    return {name: f"{just_caught(seen, largest)} {unit}" for name, (seen, largest, unit) in found.items()}
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         few = Bench(str(small.write_spec(Path(folder))), Path(folder) / "few")
-        measured = sizes(few)
+        measured = {**sizes(few), **speed_sizes()}
         few.chain.close()
     print(HEAD.format(images=small.IMAGES))
     for name, fault in FAULTS.items():

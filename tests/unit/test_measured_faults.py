@@ -8,7 +8,7 @@ import pytest
 from clipval.errors import BackendUnavailable
 from clipval.throughput import machine, process
 from clipval.throughput.outputs import Expected
-from tests.speed_fakes import OPERATIONS, PEAK, SECONDS, Fake, embed, verdict
+from tests.speed_fakes import OPERATIONS, PEAK, SECONDS, Fake, cached, embed, keeping, verdict
 
 WARM = 20  # calls after which all are timed ones
 
@@ -108,18 +108,6 @@ def test_a_constant_is_no_embedding_whatever_the_reference_gives():
     expected = Expected(constant, 0.9, 0.1, ["x"] * 24)
     found = verdict(Fake(lambda rows, found, n: constant(rows)), expected=expected)
     assert found == ("BAD_OUTPUT", "two different inputs give one embedding")
-
-
-def cached(faster):
-    """What came before takes so many times less time."""
-    known = set()
-
-    def takes(rows, n):
-        new = rows.tobytes() not in known
-        known.add(rows.tobytes())
-        return SECONDS if new else SECONDS / faster
-
-    return takes
 
 
 @pytest.mark.parametrize("faster", [1.2, 2, 20, 1000])
@@ -231,16 +219,6 @@ def test_a_clock_that_is_set_once_is_measured_again():
     backend = Fake()
     found = verdict(backend, clock=Jumping(backend.clock, lambda now, n: now + 3 * (n > 90)))
     assert found == ("VALID", "")
-
-
-def keeping(size, make):
-    kept = []
-
-    def change(rows, found, n):
-        kept.append(make(size))
-        return found
-
-    return change
 
 
 @pytest.mark.parametrize("make", [lambda size: np.ones(size, np.uint8), bytearray], ids=["touched", "untouched"])
