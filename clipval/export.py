@@ -84,6 +84,7 @@ def _finish(traced: Path, file: Path, tower: Tower, metadata: Dict[str, str]) ->
     import onnx
 
     graph = onnx.load(str(traced), load_external_data=False)
+    name_nodes(graph)
     _fix_output_shape(graph, tower)
     for name, value in {**metadata, "clipval.normalized": "true", "clipval.tower": tower.name}.items():
         entry = graph.metadata_props.add()
@@ -92,6 +93,22 @@ def _finish(traced: Path, file: Path, tower: Tower, metadata: Dict[str, str]) ->
     if outside:
         _gather(outside, traced.parent, file.with_name(f"{file.name}.data"))
     onnx.save(graph, str(file))
+
+
+def name_nodes(model: Any) -> int:
+    """Give each node without a name the one that the graph engine would: `<op_type>_<k>`; how many there were.
+
+    `k` counts nodes without a name (GE `parser/onnx/onnx_parser.cc`, UpdateNodeNameAndOpType), so an OM that was
+    compiled from the file as it was has the same names.
+    """
+    taken = {node.name for node in model.graph.node}
+    count = 0
+    for node in model.graph.node:
+        if not node.name:
+            name = f"{node.op_type}_{count}"
+            node.name = name if name not in taken else f"{name}_unnamed"
+            count += 1
+    return count
 
 
 def _gather(tensors: List[Any], folder: Path, data: Path) -> None:

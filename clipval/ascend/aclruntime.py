@@ -79,13 +79,14 @@ class Session:
     Args:
         file: the OM file, no link.
         device: ACL's device id.
+        acl_json: ACL's configuration, which only the first session of a process can set; empty for none.
 
     Raises:
         BackendUnavailable: aclruntime cannot be used in this process.
         acl.Failed: it does not load; with the runtime's words.
     """
 
-    def __init__(self, file: Path, device: int) -> None:
+    def __init__(self, file: Path, device: int, acl_json: str = "") -> None:
         self._runtime = load()
         self.version = version(self._runtime)
         self.simulated = getattr(self._runtime, "__simulated__", False) is True
@@ -94,6 +95,7 @@ class Session:
         self._spare: Any = None
         options = self._runtime.session_options()
         options.log_level = LOG_WARNINGS
+        options.acl_json_path = acl_json
         acl.begin(_finalize, _natives)
         with acl.telling():
             # All three arguments are required, and must be positional.

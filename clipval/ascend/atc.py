@@ -52,6 +52,9 @@ REFUSED = ("mode", "om", "json", "singleop", "help", "h", "dynamic_batch_size", 
 _running: Set[subprocess.Popen[bytes]] = set()
 
 
+FUSION_RESULT = "fusion_result.json"  # in atc's working directory: the fusion passes and how often each took effect
+
+
 @dataclass(frozen=True)
 class AtcOptions:
     """What atc is asked for besides tower and batch size.
@@ -205,6 +208,9 @@ def compile_om(
         (scratch / "out").mkdir()
         code = _execute([program, *arguments[1:]], scratch, log, options.timeout_seconds)
         made = _verdict(code, scratch / "out", name, log, where, options.timeout_seconds)
+        passes = scratch / FUSION_RESULT
+        if passes.is_file():
+            passes.replace(output_folder / f"{name}.{FUSION_RESULT}")
         made.chmod(0o640)  # ais_bench refuses an OM that others can write to
         return made.replace(output_folder / f"{name}.om")
     finally:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from clipval import backends
-from clipval.commands import Command, Parser, chain_of, model_options
+from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
 from clipval.errors import UsageError
 from clipval.options import add_options, at_least
 from clipval.towers import TOWER_NAMES
@@ -27,13 +28,20 @@ def _declare(parser: Parser) -> None:
         "--rebuild",
     ]
     add_options(parser.add_argument, names)
-    parser.add_argument("--backend", choices=("onnx",), help="whose tower; without it the ending of --model tells")
+    parser.add_argument("--backend", choices=("onnx", "om"), help="whose tower; without it the ending of --model tells")
     parser.add_argument("--tower", choices=TOWER_NAMES, help="without it the name of --model tells")
     parser.add_argument(
         "--model", type=Path, metavar="FILE", help="the candidate; without it the one that is validated"
     )
     parser.add_argument("--samples", type=at_least(int, 1), default=4, metavar="N", help="default: %(default)s")
     parser.add_argument("--sample", action="append", default=[], metavar="ID", help="look at this sample too")
+    parser.add_argument(
+        "--dump", type=Path, metavar="DIR", help="analyse this dump of an NPU host; needs --onnx, no CANN"
+    )
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="of --dump: the file that the OM was compiled from")
+    parser.add_argument("--input", type=Path, metavar="FILE.npy", help="of --dump: the batch; without it --samples say")
+    parser.add_argument("--om-json", type=Path, metavar="FILE", help="of --dump: what atc --mode=1 says of the OM")
+    parser.add_argument("--keep-dump", type=Path, metavar="DIR", help="keep the dumps of --backend om there")
     parser.add_argument("--ladder", action="store_true", help="print every tap, not only those about the first excess")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the finding with its ladder")
 
@@ -43,23 +51,57 @@ def _diagnose(args: argparse.Namespace) -> int:
 
     Exit codes: 0 no excess, 1 something was found, 2 wrong usage or input.
     """
-    from clipval.diagnose import candidate, finding
+    from clipval.diagnose import finding
 
-    chain = chain_of(args)
-    chain.check_inputs()
-    name = args.backend or (backends.of_file(args.model) if args.model else None) or "onnx"
-    tower = chain.towers[args.tower or _tower_of(args.model)]
-    if args.model is not None and not args.model.is_file():
-        raise UsageError(f"diagnose --model {args.model}: no such file")
-    picked = candidate.samples(chain, tower, args.sample, args.samples)
-    found = candidate.onnx(chain, tower, picked, file=args.model, backend=name)
-    chain.close()
+    found = _of_dump(args) if args.dump else _of_candidate(args)
     print("\n".join(found.lines()))
     if args.ladder or found.first:
         print("\n".join(finding.table(found, 0 if args.ladder else 4)))
     if args.json:
         args.json.write_text(json.dumps(found.detail(), indent=1), encoding="utf-8")
     return int(found.found)
+
+
+def _of_candidate(args: argparse.Namespace) -> Any:
+    from clipval.diagnose import candidate
+
+    if args.model is not None and not args.model.is_file():
+        raise UsageError(f"diagnose --model {args.model}: no such file")
+    chain = chain_of(args)
+    chain.check_inputs()
+    name = args.backend or (backends.of_file(args.model) if args.model else None) or "onnx"
+    tower = chain.towers[args.tower or _tower_of(args.model)]
+    picked = candidate.samples(chain, tower, args.sample, args.samples)
+    try:
+        if name == "om":
+            size = batch_of_name(args.model)
+            return candidate.om(chain, tower, picked, file=args.model, keep=args.keep_dump, batch=size)
+        return candidate.onnx(chain, tower, picked, file=args.model, backend=name)
+    finally:
+        chain.close()
+
+
+def _of_dump(args: argparse.Namespace) -> Any:
+    """A dump that was brought from an NPU host, on a machine without CANN and without the model."""
+    import numpy as np
+
+    from clipval import arrays
+    from clipval.diagnose import candidate, dump, graph, om
+
+    if args.onnx is None:
+        raise UsageError("diagnose --dump: give --onnx FILE, the file that the OM was compiled from")
+    whole, dumped = graph.load(args.onnx), dump.read(args.dump)
+    if args.input is not None:
+        rows = arrays.load(args.input)
+    else:
+        chain = chain_of(args)
+        tower = chain.towers[tower_of_onnx(args.onnx).name]
+        picked = candidate.samples(chain, tower, args.sample, args.samples)
+        rows = np.ascontiguousarray(chain.prepared.rows[tower.name][picked])
+    fused = om.fused_names(args.om_json) if args.om_json else {}
+    precision = candidate.precision_of(args.precision_mode or "force_fp16")
+    compared = om.compare(whole, dumped, rows, precision, fused)
+    return om.judge(compared, dumped, precision, f"dump {args.dump.name} against {args.onnx.name}")
 
 
 def _tower_of(model: Path) -> str:

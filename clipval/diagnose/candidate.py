@@ -64,6 +64,72 @@ def onnx(
     return _with_runtime(finding, climbed, found)
 
 
+def om(
+    chain: Any,
+    tower: Tower,
+    picked: np.ndarray,
+    *,
+    file: Optional[Path] = None,
+    backend: str = "om",
+    keep: Optional[Path] = None,
+    batch: int = 0,
+) -> Finding:
+    """Where an OM diverges: first the ONNX file that it was compiled from against PyTorch, then the OM against that.
+
+    Args:
+        picked: indices of the samples; as many as the OM's batch takes are run.
+        file: the OM; without it the chain's own; keep: folder for the dumps; batch: of `file`, 0 for the chain's own.
+
+    Raises:
+        BackendUnavailable: the OM cannot be run or dumped.
+    """
+    size = batch or chain.accuracy_batch
+    made = file or chain.file(backend, tower, size)
+    before = onnx(chain, tower, picked[:SAMPLES])
+    if before.found:
+        return replace(before, sentence=f"{backend} {tower.name}: wrong before it was compiled: {before.sentence}")
+    from clipval.diagnose import npu
+
+    prepared = chain.prepared.rows[tower.name]
+    filled = picked[np.arange(size) % len(picked)]
+    rows, ids = np.ascontiguousarray(prepared[filled]), [prepared.ids[n] for n in filled]
+    reference = np.asarray(chain.backend("pytorch", tower, size).run(rows))
+    found = _run(chain, backend, tower, made, rows)
+    mode = chain.settings.precision_mode or "force_fp16"
+    name = f"{backend} {tower.name} ({made.name}, {mode})"
+    count = len(set(ids))
+    said = checks.embeddings(ids[:count], reference[:count], found[:count]) + _compiled_from(chain, tower, file)
+    if said:
+        return Finding(INPUT, name, f"{name}: not numerics: {said[0]}", causes=tuple(said), samples=count)
+    exact = precision_of(mode)
+    whole = graph.load(chain.onnx(tower))
+    located = npu.locate(made.resolve(), whole, rows, _device(chain, backend), exact, name, keep)
+    return replace(located, samples=count)
+
+
+def precision_of(mode: str) -> str:
+    """What a precision mode of atc rounds to."""
+    from clipval.ascend import atc
+
+    if atc.precision_class(mode) == "fp32":
+        return "fp32"
+    return "bf16" if "bf16" in mode or "bfloat16" in mode else "fp16"
+
+
+def _device(chain: Any, backend: str) -> int:
+    number = backend.partition(":")[2]
+    return int(number) if number else int(chain.settings.device_id[0])
+
+
+def _compiled_from(chain: Any, tower: Tower, file: Optional[Path]) -> List[str]:
+    """An OM of the store is of the ONNX file of now, by its key; of a ready one only its age tells."""
+    ready = file or (chain.settings.om_dir and chain.file("om", tower, chain.accuracy_batch))
+    onnx_file = ready.with_name(f"{tower.name}.onnx") if ready else None
+    if onnx_file is None or not onnx_file.is_file() or onnx_file.stat().st_mtime <= ready.stat().st_mtime:
+        return []
+    return [f"{ready.name} is older than {onnx_file.name} beside it: it was not compiled from that; compile it again"]
+
+
 def _run(chain: Any, backend: str, tower: Tower, file: Path, rows: np.ndarray) -> np.ndarray:
     """The candidate's embeddings by the backend that is validated, not node by node."""
     opened = chain.pool.open_file(backend, tower, file, len(rows))
@@ -106,7 +172,8 @@ def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -
 def explain(chain: Any, backend: str, tower: Tower, named: Sequence[str]) -> Tuple[str, Optional[Finding]]:
     """For a red gate: one line for its message, and the finding; a diagnosis that fails says why and hides nothing."""
     try:
-        found = onnx(chain, tower, samples(chain, tower, named), backend=backend)
+        look = om if backend.partition(":")[0] == "om" else onnx
+        found = look(chain, tower, samples(chain, tower, named), backend=backend)
     except ClipvalError as error:
         return f"diagnosis: {error}", None
     return f"diagnosis: {found.sentence}", found

@@ -6,7 +6,7 @@ at is what the file says.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -18,7 +18,9 @@ WIDE = ":wide"
 
 
 def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Iterator[Tuple[str, np.ndarray]]:
-    """Every tensor that depends on the input, in the order of computation. Holds what later nodes need, no more.
+    """Every tensor that depends on the input, and their shapes, in the order of computation.
+
+    Holds what later nodes need, no more.
 
     Args:
         rows: the graph's only input.
@@ -31,7 +33,7 @@ def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Ite
         raise InputError(f"ONNX {graph.file}: has inputs {', '.join(graph.inputs)}; a tower has one")
     import onnxruntime
 
-    last = _last_use(graph)
+    last, shown = _last_use(graph), graph.moving | graph.measured
     alive: Dict[str, Any] = {graph.inputs[0]: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))}
     for numbers in graph.segments():
         made = {name for number in numbers for name in graph.nodes[number].outputs if name}
@@ -41,17 +43,30 @@ def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Ite
             name
             for number in numbers
             for name in graph.nodes[number].outputs
-            if name and (name in graph.moving or last.get(name, -1) > numbers[-1] or name in graph.outputs)
+            if name and (name in shown or last.get(name, -1) > numbers[-1] or name in graph.outputs)
         ]
         kinds = {name: (one.element_type(), one.shape()) for name, one in fed.items()}
         model = graph.cut(numbers, kinds, wanted)
         found = run(change(model) if change else model, fed, wanted, graph.file)
         for name in wanted:
-            if name in graph.moving and found[name].has_value():
+            if name in shown and found[name].has_value():
                 yield name, as_array(found[name], found.get(f"{name}{WIDE}"))
             if last.get(name, -1) > numbers[-1]:
                 alive[name] = found[name]
         alive = {name: values for name, values in alive.items() if last.get(name, -1) > numbers[-1]}
+
+
+def part(graph: Graph, tensor: str, given: Mapping[str, np.ndarray], change: Optional[Cut] = None) -> np.ndarray:
+    """One tensor out of given ones: what a part of the graph makes of another candidate's inputs."""
+    import onnxruntime
+
+    numbers = graph.closure(tensor, given)
+    used = {name for number in numbers for name in graph.nodes[number].inputs}
+    fed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(given[name]) for name in sorted(used & set(given) - {tensor})}
+    kinds = {name: (one.element_type(), one.shape()) for name, one in fed.items()}
+    model = graph.cut(numbers, kinds, [tensor])
+    found = run(change(model) if change else model, fed, [tensor], graph.file)
+    return as_array(found[tensor], found.get(f"{tensor}{WIDE}"))
 
 
 def as_array(value: Any, wide: Any = None) -> np.ndarray:

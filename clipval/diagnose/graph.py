@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
 import numpy as np
 
 from clipval.errors import InputError, one_line
+from clipval.export import name_nodes
 
 SEGMENT_BYTES = 64 << 20  # weights that are handed to the runtime at once
 SEGMENT_NODES = 200
@@ -48,6 +49,7 @@ class Graph:
         inputs, outputs: names of the graph's own.
         producer: tensor -> number of the node that makes it; consumers: tensor -> numbers of those that take it.
         moving: tensors that depend on the graph's input; the others are constants and shapes of them.
+        measured: the shapes among those.
         opset: of the default domain.
         precision: `fp32`, or `fp16` or `bf16` where the graph computes in it.
     """
@@ -65,6 +67,7 @@ class Graph:
             for name in node.inputs:
                 self.consumers.setdefault(name, []).append(number)
         self.moving = self._moving()
+        self.measured = self._measured()
         self.opset = max([one.version for one in model.opset_import if one.domain in ("", "ai.onnx")], default=0)
         self.precision = self._precision()
 
@@ -75,6 +78,11 @@ class Graph:
             if node.op not in ("Shape", "Size", "ConstantOfShape") and found & set(node.inputs):
                 found.update(name for name in node.outputs if name)
         return found
+
+    def _measured(self) -> Set[str]:
+        """Results that tell the shape of a tensor that depends on the input."""
+        shapes = [node for node in self.nodes if node.op in ("Shape", "Size") and self.moving & set(node.inputs)]
+        return {name for node in shapes for name in node.outputs}
 
     def _precision(self) -> str:
         from onnx import TensorProto
@@ -118,6 +126,16 @@ class Graph:
                 continue
             found.add(number)
             rest += [one for one in self.nodes[number].inputs if one in self.moving and one not in stop]
+        return sorted(found)
+
+    def closure(self, tensor: str, given: Iterable[str]) -> List[int]:
+        """Numbers of all nodes that make a tensor out of given ones, constants and shapes included, in order."""
+        stop, found, rest = set(given) - {tensor}, set(), [tensor]
+        while rest:
+            number = self.producer.get(rest.pop())
+            if number is not None and number not in found:
+                found.add(number)
+                rest += [name for name in self.nodes[number].inputs if name not in stop]
         return sorted(found)
 
     def constant(self, tensor: str) -> Any:
@@ -215,22 +233,6 @@ def load(file: Path) -> Graph:
         raise InputError(f"ONNX {file}: cannot be read ({one_line(error)}). Give another file") from error
     name_nodes(model)
     return Graph(file, model)
-
-
-def name_nodes(model: Any) -> int:
-    """Give each node without a name the one that the graph engine would: `<op_type>_<k>`; how many there were.
-
-    `k` counts nodes without a name (GE `parser/onnx/onnx_parser.cc`, UpdateNodeNameAndOpType), so an OM that was
-    compiled from the file as it was has the same names.
-    """
-    taken = {node.name for node in model.graph.node}
-    count = 0
-    for node in model.graph.node:
-        if not node.name:
-            name = f"{node.op_type}_{count}"
-            node.name = name if name not in taken else f"{name}_unnamed"
-            count += 1
-    return count
 
 
 def _node(node: Any) -> Node:

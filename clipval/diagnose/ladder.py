@@ -11,7 +11,7 @@ from clipval.diagnose import evaluate, graph, pairs, taps
 from clipval.diagnose.finding import DIVERGENCE, NONE, Finding
 from clipval.diagnose.locate import EXCESS, FLOOR, Rung, suspects
 from clipval.diagnose.part import Part
-from clipval.diagnose.twin import Twin
+from clipval.diagnose.twin import Twin, overflows
 
 PAIRED = 2  # samples that decide which tensor is which tap; torch takes other operators for one than for several
 UNRELATED = 1.3  # two tensors that have nothing to do with each other are 1.4 apart
@@ -99,7 +99,8 @@ def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Opt
 def noise_of(recorded: taps.Recorded, twin: Optional[Twinned], precision: str) -> List[float]:
     """What a precision costs at each tap: the twin's error, or that of PyTorch's own float32."""
     found = twin.errors(recorded) if twin else {n: tap.noise for n, tap in enumerate(recorded.taps)}
-    return [max(found.get(n, 0.0), FLOOR[precision]) for n in range(len(recorded.taps))]
+    lost = [overflows(tap.truth, precision) for tap in recorded.taps]
+    return [FLOOR[precision] if lost[n] else max(found.get(n, 0.0), FLOOR[precision]) for n in range(len(lost))]
 
 
 class Twinned:

@@ -28,6 +28,8 @@ class Rung:
         pytorch: the float32 PyTorch model's own distance from the truth; None where PyTorch was not run.
         tensor, node, op: the candidate's tensor and what makes it; empty where there is none.
         module: path of the PyTorch module.
+        local: error of this part alone, fed with the candidate's own inputs, over what the precision costs the part;
+            None where it was not run alone. It is not hidden by the noise that came before.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Rung:
     node: str = ""
     op: str = ""
     module: str = ""
+    local: Optional[float] = None
 
     @property
     def excess(self) -> Optional[float]:
@@ -53,7 +56,8 @@ class Rung:
 
     @property
     def good(self) -> bool:
-        return self.excess is not None and self.excess <= EXCESS
+        """Within the noise, as a whole and where it was run alone."""
+        return self.excess is not None and self.excess <= EXCESS and (self.local is None or self.local <= EXCESS)
 
 
 def suspects(good: Mapping[str, Optional[bool]], parents: Mapping[str, Sequence[str]], output: str) -> List[str]:

@@ -82,6 +82,11 @@ def distance(found: np.ndarray, truth: np.ndarray) -> float:
     return relative(_moved(np.asarray(found, np.float32), truth), truth)
 
 
+def aligned(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """A tensor in the shape and order of axes of another one of as many values."""
+    return _moved(found, truth)
+
+
 def _size(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)] if not np.isfinite(values).all() else values
     return float(np.linalg.norm(finite.astype(np.float64)))

@@ -50,6 +50,12 @@ class Twin:
         return model
 
 
+def overflows(truth: np.ndarray, precision: str) -> bool:
+    """Values that fp16 has no room for: a loss that is a fault of its own, not the noise of rounding."""
+    finite = truth[np.isfinite(truth)]
+    return precision == "fp16" and bool(finite.size) and float(np.abs(finite).max()) > LARGEST
+
+
 def rounded(values: np.ndarray, precision: str) -> np.ndarray:
     """float32 values as the nearest ones of fp16 (clamped) or bf16, as float32 again."""
     if precision == "fp16":

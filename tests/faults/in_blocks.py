@@ -110,9 +110,12 @@ def weights_of_one_block(graph: Graph) -> None:
     graph.set_weight(name, 1, held * (1 + np.random.default_rng(0).normal(0, 0.01, held.shape)).astype(np.float32))
 
 
+NORM = at(f"{VISION}.ln_2", "Add")  # adds epsilon
+
+
 @planted(f"{VISION}.ln_2", "epsilon is 0.001, PyTorch's is 1e-05")
 def epsilon_of_one_norm(graph: Graph) -> None:
-    graph.constant(at(f"{VISION}.ln_2", "Add"), 1, 100.0)
+    graph.constant(NORM, 1, 100.0)
 
 
 @planted(f"{TEXT}.mlp.gelu", "x sigmoid(1.702 x) form of GELU", "text")
@@ -245,7 +248,10 @@ def softmax_over_another_axis(graph: Graph) -> None:
 def one_layer_in_bf16(graph: Graph) -> None:
     from onnx import TensorProto
 
-    graph.cast(at(f"{VISION}.mlp.c_proj", "MatMul"), TensorProto.BFLOAT16)
+    name = at(f"{VISION}.mlp.c_proj", "MatMul")
+    held = graph.weight(name, 1)
+    graph.set_weight(name, 1, (held.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).reshape(held.shape))
+    graph.cast(name, TensorProto.BFLOAT16)
 
 
 @planted(f"{VISION}.attn", "it is PyTorch's times 1.5")

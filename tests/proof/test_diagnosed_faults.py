@@ -1,14 +1,20 @@
 """Faults of one part of one block are located: the module, and what differs there."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
 import pytest
 
 from clipval import export, model, options
+from clipval.ascend import atc, dumping
 from clipval.chain import Chain
-from clipval.diagnose import graph, ladder
+from clipval.diagnose import dump, graph, ladder, om
+from clipval.diagnose.finding import NONE
+from tests import simulator, small
 from tests.faults import in_blocks
 
 pytestmark = pytest.mark.proof
@@ -36,3 +42,60 @@ def test_a_fault_is_located_in_an_onnx_file(chain, name, tmp_path):
     found = ladder.judge(ladder.climb(model.encoder(tested, tower), graph.load(file), rows), "onnx")
     assert found.module == planted.module, found.sentence
     assert any(words in " ".join(found.lines()) for words in planted.words.split("|")), found.lines()
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    for name, value in simulator.environment().items():
+        monkeypatch.setenv(name, value)
+
+
+def in_om(chain, name, folder, change=None):
+    """The finding of a faulty OM that dumps, against the ONNX file without the fault."""
+    planted = in_blocks.PLANTED[name]
+    tower, tested = chain.towers[planted.tower], chain.model
+    clean, change = chain.onnx(tower), change or planted.change
+    if name == "mlp_overflows_in_fp16":
+        tested = tested._replace(module=in_blocks.large_mlp(copy.deepcopy(tested.module)))
+        clean, change = folder / "large.onnx", lambda graph: None  # fp16 alone is enough
+        export.export(tested, tower, clean, metadata={})
+    changed = onnx.load(str(clean))
+    change(in_blocks.Graph(changed))
+    onnx.save(changed, str(folder / "faulty.onnx"))
+    wanted = atc.AtcOptions(soc_version="Ascend910B4")
+    made = atc.compile_om(folder / "faulty.onnx", folder, f"{tower.name}_bs2", tower, 2, wanted)
+    rows = np.ascontiguousarray(chain.prepared.rows[tower.name][np.arange(2)])
+    dumping.dump(made, rows, 0, folder / "figures", stats=True)
+    dumping.dump(made, rows, 0, folder / "dump")
+    dumped = dump.read(folder / "dump")
+    dumped.statistics = dump.read(folder / "figures").statistics
+    fused = om.fused_names(dumping.as_json(made, folder / "om.json"))
+    return om.judge(om.compare(graph.load(clean), dumped, rows, "fp16", fused), dumped, "fp16", "om")
+
+
+@pytest.mark.parametrize("name", in_blocks.names())
+def test_a_fault_is_located_in_a_simulated_om(chain, name, tmp_path, simulated):
+    large = {"epsilon_of_one_norm": lambda graph: graph.constant(in_blocks.NORM, 1, 1e5)}
+    found = in_om(chain, name, tmp_path, large.get(name))
+    assert found.module == in_blocks.PLANTED[name].module, found.sentence
+    assert found.operator in found.sentence
+    if name == "mlp_overflows_in_fp16":
+        assert "values at the end of DT_FLOAT16" in found.sentence
+
+
+def test_a_fault_below_the_noise_of_fp16_is_said_to_be_below(chain, tmp_path, simulated):
+    found = in_om(chain, "epsilon_of_one_norm", tmp_path)  # 2e-4 of the norm's result
+    assert found.verdict == NONE
+    assert "a fault is below that unless it is" in found.sentence
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_a_clean_om_has_no_excess(small_spec, tmp_path, tower):
+    command = [sys.executable, "-m", "clipval", "diagnose", "--backend", "om", "--tower", tower, "--allow-simulated"]
+    command += [f"--spec={small_spec}", f"--workdir={tmp_path}", "--samples=2"]
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, env={**outside, **simulator.environment()}, cwd=small.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no excess" in done.stdout

@@ -58,6 +58,7 @@ class InferenceSession:
             raise binding.failure(code)
         binding.devices.log_level = options.log_level
         self._device, self._loop = device_id, options.loop
+        acl.configure(options.acl_json_path)
         self._load(model_path)
         self._zero = time.monotonic() - float(npu_host.switch("AGE_SECONDS", "0"))
         self._times: List[Any] = []

@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 
 import npu_host
 import numpy as np
+import simulated_dump
 
 TAG = 1 << 62  # of a device's address, so that reading it on the host is a fault
 NEVER, READY, FINALIZED = range(3)
@@ -59,6 +60,7 @@ class Model:
         self.session: Any = session
         self.memory = memory
         self.runs = 0
+        self.dumper = simulated_dump.of(_process.dump_config, path)
 
 
 class _Process:
@@ -68,6 +70,7 @@ class _Process:
         self.state = NEVER
         self.owner = 0
         self.next_model = 1
+        self.dump_config = ""
         self.contexts: Set[Context] = set()
         self.defaults: Dict[int, Context] = {}
         self.memory: Dict[int, Tuple[Any, int]] = {}  # address without its tag -> array, device
@@ -264,6 +267,12 @@ def device_of(address: int, count: int) -> Optional[int]:
     return None
 
 
+def configure(config: str) -> None:
+    """The file that goes to aclInit, which takes the first one only."""
+    if _process.next_model == 1:
+        _process.dump_config = config
+
+
 def load(path: str) -> int:
     """Load an OM file in the current context; its id."""
     import onnxruntime
@@ -334,6 +343,8 @@ def execute(number: int, inputs: List[Tuple[int, int]], outputs: List[Tuple[int,
         one["name"]: np.frombuffer(ctypes.string_at(address & ~TAG, size_of(one)), one["dtype"]).reshape(one["shape"])
         for (address, _), one in zip(inputs, found.inputs)
     }
+    if found.dumper:
+        found.dumper.run(feeds)
     for (address, _), one, values in zip(outputs, found.outputs, found.session.run(None, feeds)):
         whole = np.ascontiguousarray(values.astype(one["dtype"]))
         ctypes.memmove(address & ~TAG, whole.ctypes.data, size_of(one))

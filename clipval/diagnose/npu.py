@@ -1,0 +1,112 @@
+"""Dump an OM on its NPU in three steps, each a fresh process: statistics, ends of blocks, inside the bad part."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import numpy as np
+
+from clipval.ascend import atc, dumping
+from clipval.diagnose import dump, graph, om
+from clipval.diagnose.finding import Finding
+from clipval.errors import BackendUnavailable, InputError, ToolFailed
+
+BLOCK = re.compile(r".*\.\d+$")  # the path of a numbered module, as `visual.transformer.resblocks.3`
+WITHOUT = (
+    "without a dump: diagnose --backend onnx says whether the graph is right, --precision-modes whether another "
+    "precision is"
+)
+
+
+def locate(
+    file: Path,
+    whole: graph.Graph,
+    rows: np.ndarray,
+    device: int,
+    precision: str,
+    candidate: str,
+    keep: Optional[Path] = None,
+) -> Finding:
+    """Where an OM leaves the ONNX graph that it was compiled from.
+
+    Args:
+        rows: one whole batch of the OM.
+        keep: folder for the dumps; without it they go to a scratch folder and are deleted.
+
+    Raises:
+        BackendUnavailable: the dump cannot be had, with what can be concluded without it.
+    """
+    with _folder(keep) as folder:
+        fused = _fused(file, folder)
+        try:
+            dumping.dump(file, rows, device, folder / "statistics", stats=True)
+            figures = dump.read(folder / "statistics")
+            found = _narrow(file, whole, rows, device, precision, folder, fused)
+        except (BackendUnavailable, InputError) as error:
+            raise BackendUnavailable(f"{error}. {WITHOUT}") from error
+        compared, dumped = found
+        dumped.statistics = figures.statistics
+        return om.judge(compared, dumped, precision, candidate, _passes(file))
+
+
+def _narrow(
+    file: Path,
+    whole: graph.Graph,
+    rows: np.ndarray,
+    device: int,
+    precision: str,
+    folder: Path,
+    fused: Dict[str, List[str]],
+) -> Any:
+    """The ends of blocks first; then all of the part between the last good one and the first bad one."""
+    ends = block_ends(whole)
+    if ends:
+        dumping.dump(file, rows, device, folder / "blocks", layers=ends)
+        coarse = om.compare(whole, dump.read(folder / "blocks"), rows, precision, fused)
+        bad = om.first(coarse)
+        if bad is not None:
+            good = [name for name, rung in coarse.rungs.items() if rung.good]
+            inside = [whole.nodes[n].name for n in whole.between(bad, good)]
+            layers = [*inside, *(whole.node_of(name).name for name in good)]
+            dumping.dump(file, rows, device, folder / "inside", layers=layers)
+            dumped = dump.read(folder / "inside")
+            return om.compare(whole, dumped, rows, precision, fused), dumped
+    dumping.dump(file, rows, device, folder / "whole")
+    dumped = dump.read(folder / "whole")
+    return om.compare(whole, dumped, rows, precision, fused), dumped
+
+
+def block_ends(whole: graph.Graph) -> List[str]:
+    """Names of the nodes that make what each numbered block gives on, and of the graph's last one."""
+    found = []
+    for node in whole.nodes:
+        if BLOCK.match(node.module) and any(whole.leaves(name, node.module) for name in node.outputs):
+            found.append(node.name)
+    return [*found, *(whole.node_of(name).name for name in whole.outputs)] if found else []
+
+
+def _fused(file: Path, folder: Path) -> Dict[str, List[str]]:
+    """The fused names of the OM's operators; none where atc is not on this host: the dump's own names must do then."""
+    try:
+        return om.fused_names(dumping.as_json(file, folder / "om.json"))
+    except (BackendUnavailable, ToolFailed):
+        return {}
+
+
+def _passes(file: Path) -> Sequence[str]:
+    kept = file.with_name(f"{file.stem}.{atc.FUSION_RESULT}")
+    return om.fusion_passes(kept) if kept.is_file() else ()
+
+
+@contextmanager
+def _folder(keep: Optional[Path]) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="clipval-dump-") as scratch:
+        yield Path(scratch)

@@ -1,0 +1,342 @@
+"""A dumped OM against the ONNX graph that it was compiled from: which operator is worse than its precision."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+
+import numpy as np
+
+from clipval.diagnose import evaluate, graph, pairs
+from clipval.diagnose.dump import Dump, Operator, Statistic
+from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
+from clipval.diagnose.graph import SAME_VALUES
+from clipval.diagnose.locate import EXCESS, FLOOR, Rung, suspects
+from clipval.diagnose.taps import relative
+from clipval.diagnose.twin import LARGEST, PRECISIONS, Twin, overflows
+from clipval.errors import InputError
+
+ORIGINS = "_datadump_original_op_names"  # attribute of an OM's operator: the ONNX nodes that were fused into it
+SHOWN = 4
+SUMS = 1e-5  # noise of an OM in fp32, whose sums go in another order: ten times PyTorch's own in float32
+
+
+@dataclass
+class Compared:
+    """Tensors of an ONNX graph that the dump has.
+
+    Attributes:
+        rungs: by ONNX tensor, in the order of computation.
+        operators: ONNX tensor -> the operator whose output it is.
+        without: names of operators that are in the dump's model but whose tensors could not be compared.
+    """
+
+    graph: graph.Graph
+    rungs: Dict[str, Rung] = field(default_factory=dict)
+    operators: Dict[str, Operator] = field(default_factory=dict)
+    without: List[str] = field(default_factory=list)
+
+
+def fused_names(file: Path) -> Dict[str, List[str]]:
+    """ONNX nodes of each operator of an OM, from what `atc --mode=1 --om=... --json=...` writes.
+
+    Names are C-escaped there (GE `pb2json.cc`), so they are unescaped here.
+
+    Raises:
+        InputError: the file is not that.
+    """
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        operators = [one for part in whole["graph"] for one in part["op"]]
+        return {one["name"]: _origins(one) for one in operators}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"OM as JSON {file}: cannot be read ({error}); make it with atc --mode=1 --om --json"
+        ) from error
+
+
+def _origins(operator: Mapping[str, Any]) -> List[str]:
+    for one in operator.get("attr", ()):
+        if one.get("key") == ORIGINS:
+            names = one.get("value", {}).get("list", {}).get("s", [])
+            return [name.encode("latin-1", "replace").decode("unicode_escape") for name in names]
+    return []
+
+
+def candidates(whole: graph.Graph, one: Operator, output: int, fused: Mapping[str, Sequence[str]]) -> List[str]:
+    """ONNX tensors that an output may be, the likeliest first: the header's own word, the fused list, the same name.
+
+    The header may name the first of the fused nodes, whose tensor this is not, so its word is one among others.
+    """
+    nodes = {node.name: node for node in whole.nodes}
+    plainer = {_sanitised(node.name): node.name for node in whole.nodes}
+    told = one.outputs[output]
+    named = [told.origin] if told.origin else []
+    named += [name for name in reversed(list(fused.get(one.name, ()))) if name not in named]
+    if not named:
+        named = [one.name if one.name in nodes else plainer.get(one.name, "")]
+    found = []
+    for name in named:
+        made = nodes[name].outputs if name in nodes else ()
+        first = told.origin_output if name == told.origin and told.origin_output is not None else output
+        found += [*made[first : first + 1], *(tensor for tensor in made if len(made) == 1)]
+    return [tensor for tensor in dict.fromkeys(found) if tensor in whole.moving]
+
+
+def _sanitised(name: str) -> str:
+    """As dump file names have it: space, dot and slashes become an underscore."""
+    return "".join("_" if letter in " ./\\" else letter for letter in name)
+
+
+def compare(
+    whole: graph.Graph, dumped: Dump, rows: np.ndarray, precision: str, fused: Mapping[str, Sequence[str]]
+) -> Compared:
+    """Error of every dumped tensor against float32 ONNX, beside that of the graph's twin.
+
+    Args:
+        whole: the file that the OM was compiled from.
+        rows: the inputs of the dumped inference, a whole batch.
+        fused: operator -> ONNX nodes, see `fused_names`; may be empty.
+    """
+    places = [(one, n) for one in dumped.operators.values() for n, held in enumerate(one.outputs) if held.held]
+    wanted: Dict[str, List[int]] = {}
+    for number, (one, n) in enumerate(places):
+        for name in candidates(whole, one, n, fused):
+            wanted.setdefault(name, []).append(number)
+    floats: Set[str] = {name for name, values in evaluate.tensors(whole, rows) if values.dtype == np.float32}
+    errors: Dict[int, List[Tuple[float, str]]] = {}
+    held: Dict[Tuple[int, str], np.ndarray] = {}
+    shapes = {whole.inputs[0]: rows}
+    noise: Dict[str, float] = {}
+    change = Twin(precision, floats) if precision in PRECISIONS else None
+    twin = evaluate.tensors(whole, rows, change)
+    for (name, truth), (_, rounded) in zip(evaluate.tensors(whole, rows), twin):
+        if name in whole.measured:
+            shapes[name] = truth
+        if name in wanted and name in floats:
+            cost = 0.0 if overflows(truth, precision) else pairs.distance(rounded, truth)
+            noise[name] = max(cost, SUMS if change is None else FLOOR[precision])
+            for number in wanted[name]:
+                one, n = places[number]
+                values = one.values(n)
+                if values.size == truth.size:
+                    values = pairs.aligned(values, truth)
+                    held[number, name] = values
+                    errors.setdefault(number, []).append((relative(values, truth), name))
+    compared, numbers = _chosen(whole, places, errors, noise, fused)
+    own = {name: held[number, name] for name, number in numbers.items()}
+    _run_alone(compared, own, shapes, change)
+    return compared
+
+
+def _run_alone(
+    compared: Compared, own: Mapping[str, np.ndarray], shapes: Mapping[str, np.ndarray], change: Optional[Twin]
+) -> None:
+    """Give each rung its local excess: the part between it and its known inputs, fed with the candidate's tensors."""
+    if change is None:
+        return
+    given = {name: np.asarray(values, np.float32) for name, values in own.items()}
+    for name, rung in compared.rungs.items():
+        fed = {**shapes, **{one: given[one] for one in rung.parents}}
+        exact = evaluate.part(compared.graph, name, fed)
+        own_cost = relative(evaluate.part(compared.graph, name, fed, change), exact)
+        cost = max(0.0 if overflows(exact, change.precision) else own_cost, FLOOR[change.precision])
+        compared.rungs[name] = replace(rung, local=relative(given[name], exact) / cost)
+
+
+def _chosen(
+    whole: graph.Graph,
+    places: Sequence[Tuple[Operator, int]],
+    errors: Mapping[int, List[Tuple[float, str]]],
+    noise: Mapping[str, float],
+    fused: Mapping[str, Sequence[str]],
+) -> Tuple[Compared, Dict[str, int]]:
+    """One ONNX tensor for each output: the one that agrees; where none does, the likeliest by name."""
+    found: Dict[str, Tuple[float, int]] = {}
+    without = []
+    for number, (one, n) in enumerate(places):
+        tried = errors.get(number, [])
+        good = [(off, name) for off, name in tried if off <= EXCESS * noise[name]]
+        rank = {name: k for k, name in enumerate(candidates(whole, one, n, fused))}
+        best = min(good or [(rank[name], name) for _, name in tried], default=None)
+        if best is None:
+            without.append(one.name)
+            continue
+        off = next(off for off, name in tried if name == best[1])
+        if best[1] not in found or off < found[best[1]][0]:
+            found[best[1]] = (off, number)
+    order = [name for name in whole.producer if name in found]
+    result = Compared(whole, without=without)
+    for name in order:
+        off, number = found[name]
+        result.operators[name] = places[number][0]
+        result.rungs[name] = _rung(whole, name, off, noise[name], {key: value[0] for key, value in found.items()})
+    return result, {name: number for name, (_, number) in found.items()}
+
+
+def _rung(whole: graph.Graph, name: str, off: float, noise: float, errors: Mapping[str, float]) -> Rung:
+    node = whole.node_of(name)
+    before = known_inputs(whole, name, set(errors))
+    return Rung(
+        name=f"{node.module or node.name} ({node.op})",
+        error=off,
+        noise=noise,
+        error_in=max([errors[one] for one in before], default=None),
+        parents=tuple(before),
+        tensor=name,
+        node=node.name,
+        op=node.op,
+        module=node.module,
+    )
+
+
+def known_inputs(whole: graph.Graph, name: str, known: Set[str]) -> List[str]:
+    """Compared tensors that a tensor is computed from, those that were not compared seen through."""
+    found: List[str] = []
+    seen, rest = set(), whole.parents(name)
+    while rest:
+        one = rest.pop()
+        if one in known:
+            found.append(one)
+        elif one not in seen:
+            seen.add(one)
+            rest += whole.parents(one)
+    return list(dict.fromkeys(found))
+
+
+def first(compared: Compared) -> Optional[str]:
+    """The tensor where the error starts; the worst start where the last compared tensors are good."""
+    rungs = compared.rungs
+    if not rungs:
+        return None
+    good: Dict[str, Optional[bool]] = {name: rung.good for name, rung in rungs.items()}
+    above = {name: rung.parents for name, rung in rungs.items()}
+    last = [name for name in rungs if not any(name in rung.parents for rung in rungs.values())]
+    start = [one for name in last for one in suspects(good, above, name)]
+    if not start:
+        start = [name for name in rungs if good[name] is False and name in suspects(good, above, name)]
+        start.sort(key=lambda name: -(rungs[name].excess or 0))
+    return start[0] if start else None
+
+
+def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, passes: Sequence[str] = ()) -> Finding:
+    """The finding of a dump.
+
+    Args:
+        passes: fusion passes that took effect when the OM was compiled, for the advice.
+    """
+    rungs = tuple(compared.rungs.values())
+    name, notes = first(compared), (*saturation(compared.graph, dumped), *dumped.notes)
+    if not rungs:
+        why = (
+            notes[0]
+            if notes
+            else "its operators' names are none of the ONNX file's: is this the file it was compiled from?"
+        )
+        return Finding(INPUT, candidate, f"{candidate}: nothing could be compared: {why}", causes=notes)
+    if name is None:
+        return Finding(NONE, candidate, _no_excess(compared, precision, candidate), causes=notes, ladder=rungs)
+    rung, operator = compared.rungs[name], compared.operators[name]
+    good = {one for one, held in compared.rungs.items() if held.good}
+    region = [compared.graph.nodes[n] for n in compared.graph.between(name, good)]
+    said = [f"{node.op} {node.name}" for node in region if node.op not in ("Constant", "Shape", "Identity")]
+    nodes = ", ".join(said) if len(said) <= SHOWN else f"{said[0]} to {said[-1]} ({len(said)} nodes)"
+    start = "no input of it was dumped" if rung.error_in is None else f"input {rung.error_in:.1e} off"
+    own = [node for node in region if node.op not in SAME_VALUES and node.op != "Constant"] or region
+    module = own[0].module
+    wide = f" to {rung.module or 'the tower itself'}" if rung.module != module else ""
+    form = operator.outputs[0].form
+    alone = "" if rung.local is None else f", and {rung.local:.3g} times when it is fed with its own inputs"
+    sentence = (
+        f"{candidate}: diverges in PyTorch module {module or 'the tower itself'}{wide}, ONNX {nodes}, OM operator "
+        f"{operator.name} ({operator.kind}): {start}, output {rung.error:.1e} off, {rung.excess:.3g} times what "
+        f"{precision} costs there{alone}, so the error starts there; computed in {operator.outputs[0].dtype} ({form})"
+    )
+    return Finding(
+        verdict=DIVERGENCE,
+        candidate=candidate,
+        sentence=sentence + (f"; {notes[0]}" if notes else ""),
+        module=module,
+        node=rung.node,
+        operator=operator.name,
+        causes=notes,
+        advice=tuple(_advice(rung, operator, passes)),
+        ladder=rungs,
+        first=rung.name,
+    )
+
+
+def _advice(rung: Rung, operator: Operator, passes: Sequence[str]) -> List[str]:
+    said = [
+        f"--keep-dtype with a file of one line: {operator.name}",
+        "--precision-modes force_fp16,allow_mix_precision,must_keep_origin_dtype (parity of each)",
+    ]
+    if passes:
+        said.append(f"switch off a fusion that took effect: {', '.join(passes)} (--fusion_switch_file in --atc-flags)")
+    return said
+
+
+def _no_excess(compared: Compared, precision: str, candidate: str) -> str:
+    rungs = list(compared.rungs.values())
+    worst = max(rungs, key=lambda rung: rung.excess or 0)
+    least, last = min(rungs, key=lambda rung: rung.noise), rungs[-1]
+    return (
+        f"{candidate}: no excess: {len(rungs)} tensors compared, none is over {EXCESS:g} times what {precision} costs "
+        f"(worst {worst.excess:.2g}, {worst.name}); a fault is below that unless it is {EXCESS * least.noise:.1e} "
+        f"(relative) at {least.name}, {EXCESS * last.noise:.1e} at {last.name}"
+    )
+
+
+def saturation(whole: graph.Graph, dumped: Dump) -> List[str]:
+    """The first operators whose statistics have NaN, Inf or the end of fp16, in the order of computation."""
+    order = {_sanitised(node.name): n for n, node in enumerate(whole.nodes)}
+    found = []
+    for name, rows in dumped.statistics.items():
+        masked = _feeds_softmax(whole, order.get(_sanitised(name)))
+        bad = [row for row in rows if row.side.lower() == "output" and _beyond(row, masked)]
+        if bad:
+            found.append((order.get(_sanitised(name), len(order)), name, bad[0]))
+    found.sort(key=lambda one: one[0])
+    return [
+        f"{name} (OM operator) has values at the end of {row.dtype or 'its type'}: max {row.largest}, min {row.least}, "
+        f"NaN {row.nan}, Inf {row.infinite}"
+        for _, name, row in found[:SHOWN]
+    ]
+
+
+def _beyond(row: Statistic, masked: bool) -> bool:
+    """NaN, Inf or the end of fp16; what a softmax takes may be -65504, which is how a mask leaves a position out."""
+    high, low = row.largest or 0.0, row.least or 0.0
+    if masked:
+        return bool(row.nan) or not high < LARGEST
+    return bool(row.nan) or bool(row.infinite) or not high < LARGEST or not low > -LARGEST
+
+
+def _feeds_softmax(whole: graph.Graph, number: Optional[int]) -> bool:
+    """A softmax takes a node's result, also behind the addition of a mask."""
+    if number is None:
+        return False
+    near = [one for name in whole.nodes[number].outputs for one in whole.consumers.get(name, ())]
+    near += [one for n in near for name in whole.nodes[n].outputs for one in whole.consumers.get(name, ())]
+    return any(whole.nodes[n].op == "Softmax" for n in near)
+
+
+def fusion_passes(file: Path) -> List[str]:
+    """Passes of `fusion_result.json` (atc's working folder) that took effect, sorted.
+
+    Raises:
+        InputError: the file is not JSON.
+    """
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"fusion result {file}: cannot be read ({error})") from error
+    found: Set[str] = set()
+    for part in whole if isinstance(whole, list) else [whole]:
+        for kind in ("graph_fusion", "ub_fusion"):
+            for name, times in (part.get(kind) or {}).items():
+                if int(times.get("effect_times", 0) or 0) > 0:
+                    found.add(name)
+    return sorted(found)

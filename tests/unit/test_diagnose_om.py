@@ -1,0 +1,133 @@
+"""An OM that dumps, on the simulated host: its operators against the ONNX file that it was compiled from."""
+
+import json
+import os
+
+import numpy as np
+import onnx
+import pytest
+
+from clipval import cli, options
+from clipval.ascend import atc, dumping
+from clipval.chain import Chain
+from clipval.diagnose import dump, graph, npu, om
+from clipval.errors import BackendUnavailable, InputError
+from tests import simulator
+from tests.faults import in_blocks
+from tests.simulator import tiny as drawn
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A chain, and a compiler of its text tower with a fault, on the simulated host."""
+    before = dict(os.environ)
+    os.environ.update(simulator.environment())
+    chain = Chain(options.Settings(workdir=tmp_path_factory.mktemp("work"), allow_simulated=True))
+    yield chain
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def faulty(chain, fault, folder):
+    """An OM of batch size 2 with a fault that its ONNX file does not have, and one batch of rows."""
+    planted = in_blocks.PLANTED[fault]
+    tower = chain.towers[planted.tower]
+    changed = onnx.load(str(chain.onnx(tower)))
+    planted.change(in_blocks.Graph(changed))
+    file = folder / "faulty.onnx"
+    onnx.save(changed, str(file))
+    wanted = atc.AtcOptions(soc_version="Ascend910B4")
+    made = atc.compile_om(file, folder, f"{tower.name}_bs2", tower, 2, wanted)
+    return made, tower, drawn.rows(tower, 2)
+
+
+@pytest.mark.parametrize("fault", ["mask_missing", "one_layer_quantised"])
+def test_three_dumps_narrow_a_fault_down_to_its_operator(made, fault, tmp_path):
+    file, tower, rows = faulty(made, fault, tmp_path)
+    whole = graph.load(made.onnx(tower))
+    found = npu.locate(file, whole, rows, 0, "fp16", "om", tmp_path / "kept")
+    assert found.module == in_blocks.PLANTED[fault].module, found.sentence
+    assert "OM operator /transformer/resblocks.1/" in found.sentence
+    assert "times when it is fed with its own inputs" in found.sentence
+    assert "LayerNormONNXFusionPass" in " ".join(found.advice)
+    assert "--keep-dtype with a file of one line: /transformer/resblocks.1/" in found.advice[0]
+    blocks = dump.read(tmp_path / "kept" / "blocks")
+    drowned = fault == "one_layer_quantised"  # at the ends of blocks in the noise of fp16: then everything is dumped
+    last = dump.read(tmp_path / "kept" / ("whole" if drowned else "inside"))
+    assert 3 <= len(blocks.operators) < len(last.operators)
+    assert (len(last.operators) > 60) == drowned
+
+
+def test_a_dump_is_analysed_without_cann(made, tmp_path, capsys, monkeypatch):
+    file, tower, rows = faulty(made, "bias_dropped", tmp_path)
+    dumping.dump(file, rows, 0, tmp_path / "dump")
+    fused = dumping.as_json(file, tmp_path / "om.json")
+    monkeypatch.setenv("PATH", "")
+    arguments = ["diagnose", "--dump", str(tmp_path / "dump"), "--onnx", str(made.onnx(tower))]
+    arguments += ["--input", str(tmp_path / "dump.in.npy"), "--json", str(tmp_path / "finding.json")]
+    assert cli.main([*arguments, "--om-json", str(fused)]) == 1
+    assert "transformer.resblocks.1.mlp.c_fc to transformer.resblocks.1.mlp.gelu" in capsys.readouterr().out
+    ladder = json.loads((tmp_path / "finding.json").read_text())["ladder"]
+    assert len(ladder) > 60
+    assert cli.main(arguments) == 1  # names in the dump alone
+    assert "transformer.resblocks.1." in capsys.readouterr().out
+    assert cli.main(["diagnose", "--dump", str(tmp_path / "dump")]) == 2
+    assert "give --onnx FILE" in capsys.readouterr().err
+
+
+def test_a_dump_that_switched_nothing_on_is_said(made, tmp_path, monkeypatch):
+    file, tower, rows = faulty(made, "bias_dropped", tmp_path)
+    real = dumping.configuration
+    monkeypatch.setattr(dumping, "configuration", lambda model, *args, **more: real("other", *args, **more))
+    with pytest.raises(BackendUnavailable, match=r"switched nothing on.*without a dump"):
+        npu.locate(file, graph.load(made.onnx(tower)), rows, 0, "fp16", "om")
+
+
+def test_a_run_that_fails_says_so_with_what_is_known_without(made, tmp_path):
+    broken = tmp_path / "text_bs2.om"
+    broken.write_bytes(b"no OM")
+    rows = np.zeros((2, 77), np.int64)
+    with pytest.raises(
+        BackendUnavailable, match=r"dump of text_bs2.om on device 0: the process ended with 1.*without a dump"
+    ):
+        npu.locate(broken, graph.load(made.onnx(made.towers["text"])), rows, 0, "fp16", "om")
+
+
+def test_the_configuration_is_what_acl_takes():
+    found = dumping.configuration("vit.v2", "/d", stats=True, layers=["/a/MatMul"])["dump"]
+    assert found["dump_list"] == [{"model_name": "vit.v2", "layer": ["/a/MatMul"]}]
+    assert (found["dump_data"], found["dump_level"], found["dump_mode"]) == ("stats", "op", "output")
+    assert (
+        "layer" not in dumping.configuration("m", "/d", layers=[])["dump"]["dump_list"][0]
+    )  # CANN refuses an empty one
+
+
+def test_an_operator_is_found_by_the_header_then_the_fused_list_then_its_name(made, tmp_path):
+    whole = graph.load(made.onnx(made.towers["text"]))
+    norm = "/transformer/resblocks.1/ln_1/"
+    output = dump.Tensor("float16", "ND", (2,), (2,), 4, True)
+
+    def found(name, origin="", fused=()):
+        told = dump.Tensor("float16", "ND", (2,), (2,), 4, True, origin) if origin else output
+        return om.candidates(whole, dump.Operator(tmp_path, name, "X", (), (told,)), 0, {name: list(fused)})
+
+    assert found(f"{norm}Div") == [f"{norm}Div_output_0"]
+    assert found(f"{norm}Div".replace("/", "_").replace(".", "_")) == [f"{norm}Div_output_0"]
+    assert found("made_up") == found("trans_TransData_3") == []
+    assert found("made_up", fused=(f"{norm}Sub", f"{norm}Div")) == [f"{norm}Div_output_0", f"{norm}Sub_output_0"]
+    assert found("made_up", f"{norm}Sub", (f"{norm}Sub", f"{norm}Div"))[0] == f"{norm}Sub_output_0"
+    with pytest.raises(InputError, match="cannot be read"):
+        om.fused_names(tmp_path / "none.json")
+
+
+def test_saturation_is_said_but_not_that_of_a_mask(made, tmp_path):
+    whole = graph.load(made.onnx(made.towers["text"]))
+    name = next(node.name for node in whole.nodes if node.name.endswith("resblocks.1/mlp/c_fc/MatMul"))
+    mask = next(node.name for node in whole.nodes if node.name.endswith("resblocks.1/attn/MatMul_1"))
+
+    def row(least, largest):
+        return [dump.Statistic("Output", 0, (2,), "DT_FLOAT16", largest, least, 0.0, 0.0)]
+
+    found = dump.Dump(tmp_path, statistics={name: row(-1.0, 65504.0), mask: row(-65504.0, 3.0)})
+    (said,) = om.saturation(whole, found)
+    assert said.startswith(f"{name} (OM operator) has values at the end of DT_FLOAT16")
