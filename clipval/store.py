@@ -258,7 +258,7 @@ def _list(folder: Path) -> Dict[str, Dict[str, Any]]:
     paths = sorted(os.path.join(where, name) for where, _, names in walked for name in names if name != MANIFEST)
 
     def describe(path: str) -> Dict[str, Any]:
-        return {"size": os.path.getsize(path), "sha256": sha256(path)}
+        return {"size": os.path.getsize(path), "sha256": once(Path(path))}
 
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
         relative = (path[len(str(folder)) + 1 :].replace(os.sep, "/") for path in paths)

@@ -17,7 +17,7 @@ import numpy as np
 
 from clipval.environment import version
 from clipval.errors import InputError, UsageError
-from clipval.store import Store, code_hash, sha256
+from clipval.store import Store, code_hash, once
 
 # By name; `data.kind` of a spec and `--data-format` take these.
 MODULES: Dict[str, str] = {
@@ -99,7 +99,7 @@ class RetrievalDataset:
             digest.update(b"%d:" % len(encoded) + encoded)
         try:
             with ThreadPoolExecutor(4) as pool:
-                for one in pool.map(sha256, self.image_paths):
+                for one in pool.map(once, self.image_paths):
                     digest.update(one.encode())
         except OSError as error:
             raise InputError(

@@ -29,11 +29,11 @@ def before(owner: Any, name: str, said: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    before(store.Store, "_build", lambda self, folder, key, build: ("built", f"{folder.parent.name}/{folder.name}"))
+    before(store.Store, "_build", lambda self, folder, *more: ("built", f"{folder.parent.name}/{folder.name}"))
     real = store.sha256
     for module in [one for name, one in sys.modules.items() if name.startswith("clipval")]:
         if getattr(module, "sha256", None) is real:
             before(module, "sha256", lambda path: ("hashed", Path(path)))
     before(model, "load", lambda *arguments, **more: ("loaded", "model"))
     before(OnnxBackend, "_load", lambda self, *arguments: ("opened", self._file))
-    before(OmBackend, "__init__", lambda self, tower, om, *arguments: ("opened", om))
+    before(OmBackend, "__init__", lambda self, tower, om, *more: ("opened", om))
