@@ -6,13 +6,14 @@ import gc
 import hashlib
 import importlib
 import json
+import logging
 import re
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from clipval import environment
 from clipval.errors import BackendUnavailable, InputError, UsageError, disk_full, one_line
@@ -158,23 +159,31 @@ def folder_of(name: str) -> Path:
         if not folder.is_dir():
             raise InputError(f"model {name}: no such folder")
         return folder
+    fetch = part("pretrained").download_pretrained_from_hf
+    return downloaded(f"model {name}: its {FOLDER_CONFIG}", lambda: fetch(name[len(HUB) :], FOLDER_CONFIG)).parent
+
+
+def downloaded(what: str, download: Callable[[], Any]) -> Path:
+    """The file that a download of open_clip's gives, from the hub's cache where it is there.
+
+    Raises:
+        InputError: it could not be had; the first cause of the failure is said.
+    """
+    logging.disable(logging.WARNING)  # the hub's client tells of each of its retries
     try:
-        return Path(part("pretrained").download_pretrained_from_hf(name[len(HUB) :], filename=FOLDER_CONFIG)).parent
-    except Exception as error:  # the hub's client raises its own
-        raise unreachable(f"model {name}: its {FOLDER_CONFIG}", error) from error
-
-
-def unreachable(what: str, error: Exception) -> InputError:
-    """What is neither in the hub's cache nor could be downloaded; a full disk is said as that."""
-    cause: Optional[BaseException] = error
-    while cause is not None:
-        if isinstance(cause, OSError) and disk_full(cause):
-            return InputError(f"{what} could not be stored: {one_line(cause)}; free space in the hub's cache (HF_HOME)")
-        cause = cause.__cause__ or cause.__context__
-    return InputError(
-        f"{what}: not in the hub's cache, and the download failed ({one_line(error)}). Connect to the hub, or fetch it "
-        f"on another machine and give its path to --pretrained"
-    )
+        return Path(download())
+    except Exception as error:  # the hub's client, urllib and requests each raise their own
+        first: BaseException = error
+        while first.__cause__ or first.__context__:
+            first = first.__cause__ or first.__context__ or first
+        if isinstance(first, OSError) and disk_full(first):
+            raise InputError(f"{what}: disk full; free some space in the hub's cache (HF_HOME)") from error
+        raise InputError(
+            f"{what}: not in the hub's cache, and the download failed ({one_line(first)}). Connect to the hub, or "
+            f"fetch it on another machine and give its path to --pretrained"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def read_folder(folder: Path) -> Dict[str, Dict[str, Any]]:

@@ -157,7 +157,8 @@ def _other_weights(spec: Spec, pretrained: str, says: str) -> str:
     known = (*spec.model.sha256, *((sha256(own_file),) if own_file.is_file() else ()))
     if found in known:
         return ""
-    return f"{file.name} (sha256 {found[:12]}), which is not known to be {Path(own).name} (--pretrained-cfg says it)"
+    hint = "" if own_file.is_file() else " (--pretrained-cfg says it)"
+    return f"{file.name} (sha256 {found[:12]}), which is not known to be {Path(own).name}{hint}"
 
 
 def published(model: str, tag: str, data: DataSpec, own: List[Reference]) -> List[Reference]:

@@ -151,10 +151,8 @@ def _file_of(arch: str, pretrained: str, folder: Optional[Path]) -> Path:
 
 def _file_in(pretrained: str, folder: Path) -> Path:
     if pretrained.startswith(library.HUB) and not any((folder / name).is_file() for name in WEIGHT_FILES):
-        try:
-            return Path(library.part("pretrained").download_pretrained_from_hf(pretrained[len(library.HUB) :]))
-        except Exception as error:  # the hub's client raises its own
-            raise library.unreachable(f"weights {pretrained}", error) from error
+        fetch = library.part("pretrained").download_pretrained_from_hf
+        return library.downloaded(f"weights {pretrained}", lambda: fetch(pretrained[len(library.HUB) :]))
     named = [folder / name for name in WEIGHT_FILES if (folder / name).exists()]
     found = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_ENDINGS)
     lost = [file for file in found if not file.exists()]
@@ -183,7 +181,5 @@ def _check_activation(arch: str, found: Weights) -> None:
 
 
 def _download(arch: str, tag: str) -> Path:
-    try:
-        return Path(library.part("pretrained").download_pretrained(library.tag_config(arch, tag)))
-    except Exception as error:  # the hub client, urllib and requests each raise their own
-        raise library.unreachable(f"weights {tag!r} for {arch}", error) from error
+    fetch, stated = library.part("pretrained").download_pretrained, library.tag_config(arch, tag)
+    return library.downloaded(f"weights {tag!r} for {arch}", lambda: fetch(stated))

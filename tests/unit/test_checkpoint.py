@@ -347,5 +347,5 @@ def test_a_hub_that_cannot_be_reached_is_no_full_disk(monkeypatch):
             weights.find_weights("ViT-B-32", "laion2b_s34b_b79k")
         return str(caught.value)
 
-    assert "download failed" in fails(ConnectionError("no route"))
-    assert "free space in the hub's cache" in fails(OSError(28, "No space left on device"))
+    assert "the download failed (no route)" in fails(ConnectionError("no route"))
+    assert "disk full; free some space in the hub's cache" in fails(OSError(28, "No space left on device"))
