@@ -159,7 +159,7 @@ def _make_baseline(args: argparse.Namespace) -> int:
     args.save.absolute().parent.mkdir(parents=True, exist_ok=True)
     # of two --save the last one counts
     fixed = [sys.executable, "-m", "clipval", "bench", *_without(args.given[1:], "--sessions")]
-    # beside the file, so that a folder that cannot be written is found before anything is measured
+    # next to the file, so that a folder that cannot be written is found before anything is measured
     with tempfile.TemporaryDirectory(dir=args.save.absolute().parent) as folder:
         commands = [[*fixed, "--save", str(Path(folder) / f"{n}.json")] for n in range(args.sessions)]
         sessions = [_session(command, f"{n} of {args.sessions}") for n, command in enumerate(commands, 1)]

@@ -1,4 +1,4 @@
-"""The gates of throughput: a row computed what it claims, is worth believing, and is no slower than it must be."""
+"""The gates of throughput: a row computed what it claims, can be believed, and is no slower than it must be."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def row(found: Row, *, spec: Spec, required: bool) -> List[Figure]:
 
 
 def _detail(found: Row, curve: Dict[str, Any]) -> Dict[str, Any]:
-    """What a report shows of a row: the clock that decides, and beside it the other one and all that was measured."""
+    """What a report shows of a row: the clock that decides, the other one, and all that was measured."""
     detail = {
         **_clock(found.decided),
         "protocol": PROTOCOL,

@@ -9,7 +9,7 @@ import numpy as np
 from clipval.throughput.machine import Clock
 
 APART = 0.02  # of the time between two looks that clocks of one host may differ by; a slewed one is off by 5e-4
-SLACK = 0.01  # seconds that a look may take beside
+SLACK = 0.01  # more seconds, that a look may take
 # Execute time is inside the call: at most the call, less what reading a float32 clock of milliseconds costs, see
 # `clipval.backends.om`, and no less than a twentieth of it, as transfers and Python do not take nineteen parts of it.
 LONGEST = 1.02

@@ -42,9 +42,9 @@ class Feed:
             self._turn = (self._turn + 1) % SEEN
             self._coming = [self._turn, FRESH] if self._rng.random() < 0.5 else [FRESH, self._turn]
         slot = self._coming.pop()
-        if slot == FRESH:
-            self._change()
-        return slot, self.fresh if slot == FRESH else self.batches[slot]
+        batch = self.fresh if slot == FRESH else self.batches[slot]
+        self._write(batch, changed=slot == FRESH)
+        return slot, batch
 
     def begin_pair(self) -> None:
         """Let the next batch be the first of two."""
@@ -58,17 +58,19 @@ class Feed:
             if not np.array_equal(batch, np.asarray(self._rows[index]))
         ]
 
-    def _change(self) -> None:
-        """Make the fresh batch one that never was."""
-        if self.fresh.dtype.kind == "i":
-            shape = (self.batch_size, self._columns)
-            self.fresh[:, 1 : 1 + self._columns] = self._rng.choice(self._words, shape)
+    def _write(self, batch: np.ndarray, *, changed: bool) -> None:
+        """Make the fresh batch one that never was. A seen one is written to as well, so that caches hold both alike."""
+        if batch.dtype.kind == "i":
+            drawn = self._rng.choice(self._words, (self.batch_size, self._columns))
+            place = batch[:, 1 : 1 + self._columns]
+            place[:] = drawn if changed else place.copy()
             return
         # inverting twice restores, and rectangles of any size and place hardly ever do that
-        top, left = (int(self._rng.integers(0, side // 2)) for side in self.fresh.shape[-2:])
-        height, width = (int(self._rng.integers(side // 4, side // 2 + 1)) for side in self.fresh.shape[-2:])
-        part = self.fresh[..., top : top + height, left : left + width]
-        np.negative(part, out=part)
+        top, left = (int(self._rng.integers(0, side // 2)) for side in batch.shape[-2:])
+        height, width = (int(self._rng.integers(side // 4, side // 2 + 1)) for side in batch.shape[-2:])
+        part = batch[..., top : top + height, left : left + width]
+        for _ in range(1 if changed else 2):
+            np.negative(part, out=part)
 
 
 def _replaceable(sample: np.ndarray, fresh: np.ndarray) -> Tuple[np.ndarray, int]:

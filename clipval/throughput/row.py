@@ -42,7 +42,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         made_by: the backend; tower: its name.
         clocks: by scope, `inference`, and `execute` where the device has a clock of its own.
-        warm_up: untimed calls before; attempts: how often the row was measured, the last one is told.
+        warm_up: untimed calls before; attempts: how often the row was measured; figures are of the last time.
         cores: busy with this process meanwhile; threads: of the processor that a call takes; None where unknown.
         machine_share: of the machine's best speed, see `machine.Pace`; None on another device.
         standing: against the baseline; None where none was given.

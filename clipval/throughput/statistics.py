@@ -112,8 +112,8 @@ def autocorrelation(seconds: np.ndarray) -> float:
 def effective_rounds(seconds: np.ndarray) -> int:
     """How many independent calls would know the median as well as these.
 
-    Calls are not independent (clocks, temperature, neighbours). n is divided by the larger of two inflations: that of a
-    first-order process, (1 + r) / (1 - r), which sees short memory in few calls, and the initial monotone sequence
+    Calls are not independent (clocks, temperature, other processes). n is divided by the larger of two inflations: that
+    of a first-order process, (1 + r) / (1 - r), which sees short memory in few calls, and the initial monotone sequence
     (Geyer 1992, Practical Markov Chain Monte Carlo, 3.3) of the signs about the median, which sees a slow wave under
     jitter, where successive calls hardly correlate.
     """

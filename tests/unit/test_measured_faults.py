@@ -110,7 +110,7 @@ def test_a_constant_is_no_embedding_whatever_the_reference_gives():
     assert found == ("BAD_OUTPUT", "two different inputs give one embedding")
 
 
-@pytest.mark.parametrize("faster", [1.2, 2, 20, 1000])
+@pytest.mark.parametrize("faster", [1.4, 2, 20, 1000])
 @pytest.mark.parametrize("seconds", [0.2, 2.0])
 def test_cached_results_are_seen_whatever_they_save(faster, seconds):
     found, reason = verdict(Fake(takes=cached(faster)), seconds=seconds)
