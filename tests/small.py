@@ -48,9 +48,9 @@ def write_spec(folder: Path) -> Path:
     head, _, rest = text.partition("[[references]]")
     captions = "".join(f"{one}\n" for _, made in shapes.scenes(shapes.SEED_TEST, IMAGES) for one in made)
     lines = [line for line in head.splitlines() if not line.startswith("captions_sha256")]
-    head = "\n".join(lines).replace("images = 1000", f"images = {IMAGES}")
+    head = "\n".join(lines).replace("images = 1001", f"images = {IMAGES}")
     digest = f'captions_sha256 = "{hashlib.sha256(captions.encode()).hexdigest()}"'
-    head = head.replace("captions = 5000", f"captions = {5 * IMAGES}\n{digest}")
+    head = head.replace("captions = 5005", f"captions = {5 * IMAGES}\n{digest}")
     counts = {"image": 5 * IMAGES, "text": IMAGES}
     references = "".join(
         REFERENCE.format(direction=name, count=n, images=IMAGES, k=k, value=value)

@@ -21,7 +21,7 @@ from clipval.datasets import Kind, RetrievalDataset, karpathy
 ANNOTATIONS = "shapes_test_karpathy.txt"
 SEED_TEST = 20_001
 SEED_TRAIN = 10_001
-IMAGES_TEST = 1000
+IMAGES_TEST = 1001  # with five captions each: neither count is a multiple of a batch size
 CAPTIONS_PER_IMAGE = 5
 
 Colour = Tuple[int, int, int]
