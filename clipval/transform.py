@@ -72,10 +72,11 @@ def build(stated: PreprocessSpec, size: Tuple[int, int]) -> Callable[[Any], Any]
     more = {"resize_mode": stated.resize_mode, "interpolation": stated.interpolation, "fill_color": stated.fill_color}
     known = inspect.signature(open_clip.image_transform).parameters
     lacking = [name for name in ("resize_mode", "interpolation") if name not in known]
-    plain = (stated.resize_mode, stated.interpolation) in (("shortest", "bicubic"), ("shortest", "random"))
+    plain = stated.resize_mode == "shortest" and stated.interpolation != "bilinear" and size[0] == size[1]
     if lacking and not plain:
         raise InputError(
-            f"open_clip {open_clip_version()} cannot resize {stated.describe()}; it knows shortest, bicubic alone. "
+            f"open_clip {open_clip_version()} cannot resize {stated.describe()} to {size}; it knows shortest, bicubic, "
+            f"square alone. "
             f"pip install 'open_clip_torch>=2.24'"
         )
     side: Any = size[0] if size[0] == size[1] else size

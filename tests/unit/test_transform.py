@@ -34,7 +34,7 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
 def test_each_mode_of_open_clip_is_known(resize_mode, interpolation, size, pictures):
     stated = PreprocessSpec(resize_mode=resize_mode, interpolation=interpolation, fill_color=7, **HALF)
-    plain = resize_mode == "shortest" and interpolation != "bilinear"
+    plain = resize_mode == "shortest" and interpolation != "bilinear" and size[0] == size[1]
     if "resize_mode" not in signature(library.import_open_clip().image_transform).parameters and not plain:
         with pytest.raises(InputError, match="open_clip_torch>=2.24"):
             transform.build(stated, size)
