@@ -14,12 +14,12 @@ import msgspec
 
 from clipval import datasets
 from clipval import spec as specs
-from clipval.library import QUICK, brings_weights, is_quick
+from clipval.library import QUICK, architecture, brings_weights, is_quick, tag_by_hash
 from clipval.options import Settings
 from clipval.spec import DataSpec, Reference, Spec
 from clipval.store import sha256
 from clipval.transform import DEFAULT, PreprocessSpec
-from clipval.weights import RANDOM, Weights
+from clipval.weights import RANDOM, Weights, given_file
 
 ANOTHER_PIPELINE = (
     "another pipeline (its caption file, its precision); pipelines differ by 0.005 to 0.007 for one model"
@@ -94,7 +94,7 @@ def of(settings: Settings) -> Subject:
     speaks = not others or (same_model and seeded)  # of seeded weights a transform cannot be wrong
     references = spec.references
     if why:
-        tag = settings.pretrained_cfg.rpartition("/")[2] or pretrained
+        tag = settings.pretrained_cfg.rpartition("/")[2] or _tag_of(name, pretrained, spec.data)
         references = [] if other_data else published(name, tag, spec.data, spec.references)
     replaced = msgspec.structs.replace(
         spec,
@@ -149,8 +149,8 @@ def _other_weights(spec: Spec, pretrained: str, says: str) -> str:
         return ""
     if pretrained == RANDOM:
         return "seeded weights"
-    file = Path(pretrained)
-    if not file.is_file():
+    file = given_file(pretrained)
+    if file is None:
         return f"other weights, {pretrained}"
     found = sha256(file)
     own_file = Path(spec.beside(own))
@@ -159,6 +159,13 @@ def _other_weights(spec: Spec, pretrained: str, says: str) -> str:
         return ""
     hint = "" if own_file.is_file() else " (--pretrained-cfg says it)"
     return f"{file.name} (sha256 {found[:12]}), which is not known to be {Path(own).name}{hint}"
+
+
+def _tag_of(name: str, pretrained: str, data: DataSpec) -> str:
+    """The tag that weights are: as given, or of a file by its hash where the published table has the data set."""
+    builtin = not name.endswith(".json") and not brings_weights(name)
+    file = given_file(pretrained) if builtin and specs.published(dataset=data.name) else None
+    return pretrained if file is None else tag_by_hash(architecture(name), sha256(file))
 
 
 def published(model: str, tag: str, data: DataSpec, own: List[Reference]) -> List[Reference]:

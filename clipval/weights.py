@@ -112,6 +112,19 @@ def _said_by(folder: Path, found: Weights) -> Weights:
     return found._replace(quick_gelu=quick, preprocess=preprocess)
 
 
+def given_file(pretrained: str) -> Optional[Path]:
+    """The file that weights are given as, or the one in the folder that they are given as; None for a tag.
+
+    Raises:
+        InputError: the folder is not there, or holds no one file of weights.
+    """
+    if pretrained.startswith(library.HUB):
+        return None
+    folder = _folder(pretrained)
+    file = Path(pretrained) if folder is None else _file_in(pretrained, folder)
+    return file if file.is_file() else None
+
+
 def _folder(pretrained: str) -> Optional[Path]:
     """The folder that weights are given as; of a hub's cache folder of a repository, its snapshot."""
     if library.brings_weights(pretrained):

@@ -39,6 +39,21 @@ def test_the_specs_own_weights_by_path_keep_everything(name, tmp_path):
     assert found.left_out == ()
 
 
+def test_a_folder_that_holds_the_specs_own_weights_is_known_too(tmp_path):
+    shutil.copyfile(OWN, tmp_path / "open_clip_pytorch_model.bin")
+    assert of(pretrained=str(tmp_path)).left_out == ()
+
+
+def test_a_file_known_by_its_hash_takes_its_tags_published_figures(other, monkeypatch):
+    url = library.tag_config("ViT-B-32-quickgelu", "openai")["url"]
+    monkeypatch.setattr(subject, "sha256", lambda _: url.split("/")[-2])
+    found = of(spec=RECIPE, model_name="ViT-B-32-quickgelu", pretrained=other)
+    rows = spec.published("ViT-B-32", "openai", "flickr30k")
+    assert found.spec.references[0].value in {value for row in rows for value in row.recalls.values()}
+    monkeypatch.setattr(subject, "sha256", lambda _: "0" * 64)
+    assert of(spec=RECIPE, model_name="ViT-B-32-quickgelu", pretrained=other).spec.references == []
+
+
 def test_other_weights_lose_figures_and_golden_and_are_told_why(other):
     found = of(pretrained=other)
     assert found.spec.golden is None
