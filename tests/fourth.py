@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from clipval import backends
 from clipval.backends import Backend, Identity, Kind, Materials, Opening
@@ -18,6 +17,8 @@ from clipval.towers import Tower
 
 class FourthBackend(Backend):
     def __init__(self, made: Materials, asked: Opening) -> None:
+        import onnxruntime  # its threads do not survive the fork of a watched run, which hung as it ended
+
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = made.settings.threads or 0
