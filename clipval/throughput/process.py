@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import os
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -14,7 +16,7 @@ import numpy as np
 LOOKS = 5  # at the memory, least for a median of what lies between them
 LEAK = 2**19  # bytes a call; allocators take memory in steps, so that a clean call shows 0 in most looks
 AGAIN = 12  # calls with garbage collected after each, before memory is called lost
-A_SHARE = 0.02  # a thread that waits takes none of the time; one that works takes nearly as much as the others
+A_SHARE = 0.25  # a thread that waits spins for milliseconds at most; one that works takes nearly as much as the others
 LARGE_BATCH = 64  # rows that keep every thread busy
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -22,10 +24,15 @@ Look = Tuple[int, "Memory"]  # calls made so far, and the memory then
 
 
 class Memory(NamedTuple):
-    """Bytes of this process: its address space, and what of it is resident. Zeros where this system does not tell."""
+    """Bytes of this process: its address space, what of it is resident, and what malloc has given out.
+
+    What is lost may come from memory that was freed before, so that only the last one grows; where Python's or a
+    runtime's own allocator takes it, only the others do. Zeros where this system does not tell.
+    """
 
     size: int
     resident: int
+    allocated: int
 
     @classmethod
     def now(cls) -> Memory:
@@ -33,8 +40,34 @@ class Memory(NamedTuple):
             with open("/proc/self/statm", "rb") as stream:
                 size, resident = (int(word) * PAGE for word in stream.read().split()[:2])
         except (OSError, ValueError):
-            return cls(0, 0)
-        return cls(size, resident)
+            return cls(0, 0, 0)
+        return cls(size, resident, _allocated())
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc, see mallinfo(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "free", "fast", "maps", "hblkhd", "most", "fastest", "uordblks", "unused", "top")
+    ]
+
+
+@lru_cache(maxsize=None)
+def _mallinfo() -> Optional[Callable[[], _MallInfo]]:
+    """glibc's own account of malloc, which it has since 2.33; None elsewhere."""
+    found: Any = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if found is not None:
+        found.restype = _MallInfo
+    return found  # type: ignore[no-any-return]
+
+
+def _allocated() -> int:
+    account = _mallinfo()
+    if account is None:
+        return 0
+    told = account()
+    return int(told.uordblks) + int(told.hblkhd)
 
 
 def growth(looks: Sequence[Look]) -> float:
@@ -61,9 +94,11 @@ def thread_seconds() -> Dict[str, float]:
     return found
 
 
-def threads_used(before: Dict[str, float], after: Dict[str, float]) -> Optional[int]:
-    """Threads that computed in between: that took at least `A_SHARE` of the time of the one that took most."""
-    spent = [seconds - before.get(thread, 0.0) for thread, seconds in after.items()]
+def threads_used(call: Callable[[], Any]) -> Optional[int]:
+    """Threads that compute during a call: that take at least `A_SHARE` of the time of the one that takes most."""
+    before = thread_seconds()
+    call()
+    spent = [seconds - before.get(thread, 0.0) for thread, seconds in thread_seconds().items()]
     if not spent or max(spent) <= 0:
         return None
     return sum(one >= A_SHARE * max(spent) for one in spent)
@@ -98,7 +133,5 @@ def idle_threads(asked: int, used: Optional[int], call: Callable[[], Any]) -> st
     least = math.ceil(math.sqrt(asked))
     if used is None or used >= least:
         return ""
-    before = thread_seconds()
-    call()
-    used = threads_used(before, thread_seconds()) or used
+    used = threads_used(call) or used
     return "" if used >= least else f"{asked} threads were asked for (--threads), and {used} computed"

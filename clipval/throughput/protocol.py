@@ -20,7 +20,7 @@ from clipval.throughput.feed import Feed
 from clipval.throughput.machine import SETTLED, Clock, HostLoad, Pace, witness
 from clipval.throughput.outputs import Expected, cached_results, wrong_outputs
 from clipval.throughput.plausible import Peaks
-from clipval.throughput.process import LARGE_BATCH, idle_threads, leak, thread_seconds, threads_used
+from clipval.throughput.process import LARGE_BATCH, idle_threads, leak, threads_used
 from clipval.throughput.row import EXECUTE, INFERENCE, Clocks, Judged, Row, deciding
 from clipval.throughput.statistics import summarise
 from clipval.throughput.timing import Loop, plain_loop, quiet, rounds_for, warm_up, warm_up_seconds
@@ -221,7 +221,7 @@ class _Timed:
         self._subject = subject
         self._executed: Optional[List[float]] = None
         self._known, self._elapsed = len(subject.backend.execute_seconds() or ()), 0.0
-        self._threads = thread_seconds()
+        self._used: Optional[int] = None
 
     def run(self, loop: Loop, rounds: int) -> None:
         """Make so many calls, then read the device's clock: once, as that takes longer with every call."""
@@ -229,7 +229,7 @@ class _Timed:
         self.calls.plan(rounds)
         with quiet():
             watched = Watched(subject.clock, subject.other_clock)
-            loop(self.calls, rounds)
+            self._used = threads_used(lambda: loop(self.calls, rounds))
             fault = watched.fault(self.calls.times[before:])
         self.jumped = bool(fault)
         self._elapsed += watched.elapsed()
@@ -251,7 +251,6 @@ class _Timed:
     def fault(self) -> Optional[Fault]:
         """What is wrong with the row itself, the worst first; asked after timing."""
         subject, calls = self._subject, self.calls
-        used = threads_used(self._threads, thread_seconds())
         bad = wrong_outputs(calls, subject.feed, subject.expected)
         if bad:
             return Fault(BAD_OUTPUT, bad)
@@ -265,7 +264,7 @@ class _Timed:
         lost = leak(calls.memory, calls)
         if lost:
             return Fault(LEAKING, lost)
-        idle = idle_threads(subject.threads, used, self._large_call) if subject.threads else ""
+        idle = idle_threads(subject.threads, self._used, self._large_call) if subject.threads else ""
         return Fault(IDLE_THREADS, idle) if idle else None
 
     def _large_call(self) -> None:

@@ -228,6 +228,15 @@ def test_a_leak_of_a_megabyte_a_call(make):
     assert "each call keeps 1 MB of memory" in reason
 
 
+def test_a_leak_from_memory_that_was_freed_before():
+    """Neither the address space nor what is resident grows while free memory is used up."""
+    blocks = [np.ones(2**20, np.uint8) for _ in range(400)]
+    pinned = blocks[::2]
+    del blocks
+    assert verdict(Fake(keeping(2**20, lambda size: np.ones(size, np.uint8))), seconds=0.5)[0] == "LEAKING"
+    assert len(pinned) == 200
+
+
 def test_memory_that_is_collected_is_no_leak():
     def cycle(rows, found, n):
         ring = [np.ones(2**20, np.uint8)]
@@ -270,6 +279,23 @@ class Worker:
 def spin():
     for _ in range(3):
         np.sort(np.random.default_rng(0).normal(size=20_000))
+
+
+@pytest.mark.skipif(not process.thread_seconds(), reason="this system does not tell the time of threads")
+def test_threads_of_what_is_not_timed_do_not_count():
+    """The machine's own products take the threads that were asked for, between the timed calls."""
+    worker = Worker()
+
+    class Pace:
+        def now(self):
+            worker.compute()
+            return 1.0
+
+    def one(rows, found, n):
+        spin()
+        return found
+
+    assert verdict(Fake(one), threads=2, pace=Pace())[0] == "IDLE_THREADS"
 
 
 @pytest.mark.skipif(not process.thread_seconds(), reason="this system does not tell the time of threads")
