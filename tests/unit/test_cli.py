@@ -231,7 +231,8 @@ def test_doctor_says_which_build_of_torch(line, version, said, tmp_path, monkeyp
     (found,) = [line for line in capsys.readouterr().out.splitlines() if "torch build" in line]
     assert f"{version}, {said}" in found
     assert ("frees" in found) == ("CUDA" in said)
-    assert "2.0 GB" in found or "CPU" in said
+    freed = re.search(r"frees ([\d.]+) GB", found)  # beside what is really installed
+    assert freed is None or float(freed[1]) >= 2.0
 
 
 def test_doctor_names_two_runtimes_that_overwrite_each_other(monkeypatch, capsys):
