@@ -181,6 +181,7 @@ class Store:
             return folder
         note = folder / MANIFEST
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(str(folder) + ".lock"):
                 old = note.is_file() and note.stat().st_mtime < (self._rebuild_before or 0)
                 if old:

@@ -235,16 +235,18 @@ def _hooked(module: Any, path: str, recorder: Any) -> Iterator[None]:
 @contextmanager
 def _plain_attention(torch: Any) -> Iterator[None]:
     """Attention as products and a softmax, which are what an ONNX graph has, not as one fused operator."""
-    mha = torch.backends.mha
-    fast, flags = mha.get_fastpath_enabled(), torch.backends.cuda
+    mha, flags = getattr(torch.backends, "mha", None), torch.backends.cuda  # torch 2.1 has no switch for the fast path
+    fast = mha is not None and mha.get_fastpath_enabled()
     before = flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled()
-    mha.set_fastpath_enabled(False)
+    if mha is not None:
+        mha.set_fastpath_enabled(False)
     flags.enable_flash_sdp(False)
     flags.enable_mem_efficient_sdp(False)
     try:
         yield
     finally:
-        mha.set_fastpath_enabled(fast)
+        if mha is not None:
+            mha.set_fastpath_enabled(fast)
         flags.enable_flash_sdp(before[0])
         flags.enable_mem_efficient_sdp(before[1])
 
