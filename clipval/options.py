@@ -13,6 +13,7 @@ from clipval import datasets
 from clipval.backends import REFERENCE, BackendSettings, kind, names, providers
 from clipval.errors import UsageError
 
+OM_RUNTIMES = ("aclruntime", "pyacl")
 DEFAULT_BACKENDS = ("pytorch", "onnx")
 CAPTION_FORMATS = ("csv", "clip_benchmark")
 # Allowed half-width of the 95 % interval of a row's median, as a share of it, by clock. Not the coefficient of
@@ -208,6 +209,10 @@ def table() -> Dict[str, Dict[str, Any]]:
             "type": _devices,
             "metavar": "LIST",
             "help": "NPUs by logic id, as 0 or 0,1; each is validated",
+        },
+        "--om-runtime": {
+            "choices": OM_RUNTIMES,
+            "help": "what runs OM files: aclruntime, or pyACL, which comes with CANN",
         },
         "--device-timeout": {
             "type": at_least(float, 1),

@@ -179,6 +179,14 @@ def advice(text: str) -> str:
     return ""
 
 
+def failure(said: str, words: str) -> Failed:
+    """A failed call, of what it returned or raised and what the runtime wrote besides."""
+    captured = Captured()
+    captured.text = words
+    message = "; ".join(part for part in (captured.errors(), said) if part)
+    return Failed(message, f"{words}\n{said}")
+
+
 class Captured:
     """What was written to file descriptor 1; `text` is filled when the capture ends."""
 
@@ -211,10 +219,8 @@ def telling() -> Iterator[None]:
         with captured() as words:
             yield
     except (RuntimeError, ValueError, TypeError, OSError) as error:
-        said = one_line(error, 300)
-        message = "; ".join(part for part in (words.errors(), said) if part)
         # without its frames, which would keep device tensors alive
-        raise Failed(message, f"{words.text}\n{said}") from error.with_traceback(None)
+        raise failure(one_line(error, 300), words.text) from error.with_traceback(None)
     words.pass_on()
 
 

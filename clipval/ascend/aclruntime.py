@@ -42,7 +42,8 @@ def load() -> Any:
 
 def _import_advice(error: ImportError) -> str:
     if getattr(error, "name", None) == "aclruntime" and isinstance(error, ModuleNotFoundError):
-        return wheel_advice()
+        advice = wheel_advice()
+        return advice if "pyACL" in advice else f"{advice}, or take --om-runtime pyacl, which comes with CANN"
     if "undefined symbol" in str(error):
         return (
             "the wheel is newer than this host's CANN; install the wheel of its release, or a newer CANN "
@@ -60,7 +61,7 @@ def wheel_advice(python: Tuple[int, int] = sys.version_info[:2]) -> str:
     first, last, asked = (".".join(map(str, version)) for version in (*WHEELS, python))
     return (
         f"it has wheels for Python {first} to {last}, none for {asked}: use one of these, build it from its source "
-        "(requirements-npu.txt), or run OM files with pyACL, which comes with CANN"
+        "(requirements-npu.txt), or run OM files with pyACL, which comes with CANN: --om-runtime pyacl"
     )
 
 
@@ -149,6 +150,10 @@ class Session:
             acl.Failed: the runtime does not tell.
         """
         return [_milliseconds(entry) / 1000 for entry in self._recorded()]
+
+    def copies(self) -> None:
+        """The runtime keeps times of copies for the whole process only."""
+        return None
 
     def clock_step(self, age: float) -> float:
         """Seconds by which the clock of `seconds` steps in a session of this age, in seconds.

@@ -144,7 +144,7 @@ def _pyacl(device_id: int, root: Path) -> str:
     spec = importlib.util.find_spec("acl")
     if spec is None:
         raise _Missing("no module acl", "it comes with CANN and needs no wheel: source its set_env.sh")
-    return f"{spec.origin or 'there'}, runs OM files too, with any Python that CANN supports"
+    return f"{spec.origin or 'there'}, runs OM files too (--om-runtime pyacl), with any Python that CANN supports"
 
 
 def _ais_bench(device_id: int, root: Path) -> str:

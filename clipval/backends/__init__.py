@@ -109,6 +109,10 @@ class Backend(Protocol):
         """
         return None
 
+    def copy_seconds(self) -> Optional[Dict[str, List[float]]]:
+        """Seconds of the copies `to_device` and `from_device`, one entry a `run` since `refresh`, or None."""
+        return None
+
     def refresh(self) -> None:
         """Make the clock of `execute_seconds` as fine as it can be, before calls are timed; its times so far stay."""
         return None
@@ -147,6 +151,7 @@ class BackendSettings:
     atc_flags: Tuple[str, ...] = ()
     jobs: Optional[int] = None
     device_id: Tuple[int, ...] = (0,)
+    om_runtime: str = "aclruntime"
     device_timeout: float = 300.0
     allow_health: bool = False
     allow_simulated: bool = False

@@ -1,4 +1,4 @@
-"""The OM backend: an Ascend OM file of one static batch size, run through aclruntime.
+"""The OM backend: an Ascend OM file of one static batch size, run through aclruntime or pyACL.
 
 One session is alive per device: opening another one closes the former, whose later use is an error. ACL is
 finalised once, at the exit of the process that opened it, and is refused in a forked child.
@@ -11,11 +11,11 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import ContextManager, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from clipval.ascend import acl, aclruntime, atc, host, npu_smi, occupancy, om_files, watchdog
+from clipval.ascend import acl, aclruntime, atc, host, npu_smi, occupancy, om_files, pyacl, watchdog
 from clipval.backends import EXTRA, Backend, BackendSettings, Identity, Kind, Materials, Opening
 from clipval.errors import BackendUnavailable, ClipvalError, InputError
 from clipval.towers import Tower
@@ -24,6 +24,10 @@ from clipval.towers import Tower
 # of a call; looked at from the age on at which float32 milliseconds step by 0.002 ms, and when the age has doubled.
 COARSEST = 0.01
 FIRST_CHECK_SECONDS = 16.384
+
+Session = Union[aclruntime.Session, pyacl.Session]
+# What runs an OM file, by its name in `--om-runtime`.
+SESSIONS: Dict[str, Callable[[Path, int], Session]] = {"aclruntime": aclruntime.Session, "pyacl": pyacl.Session}
 
 _lock = threading.RLock()
 _alive: Dict[int, OmBackend] = {}
@@ -39,9 +43,10 @@ class OmBackend(Backend):
         device_id: ACL's device id, a logic id after `ASCEND_RT_VISIBLE_DEVICES`.
         precision: atc's precision mode that the OM was compiled with; a label, the file does not tell.
         device_timeout: seconds after which a device call ends the process; see `clipval.ascend.watchdog`.
+        runtime: of `SESSIONS`.
 
     Raises:
-        BackendUnavailable: aclruntime, the driver or the device cannot be used.
+        BackendUnavailable: the runtime, the driver or the device cannot be used.
         InputError: the file does not load, or is not of this tower and batch size.
     """
 
@@ -53,6 +58,7 @@ class OmBackend(Backend):
         device_id: int = 0,
         precision: str = atc.DEFAULT_MODE,
         device_timeout: Optional[float] = None,
+        runtime: str = "aclruntime",
     ) -> None:
         acl.refuse_fork()
         self.tower = tower
@@ -62,9 +68,10 @@ class OmBackend(Backend):
         self._device_id = device_id
         self._where = f"om backend, {tower.name} tower, {self._file}"
         self._device_timeout = device_timeout
+        self._runtime = runtime
         self._times: List[float] = []  # of sessions that were closed
         self._closed = ""
-        self._session: Optional[aclruntime.Session] = None
+        self._session: Optional[Session] = None
         with _lock:
             former = _alive.pop(device_id, None)
             if former is not None:
@@ -74,12 +81,12 @@ class OmBackend(Backend):
         version = acl.stack_version(session.version)
         self.identity = Identity("om", version, f"{_chip(device_id)}:{device_id}", precision, session.simulated)
 
-    def _open(self) -> aclruntime.Session:
+    def _open(self) -> Session:
         """A fresh session that keeps the contract."""
         started = time.perf_counter()
         try:
             with self._limited("loading"):
-                session = aclruntime.Session(self._file, self._device_id)
+                session = SESSIONS[self._runtime](self._file, self._device_id)
         except acl.Failed as failed:
             raise self._load_error(failed) from failed
         self.load_seconds = time.perf_counter() - started
@@ -185,17 +192,23 @@ class OmBackend(Backend):
         with _lock:
             return self._times + self._session_times()
 
+    def copy_seconds(self) -> Optional[Dict[str, List[float]]]:
+        """Seconds of the copies `to_device` and `from_device`, one entry a run of the open session; see `Backend`."""
+        with _lock:
+            return None if self._session is None else self._session.copies()
+
     def _session_times(self) -> List[float]:
-        if self._session is None:
+        session = self._session
+        if session is None:
             return []
         try:
-            found = self._session.seconds()
+            found = session.seconds()
         except acl.Failed as failed:
             raise BackendUnavailable(f"{self._where}: {failed}") from failed
         if len(found) != self._runs:
             raise BackendUnavailable(
-                f"{self._where}: aclruntime recorded {len(found)} times for {self._runs} runs; this version of it "
-                f"is not known to clipval"
+                f"{self._where}: {session.version} recorded {len(found)} times for {self._runs} runs; this version of "
+                f"it is not known to clipval"
             )
         return found
 
@@ -224,7 +237,7 @@ class OmBackend(Backend):
         else:
             self._check_at *= 2
 
-    def _require_open(self) -> aclruntime.Session:
+    def _require_open(self) -> Session:
         acl.refuse_fork()
         if self._session is None:
             raise BackendUnavailable(f"{self._where}: closed, as {self._closed}; open it again")
@@ -250,7 +263,7 @@ class OmBackend(Backend):
         session, self._session = self._session, None
         self._free(session)
 
-    def _free(self, session: aclruntime.Session) -> None:
+    def _free(self, session: Session) -> None:
         with self._limited("closing"):
             session.free()
 
@@ -312,7 +325,9 @@ def _open_file(made: Materials, asked: Opening) -> Backend:
     precision, timeout = chosen.precision_mode or atc.DEFAULT_MODE, chosen.device_timeout
     health = _health(asked.device, chosen.allow_health)
     with occupancy.opening(asked.device):
-        backend = OmBackend(asked.tower, asked.file, asked.batch_size, asked.device, precision, timeout)
+        backend = OmBackend(
+            asked.tower, asked.file, asked.batch_size, asked.device, precision, timeout, chosen.om_runtime
+        )
     backend.notes = (*backend.notes, *health)
     return backend
 

@@ -22,6 +22,7 @@ def _declare(parser: Parser) -> None:
         "--precision-mode",
         "--keep-dtype",
         "--atc-flags",
+        "--om-runtime",
         "--device-timeout",
         "--allow-health",
         "--allow-simulated",

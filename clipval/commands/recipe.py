@@ -142,7 +142,7 @@ def _batch_of_shape(shape: Optional[str]) -> Tuple[int, ...]:
 
 def _declare_embed(parser: Parser) -> None:
     add_options(parser.add_argument, ["--device-id", "--threads", *ONNX_OPTIONS, "--precision-mode"])
-    add_options(parser.add_argument, ["--device-timeout", "--allow-health"])
+    add_options(parser.add_argument, ["--om-runtime", "--device-timeout", "--allow-health"])
     add_options(parser.add_argument, ["--model-name", "--pretrained", "--pretrained-cfg", "--spec", "--workdir"])
     parser.add_argument("--backend", choices=backends.names(), help="without it the model file's ending tells")
     parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")

@@ -27,6 +27,7 @@ def _declare_bench(parser: Parser) -> None:
     names += [
         "--soc-version",
         "--om-dir",
+        "--om-runtime",
         "--device-timeout",
         "--allow-health",
         "--allow-simulated",

@@ -85,6 +85,19 @@ def test_faults_are_red_and_named(run, fault, words):
     assert words in output
 
 
+def test_both_runtimes_give_the_same_figures(small_spec, tmp_path):
+    found = {}
+    for runtime in ("aclruntime", "pyacl"):
+        ended = small.run(small_spec, tmp_path / "work", *NPU, "--om-runtime", runtime, **simulated())
+        assert ended.code == 0, ended.output[-3000:]
+        assert all(
+            runtime in one.context["version"].lower() for one in ended.figures if one.gate.startswith("parity/om")
+        )
+        drawn = [one for one in ended.figures if one.gate.startswith("probe/")]  # of other inputs in each run
+        found[runtime] = {(one.gate, one.metric): one.measured for one in ended.figures if one not in drawn}
+    assert found["aclruntime"] == found["pyacl"]
+
+
 @pytest.mark.parametrize("fault", ["extra_output", "swapped_outputs"])
 def test_the_recipes_own_om_files_are_taken_as_they_are(tmp_path, run, fault):
     """Two outputs, its names, and the batch sizes that are there: 4, which the spec does not have."""

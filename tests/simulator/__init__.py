@@ -13,7 +13,7 @@ BIN = FOLDER / "bin"
 LIB = FOLDER / "lib"
 TOOLKIT = FOLDER / "toolkit" / "latest"
 PREFIX = "CLIPVAL_SIM_"
-MODULES = ("aclruntime", "simulated_binding", "simulated_acl")
+MODULES = ("aclruntime", "acl", "simulated_binding", "simulated_acl")
 GENERATIONS = ("A", "B-early", "B", "C")  # of aclruntime
 
 
@@ -37,8 +37,7 @@ def environment(**switches: Any) -> Dict[str, str]:
 
 def forget() -> None:
     """Drop the simulated runtime, so that the next import is that of a fresh process with the switches of then."""
-    former = sys.modules.get("aclruntime")
-    if former is not None:
+    for former in filter(None, map(sys.modules.get, ("aclruntime", "acl"))):
         atexit.unregister(former._static_destructors)
     for name in MODULES:
         sys.modules.pop(name, None)

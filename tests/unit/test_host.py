@@ -189,6 +189,9 @@ def test_two_projects_are_called_ais_bench(host, tmp_path, parts, packages, ok, 
 
 
 def test_pyacl_is_told_without_importing_it(host, tmp_path):
+    assert "--om-runtime pyacl" in host.check()["pyACL"].detail
+    assert "acl" not in sys.modules
+    no_module(host)
     assert not host.check()["pyACL"].ok
     (tmp_path / "site").mkdir()
     (tmp_path / "site/acl.py").write_text("raise RuntimeError('doctor imports nothing')")

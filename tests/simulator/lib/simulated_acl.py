@@ -12,12 +12,13 @@ import math
 import os
 import threading
 import time
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import npu_host
 import numpy as np
 import simulated_dump
 
+SLACK = 64  # bytes by which a buffer may be too small
 TAG = 1 << 62  # of a device's address, so that reading it on the host is a fault
 NEVER, READY, FINALIZED = range(3)
 UNINITIALIZED, REPEATED, REPEATED_FINALIZE = 100001, 100002, 100037
@@ -103,8 +104,12 @@ def init() -> None:
     _process.state, _process.owner = READY, os.getpid()
 
 
-def finalize() -> None:
-    """Finalise ACL, once in a process."""
+def finalize(handles: int = 0) -> None:
+    """Finalise ACL, once in a process.
+
+    Args:
+        handles: of pyACL's objects that were not destroyed.
+    """
     if _process.state == FINALIZED:
         raise AclError(REPEATED_FINALIZE)
     _ready()
@@ -112,6 +117,7 @@ def finalize() -> None:
     if npu_host.switch("FINALIZED"):
         with open(npu_host.switch("FINALIZED"), "a", encoding="utf-8") as stream:
             leaked = f"{device_bytes()} bytes, {len(_process.models)} models, {len(_process.host)} host buffers"
+            leaked += f", {handles} handles" if handles else ""
             stream.write(f"{os.getpid()} {leaked}\n")
 
 
@@ -326,37 +332,52 @@ def unload(number: int) -> None:
 
 
 def execute(number: int, inputs: List[Tuple[int, int]], outputs: List[Tuple[int, int]]) -> None:
-    """Run a model on buffers of (address, bytes); a buffer may be larger than what the model takes."""
+    """Run a model on buffers of (address, bytes), holding Python's lock while the device is waited for."""
+    prepared(number, inputs, outputs)(ctypes.PyDLL(None).sleep)
+
+
+def prepared(number: int, inputs: List[Tuple[int, int]], outputs: List[Tuple[int, int]]) -> Callable[[Any], None]:
+    """Launch a model on buffers of (address, bytes); what is returned waits for the device, by a sleep given to it.
+
+    A buffer may be larger than what the model takes, or smaller by up to 64 bytes, and nobody looks at what is in it.
+    """
     found = model(number)
     context = current()
     if context is not found.context:
         raise AclError(OTHER_CONTEXT, stamp("EE9999") + "model not in current context")
     if (len(inputs), len(outputs)) != (len(found.inputs), len(found.outputs)):
         raise AclError(TOO_SMALL, stamp("E13025") + "Input or output number is not that of the model")
-    _faults(found)
-    for (address, room), one in [*zip(inputs, found.inputs), *zip(outputs, found.outputs)]:
-        if room < size_of(one):
+    for (_, room), one in [*zip(inputs, found.inputs), *zip(outputs, found.outputs)]:
+        if room + SLACK < size_of(one):
             raise AclError(TOO_SMALL, stamp("E19999") + f"size {room} of a buffer is smaller than {size_of(one)}")
-        if device_of(address, size_of(one)) != context.device:
-            raise AclError(507011, stamp("EZ9999") + "MTE DDR address out of range: not of this device")
-    feeds = {
-        one["name"]: np.frombuffer(ctypes.string_at(address & ~TAG, size_of(one)), one["dtype"]).reshape(one["shape"])
-        for (address, _), one in zip(inputs, found.inputs)
-    }
-    if found.dumper:
-        found.dumper.run(feeds)
-    for (address, _), one, values in zip(outputs, found.outputs, found.session.run(None, feeds)):
-        whole = np.ascontiguousarray(values.astype(one["dtype"]))
-        ctypes.memmove(address & ~TAG, whole.ctypes.data, size_of(one))
+
+    def wait(sleep: Any) -> None:
+        _faults(found, sleep)
+        for (address, room), one in [*zip(inputs, found.inputs), *zip(outputs, found.outputs)]:
+            if device_of(address, min(room, size_of(one))) != context.device:
+                raise AclError(507011, stamp("EZ9999") + "MTE DDR address out of range: not of this device")
+        feeds = {one["name"]: _read(address, room, one) for (address, room), one in zip(inputs, found.inputs)}
+        if found.dumper:
+            found.dumper.run(feeds)
+        for (address, room), one, values in zip(outputs, found.outputs, found.session.run(None, feeds)):
+            whole = np.ascontiguousarray(values.astype(one["dtype"]))
+            ctypes.memmove(address & ~TAG, whole.ctypes.data, min(room, size_of(one)))
+
+    return wait
 
 
-def _faults(found: Model) -> None:
+def _read(address: int, room: int, one: Dict[str, Any]) -> np.ndarray:
+    memory = ctypes.string_at(address & ~TAG, min(room, size_of(one))).ljust(size_of(one), b"\0")
+    return np.frombuffer(memory, one["dtype"]).reshape(one["shape"])
+
+
+def _faults(found: Model, sleep: Any) -> None:
     found.runs += 1
     faults = npu_host.faults()
     if found.runs <= int(npu_host.switch("LOSE_AFTER", "3")):
         return
     if "device_hangs" in faults:
-        ctypes.PyDLL(None).sleep(3600)  # like the binding's own call, without giving Python's lock to another thread
+        sleep(3600)
     for fault, code, words in (
         ("device_lost", 507011, "an aicore error exception, core id is 0"),
         ("aicpu_error", 507018, "an aicpu exception, the op is ArgMax"),
