@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ MANIFEST = "manifest.json"
 # They say where things lie, what went wrong and what was asked for, whose values are in the keys; not what a result is.
 NEUTRAL = ("clipval.environment", "clipval.errors", "clipval.spec", "clipval.store")
 Build = Callable[[Path], Any]
+_hashing = [threading.Lock() for _ in range(64)]  # a file takes one of them, so that others are hashed meanwhile
 
 
 def sha256(path: Union[str, Path]) -> str:
@@ -42,9 +44,10 @@ def sha256(path: Union[str, Path]) -> str:
 
 
 def once(path: Path) -> str:
-    """sha256 of a file, which is read once as long as its size and time of change stay."""
+    """sha256 of a file, which is read once, by one of the threads, as long as its size and time of change stay."""
     found = path.stat()
-    return _once(path, found.st_size, found.st_mtime_ns)
+    with _hashing[hash(path) % len(_hashing)]:
+        return _once(path, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=None)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -140,6 +141,22 @@ def test_a_killed_build_is_not_used(tmp_path):
 def test_paths_of_any_script(tmp_path):
     folder = Store(tmp_path / "工作 目录").get("种类", {"名": "值"}, build_text("x"))
     assert (folder / "a.txt").is_file()
+
+
+def test_threads_that_ask_for_one_file_read_it_once(tmp_path, monkeypatch):
+    (tmp_path / "atc").write_bytes(b"a compiler")
+    read, real = [], store.sha256
+
+    def slow(path):
+        read.append(path)
+        time.sleep(0.2)
+        return real(path)
+
+    monkeypatch.setattr(store, "sha256", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(store.once, [tmp_path / "atc"] * 4))
+    assert found == {real(tmp_path / "atc")}
+    assert len(read) == 1
 
 
 def test_what_failed_is_not_built_again_by_the_same_run(tmp_path):
