@@ -1,5 +1,6 @@
 """A backend is one file and one line: a fourth one goes through every gate, report, baseline and command."""
 
+import json
 import subprocess
 import sys
 
@@ -19,7 +20,14 @@ invariance = 1e-5
 because = "the same graph in fp32"
 
 [throughput]"""
-COMMAND = "import sys, tests.fourth; from clipval import cli; sys.exit(cli.main(sys.argv[1:]))"
+# The host may be busy with other tests, which is not what is looked at here.
+COMMAND = """
+import sys, tests.fourth
+from clipval import cli
+from clipval.throughput.machine import HostLoad, Pace
+HostLoad.busy, Pace.now = lambda self: "", lambda self: 1.0
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +39,19 @@ def spec(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(spec, tmp_path_factory):
-    """A run of every gate, of accuracy and of throughput, and its report."""
+    """A run of every gate, of accuracy and of throughput against a baseline, and its report."""
     folder = tmp_path_factory.mktemp("run")
-    chosen = ["-p", "tests.fourth", "--backends=fourth", "--batch-sizes=8", "--perf-max-time=0.2"]
-    kinds = ["-m", "accuracy or perf", f"--report={folder / 'report'}"]
-    return folder, small.run(spec, folder / "work", *chosen, *kinds)
+    chosen = ["--backends=fourth", "--batch-sizes=8", "--perf-max-time=1"]
+    model = [f"--spec={spec}", f"--workdir={folder / 'work'}", "--threads=1", "--perf-min-time=0.1", "--perf-noise=10"]
+    clipval("bench", *model, *chosen, f"--save={folder / 'base.json'}")
+    base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+    # five sessions of a hundredth of the speed, so that no row is slower
+    base["rows"] = {
+        name: [figures[0] * (1 + n / 1000) / 100 for n in range(5)] for name, figures in base["rows"].items()
+    }
+    (folder / "base.json").write_text(json.dumps(base), encoding="utf-8")
+    kinds = ["-m", "accuracy or perf", f"--report={folder / 'report'}", f"--baseline={folder / 'base.json'}"]
+    return folder, small.run(spec, folder / "work", "-p", "tests.fourth", *chosen, *kinds)
 
 
 def clipval(*arguments):
@@ -57,6 +73,9 @@ def test_every_gate_judges_it(run):
     row = judged["throughput/fourth/text/8"]  # a busy machine may spoil it
     assert row.measured > 0
     assert row.context["precision"] == "as written"
+    against = [one for one in ended.figures if one.gate == row.gate and "against the baseline" in one.metric]
+    assert [one.verdict for one in against] == ["pass"]
+    assert judged["baseline/rows"].verdict == "pass"
 
 
 def test_the_report_shows_it(run):
