@@ -138,6 +138,8 @@ def _bench_row(chain: Chain, backend: Backend, size: int, args: argparse.Namespa
         figures = [timing.samples_per_second_mean, timing.undisturbed]
         shown = f"{timing.samples_per_second:.1f}", f"{low:9.1f} .. {high:9.1f}", *(f"{value:.1f}" for value in figures)
         print(TABLE.format(name, *shown, timing.rounds, f"{one.verdict} {one.reason}").rstrip())
+    if row.copies is not None:
+        print("copies: " + ", ".join(f"{name} {seconds * 1000:.3f} ms a call" for name, seconds in row.copies.items()))
     return row
 
 

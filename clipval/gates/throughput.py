@@ -63,6 +63,7 @@ def _detail(found: Row, curve: Dict[str, Any]) -> Dict[str, Any]:
         "machine_share": found.machine_share,
         "flops_per_second": found.flops_per_second,
         "peak_share": found.peak_share,
+        "copies": found.copies,
     }
     if found.scope == EXECUTE:
         detail["inference"] = _clock(found.clocks[INFERENCE])

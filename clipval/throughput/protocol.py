@@ -141,6 +141,7 @@ def measure(subject: Subject, plan: Plan, loop: Optional[Loop] = None) -> Tuple[
     speed = found.clocks[deciding(found.clocks)].timing.samples_per_second
     flops = subject.operations and subject.operations * speed
     peak = subject.peaks.of(backend) if flops else None
+    copies = {name: float(np.median(times)) for name, times in (backend.copy_seconds() or {}).items()}
     row = Row(
         made_by=backend.identity,
         tower=backend.tower.name,
@@ -154,6 +155,7 @@ def measure(subject: Subject, plan: Plan, loop: Optional[Loop] = None) -> Tuple[
         standing=on_slow_machine(found.standing, best) if found.standing and attempts > 1 else found.standing,
         flops_per_second=flops,
         peak_share=flops / peak if flops and peak else None,
+        copies=copies or None,
     )
     return row, found.seconds[row.scope]
 

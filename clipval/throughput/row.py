@@ -49,6 +49,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         cold_start, end_to_end: measured besides; None where they were not.
         flops_per_second: floating-point operations that the speed amounts to; peak_share: of what a matrix product of
             the same runtime reaches. None where they cannot be told.
+        copies: median seconds of a call's copies, `to_device` and `from_device`; None where the runtime does not tell.
     """
 
     made_by: Identity
@@ -65,6 +66,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     end_to_end: Optional[EndToEnd] = None
     flops_per_second: Optional[float] = None
     peak_share: Optional[float] = None
+    copies: Optional[Dict[str, float]] = None
 
     @property
     def scope(self) -> str:

@@ -48,6 +48,9 @@ class Device:
     def execute_seconds(self):
         return list(self.executed) if self.durations is None else None
 
+    def copy_seconds(self):
+        return {"to_device": [0.1] * 3, "from_device": [0.2, 0.1, 0.2]} if self.durations is None else None
+
     def refresh(self):
         self.refreshed += 1
 
@@ -80,6 +83,7 @@ def test_the_devices_clock_is_kept_apart():
     assert (row.scope, row.valid, row.attempts, device.refreshed) == ("execute", True, 1, 1)
     assert seconds == [0.25] * 40
     assert row.warm_up.calls == len(device.executed) - 40 > 2  # the warm-up is in no figure
+    assert row.copies == {"to_device": 0.1, "from_device": 0.2}
 
 
 def test_the_devices_clock_is_read_once_a_loop():

@@ -1,6 +1,7 @@
 """OM files through pyACL on the simulated host: the same figures as through aclruntime, and nothing left behind."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clipval import cli
 from clipval.ascend import acl, atc, pyacl
 from clipval.backends import om
 from clipval.errors import BackendUnavailable, InputError
@@ -183,6 +185,15 @@ def test_acl_that_somebody_else_initialised_is_used_and_left(host, files):
     backend.close()
     pyacl._finalize()
     assert sys.modules["simulated_acl"].ready()
+
+
+def test_bench_tells_three_scopes_apart(host, files, tmp_path, capsys):
+    quick = ["--perf-min-time", "0.05", "--perf-max-time", "0.1", "--workdir", str(tmp_path)]
+    model = ["--model", str(files / "text.om"), "--batchsize", "4"]
+    cli.main(["bench", *model, *quick, "--om-runtime", "pyacl", "--allow-simulated"])
+    said = capsys.readouterr().out
+    assert re.search(r"om/text/4/inference +\d.*\nom/text/4/execute +\d", said), said
+    assert re.search(r"copies: to_device \d\.\d{3} ms a call, from_device \d\.\d{3} ms a call", said), said
 
 
 LIFE = """
