@@ -27,10 +27,10 @@ from tests.faults.table import FAULTS
 def log_builds(file: str) -> None:
     real = store.Store._build
 
-    def build(self: store.Store, folder: Any, key: Any, make: Any) -> None:
+    def build(self: store.Store, folder: Any, key: Any, make: Any, *more: Any) -> None:
         with open(file, "a", encoding="utf-8") as stream:
             stream.write(f"{folder.parent.name}/{folder.name}\n")
-        real(self, folder, key, make)
+        real(self, folder, key, make, *more)
 
     store.Store._build = build  # type: ignore[method-assign]
 
@@ -39,12 +39,12 @@ def fill_disk(kind: str) -> None:
     """Let the build of one kind of artifact write something and then find the disk full."""
     real = store.Store._build
 
-    def build(self: store.Store, folder: Any, key: Any, make: Any) -> None:
+    def build(self: store.Store, folder: Any, key: Any, make: Any, *more: Any) -> None:
         def half(scratch: Any) -> None:
             (scratch / "half").write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch / "half"))
 
-        real(self, folder, key, half if key["kind"] == kind else make)
+        real(self, folder, key, half if key["kind"] == kind else make, *more)
 
     store.Store._build = build  # type: ignore[method-assign]
 
