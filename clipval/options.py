@@ -46,6 +46,7 @@ class Settings(BackendSettings):
     perf_noise: Optional[float] = None
     baseline: Optional[Path] = None
     report: Optional[Path] = None
+    diagnose: bool = False
     gate: Optional[Tuple[str, ...]] = None
 
     @classmethod
@@ -231,6 +232,7 @@ def table() -> Dict[str, Dict[str, Any]]:
         },
         "--baseline": {"type": Path, "metavar": "FILE", "help": "throughput must not fall below this baseline"},
         "--report": {"type": Path, "metavar": "DIR", "help": "write report.json, report.md, report.html there"},
+        "--diagnose": {"action": "store_true", "help": "say of each red parity gate where the tower diverges, and why"},
         "--gate": {
             "type": _listed,
             "metavar": "LIST",

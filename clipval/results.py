@@ -29,6 +29,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         message: the sentence that the failed test shows.
         context: backend, device, precision, batch size, versions.
         detail: what a report draws: worst samples, flips, percentiles, raw series.
+        diagnosis: of a failed figure, where the candidate diverges: `clipval.diagnose.finding.Finding.detail`.
     """
 
     gate: str
@@ -45,6 +46,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     message: str = ""
     context: Dict[str, Any] = {}
     detail: Dict[str, Any] = {}
+    diagnosis: Dict[str, Any] = {}
     schema: int = SCHEMA
 
 

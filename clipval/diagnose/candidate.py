@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
+import msgspec
 import numpy as np
 
 from clipval import preprocess
@@ -16,6 +17,7 @@ from clipval.diagnose.locate import EXCESS
 from clipval.diagnose.taps import relative
 from clipval.errors import ClipvalError
 from clipval.export import read_metadata
+from clipval.results import FAIL, Figure
 from clipval.towers import Tower
 
 SAMPLES = 4
@@ -169,11 +171,21 @@ def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -
     return replace(finding, verdict=DIVERGENCE, sentence=sentence, advice=advice)
 
 
-def explain(chain: Any, backend: str, tower: Tower, named: Sequence[str]) -> Tuple[str, Optional[Finding]]:
-    """For a red gate: one line for its message, and the finding; a diagnosis that fails says why and hides nothing."""
+def annotated(chain: Any, backend: str, tower: Tower, figures: Sequence[Figure]) -> List[Figure]:
+    """The figures of a parity gate; where one failed and a diagnosis was asked for, with it in its message.
+
+    A diagnosis that cannot be made says why, and changes no verdict.
+    """
+    failed = [n for n, figure in enumerate(figures) if figure.verdict == FAIL]
+    if not failed or not chain.settings.diagnose:
+        return list(figures)
+    named = [one["id"] for figure in figures for one in figure.detail.get("worst", ())]
     try:
         look = om if backend.partition(":")[0] == "om" else onnx
         found = look(chain, tower, samples(chain, tower, named), backend=backend)
+        said, detail = "; ".join([found.sentence, *(f"try: {one}" for one in found.advice)]), found.detail()
     except ClipvalError as error:
-        return f"diagnosis: {error}", None
-    return f"diagnosis: {found.sentence}", found
+        said, detail = f"could not be made: {error}", {}
+    first = figures[failed[0]]
+    told = msgspec.structs.replace(first, message=f"{first.message}\ndiagnosis: {said}", diagnosis=detail)
+    return [told if n == failed[0] else figure for n, figure in enumerate(figures)]
