@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import msgspec
 import numpy as np
 
 from clipval import preprocess
 from clipval.arrays import spread
+from clipval.chain import Chain
 from clipval.diagnose import checks, graph, ladder
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
 from clipval.diagnose.locate import EXCESS
@@ -24,7 +25,7 @@ SAMPLES = 4
 WORKED = 1e-4  # a runtime's own embedding and that of the graph node by node differ by less: 4e-7 was measured
 
 
-def samples(chain: Any, tower: Tower, named: Sequence[str] = (), count: int = SAMPLES) -> np.ndarray:
+def samples(chain: Chain, tower: Tower, named: Sequence[str] = (), count: int = SAMPLES) -> np.ndarray:
     """Indices of the samples that are looked at: the named ones first, then others spread over the data."""
     ids = chain.prepared.rows[tower.name].ids
     chosen = [*(ids.index(name) for name in named if name in ids), *spread(len(ids), count).tolist()]
@@ -32,7 +33,7 @@ def samples(chain: Any, tower: Tower, named: Sequence[str] = (), count: int = SA
 
 
 def onnx(
-    chain: Any, tower: Tower, picked: np.ndarray, *, file: Optional[Path] = None, backend: str = "onnx"
+    chain: Chain, tower: Tower, picked: np.ndarray, *, file: Optional[Path] = None, backend: str = "onnx"
 ) -> Finding:
     """Where an ONNX file diverges from PyTorch.
 
@@ -67,7 +68,7 @@ def onnx(
 
 
 def om(
-    chain: Any,
+    chain: Chain,
     tower: Tower,
     picked: np.ndarray,
     *,
@@ -86,7 +87,7 @@ def om(
         BackendUnavailable: the OM cannot be run or dumped.
     """
     size = batch or chain.accuracy_batch
-    made = file or chain.file(backend, tower, size)
+    made = _om_file(chain, backend, tower, size, file)
     before = onnx(chain, tower, picked[:SAMPLES])
     if before.found:
         return replace(before, sentence=f"{backend} {tower.name}: wrong before it was compiled: {before.sentence}")
@@ -100,7 +101,7 @@ def om(
     mode = chain.settings.precision_mode or "force_fp16"
     name = f"{backend} {tower.name} ({made.name}, {mode})"
     count = len(set(ids))
-    said = checks.embeddings(ids[:count], reference[:count], found[:count]) + _compiled_from(chain, tower, file)
+    said = checks.embeddings(ids[:count], reference[:count], found[:count]) + _compiled_from(chain, tower, made, file)
     if said:
         return Finding(INPUT, name, f"{name}: not numerics: {said[0]}", causes=tuple(said), samples=count)
     exact = precision_of(mode)
@@ -118,21 +119,27 @@ def precision_of(mode: str) -> str:
     return "bf16" if "bf16" in mode or "bfloat16" in mode else "fp16"
 
 
-def _device(chain: Any, backend: str) -> int:
+def _device(chain: Chain, backend: str) -> int:
     number = backend.partition(":")[2]
     return int(number) if number else int(chain.settings.device_id[0])
 
 
-def _compiled_from(chain: Any, tower: Tower, file: Optional[Path]) -> List[str]:
+def _om_file(chain: Chain, backend: str, tower: Tower, size: int, file: Optional[Path]) -> Path:
+    made = file or chain.pool.file(backend, tower, size)
+    assert made is not None  # every OM backend has an artifact
+    return made
+
+
+def _compiled_from(chain: Chain, tower: Tower, made: Path, file: Optional[Path]) -> List[str]:
     """An OM of the store is of the ONNX file of now, by its key; of a ready one only its age tells."""
-    ready = file or (chain.settings.om_dir and chain.file("om", tower, chain.accuracy_batch))
-    onnx_file = ready.with_name(f"{tower.name}.onnx") if ready else None
-    if onnx_file is None or not onnx_file.is_file() or onnx_file.stat().st_mtime <= ready.stat().st_mtime:
+    onnx_file = made.with_name(f"{tower.name}.onnx")
+    ready = file is not None or chain.settings.om_dir is not None
+    if not ready or not onnx_file.is_file() or onnx_file.stat().st_mtime <= made.stat().st_mtime:
         return []
-    return [f"{ready.name} is older than {onnx_file.name} beside it: it was not compiled from that; compile it again"]
+    return [f"{made.name} is older than {onnx_file.name} beside it: it was not compiled from that; compile it again"]
 
 
-def _run(chain: Any, backend: str, tower: Tower, file: Path, rows: np.ndarray) -> np.ndarray:
+def _run(chain: Chain, backend: str, tower: Tower, file: Path, rows: np.ndarray) -> np.ndarray:
     """The candidate's embeddings by the backend that is validated, not node by node."""
     opened = chain.pool.open_file(backend, tower, file, len(rows))
     try:
@@ -141,13 +148,13 @@ def _run(chain: Any, backend: str, tower: Tower, file: Path, rows: np.ndarray) -
         opened.close()
 
 
-def _wanted(chain: Any, tower: Tower, file: Optional[Path]) -> Dict[str, str]:
+def _wanted(chain: Chain, tower: Tower, file: Optional[Path]) -> Dict[str, str]:
     """What the file's own words must be; the opset only of a file that the chain made."""
     wanted = {"clipval.weights": chain.weights.sha256, "clipval.tower": tower.name, "clipval.normalized": "true"}
     return wanted if file else {**wanted, "opset": str(chain.settings.opset_version)}
 
 
-def inputs_differ(chain: Any, tower: Tower, picked: np.ndarray, prepared: np.ndarray) -> List[str]:
+def inputs_differ(chain: Chain, tower: Tower, picked: np.ndarray, prepared: np.ndarray) -> List[str]:
     """Prepared rows that are not what the model's own transform or tokenizer makes of the samples now."""
     if tower.dtype == "float32":
         fresh = np.stack([preprocess.pixels(chain.dataset.image_paths[n], chain.model) for n in picked])
@@ -171,7 +178,7 @@ def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -
     return replace(finding, verdict=DIVERGENCE, sentence=sentence, advice=advice)
 
 
-def annotated(chain: Any, backend: str, tower: Tower, figures: Sequence[Figure]) -> List[Figure]:
+def annotated(chain: Chain, backend: str, tower: Tower, figures: Sequence[Figure]) -> List[Figure]:
     """The figures of a parity gate; where one failed and a diagnosis was asked for, with it in its message.
 
     A diagnosis that cannot be made says why, and changes no verdict.
