@@ -1,8 +1,7 @@
 """One inference of an OM with CANN's dump switched on, in a process of its own.
 
 The configuration goes to aclInit, which a process does once. It is `python -m clipval.ascend.dumping OM ROWS.npy DEVICE
-ACL.json OUT.npy`. Dump files are complete only when
-the process has finalised ACL, which aclruntime does at its end.
+ACL.json OUT.npy`. Dump files are complete only when the process has finalised ACL, which aclruntime does at its end.
 """
 
 from __future__ import annotations
