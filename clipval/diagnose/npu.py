@@ -17,8 +17,8 @@ from clipval.errors import BackendUnavailable, InputError, ToolFailed
 
 BLOCK = re.compile(r".*\.\d+$")  # the path of a numbered module, as `visual.transformer.resblocks.3`
 WITHOUT = (
-    "without a dump: diagnose --backend onnx says whether the graph is right, --precision-modes whether another "
-    "precision is"
+    "without a dump: diagnose --backend onnx says whether the graph is right, a run with another --precision-mode "
+    "whether that precision is"
 )
 
 

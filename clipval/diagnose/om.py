@@ -271,7 +271,7 @@ def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, pass
 def _advice(rung: Rung, operator: Operator, passes: Sequence[str]) -> List[str]:
     said = [
         f"--keep-dtype with a file of one line: {operator.name}",
-        "--precision-modes force_fp16,allow_mix_precision,must_keep_origin_dtype (parity of each)",
+        "another --precision-mode, e.g. allow_mix_precision or must_keep_origin_dtype",
     ]
     if passes:
         said.append(f"switch off a fusion that took effect: {', '.join(passes)} (--fusion_switch_file in --atc-flags)")
