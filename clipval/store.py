@@ -224,7 +224,8 @@ class Store:
             return f"work directory {self.root}: cannot be written ({error.strerror}); give another --workdir"
         if disk_full(error):
             return f"work directory {self.root}: disk full; free some space or give another --workdir"
-        return os_cause(error)
+        elsewhere = "" if error.errno is None else ", or give another --workdir"
+        return f"{os_cause(error)}{elsewhere}"
 
 
 @contextmanager

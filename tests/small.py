@@ -66,7 +66,8 @@ def write_spec(folder: Path) -> Path:
 def command(spec: Path, workdir: Path, *arguments: str) -> List[str]:
     """The command line of a run."""
     fixed = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.faults.planted"]
-    return [*fixed, f"--spec={spec}", f"--workdir={workdir}", "--perf-min-time=0.1", "--perf-noise=10", *arguments]
+    fixed += ["--perf-min-time=0.1", "--perf-noise=10", "--probe-seed=7"]  # figures of two runs are compared
+    return [*fixed, f"--spec={spec}", f"--workdir={workdir}", *arguments]
 
 
 def environment(**variables: str) -> Dict[str, str]:

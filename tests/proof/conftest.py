@@ -1,5 +1,6 @@
 """Shared by the proofs: the small spec, and a work directory that a clean run has filled."""
 
+import os
 import shutil
 
 import pytest
@@ -17,7 +18,8 @@ def small_spec(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clean(small_spec, tmp_path_factory):
     """A clean run, made once, also by several workers of xdist: its work directory and what it ended with."""
-    shared = tmp_path_factory.getbasetemp().parent / "clipval-clean"
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "clipval-clean"
     with FileLock(str(shared) + ".lock"):
         if not shared.exists():
             made = tmp_path_factory.mktemp("clean") / "work"
