@@ -2,10 +2,10 @@
 
 Data flows one way, and a module imports only from its left:
 
-errors -> towers -> results, store, environment, arrays -> ascend -> backends, datasets -> library -> transform
+errors -> towers -> store, environment, arrays -> ascend -> backends, datasets -> library -> transform
 -> options -> spec -> embeddings -> weights -> subject, checkpoint -> model -> preprocess, probe -> export
 -> parity, ranks, doctor
--> retrieval, architectures -> chain -> throughput -> gates, diagnose -> plots -> evidence -> report -> run
+-> retrieval, architectures -> chain -> throughput -> results -> gates, diagnose -> report -> run
 -> promise, entry, supervise -> plugin -> train_shapes, commands -> cli -> __main__
 
 A module of a package counts as the package. `tests/unit/test_layering.py` holds the imports to this.

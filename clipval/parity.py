@@ -9,7 +9,6 @@ import numpy as np
 
 from clipval.errors import InputError
 
-PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 WORST = 5
 
 
@@ -47,20 +46,6 @@ class Parity:
             }
             for n in order
         ]
-
-    def detail(self) -> Dict[str, Any]:
-        """What a report draws: percentiles, a histogram of the cosine distance's decades, norms, worst samples."""
-        far = np.where(np.isnan(self.cosine), 2, 1 - self.cosine)  # a destroyed sample is drawn as the farthest
-        counts, edges = np.histogram(-np.log10(np.clip(far, 1e-16, 2)), bins=66, range=(-0.5, 16))
-        return {
-            "cosine_percentiles": {str(p): float(np.percentile(self.cosine, p)) for p in PERCENTILES},
-            "cosine_mean": float(self.cosine.mean()),
-            "max_abs": float(self.max_abs.max()),
-            "relative_error": float(self.relative.max()),
-            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-            "norms": {"min": float(self.norm.min()), "mean": float(self.norm.mean()), "max": float(self.norm.max())},
-            "worst": self.worst(),
-        }
 
 
 def compare(ids: Tuple[str, ...], reference: np.ndarray, candidate: np.ndarray) -> Parity:

@@ -16,12 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple
 
+import msgspec
 import pytest
 
-from clipval import evidence, gates, options, promise, report, supervise
+from clipval import gates, options, promise, report, supervise
 from clipval.ascend import watchdog
 from clipval.chain import Chain
 from clipval.errors import ClipvalError
+from clipval.report import Failure
+from clipval.report.wording import row_verdict
 from clipval.results import FAIL, Figure, from_json, to_json
 from clipval.run import Account
 from clipval.towers import TOWER_NAMES
@@ -239,7 +242,7 @@ class Recorder:
         """Record figures, and fail the test where one of them failed."""
         self.item.stash.setdefault(FIGURES, []).extend(figures)
         self.item.user_properties.extend((f"{one.gate} {one.metric}", one.measured) for one in figures)
-        rows = [(f"{one.gate} is", evidence.row_verdict(one)) for one in figures]
+        rows = [(f"{one.gate} is", row_verdict(one)) for one in figures]
         self.item.user_properties.extend(row for row in rows if row[1])
         failed = [one.message for one in figures if one.verdict == FAIL]
         assert figures, "a gate without a figure"
@@ -266,15 +269,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if made.when == "call":
         made.clipval_figures = [to_json(figure) for figure in item.stash.get(FIGURES, [])]
     if made.failed:
-        made.clipval_failure = _failure(item, call)
+        made.clipval_failure = msgspec.to_builtins(_failure(item, call))  # as xdist carries it
 
 
-def _failure(item: pytest.Item, call: pytest.CallInfo[None]) -> Dict[str, str]:
+def _failure(item: pytest.Item, call: pytest.CallInfo[None]) -> Failure:
     failed = [figure.failure for figure in item.stash.get(FIGURES, []) if figure.verdict == FAIL]
     error = call.excinfo.value if call.excinfo is not None else "passed, expected to fail"
     kind = failed[0] if failed else getattr(error, "kind", "error")
     message = str(error).replace(f"\n{_again(item)}", "")
-    return {"class": kind, "test": item.nodeid, "message": message}
+    return Failure(kind, item.nodeid, message, _gate_id(item))
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -299,14 +302,14 @@ class Keeper:
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.account.add([from_json(text) for text in getattr(report, "clipval_figures", ())])
         if hasattr(report, "clipval_failure"):
-            self.account.failures.append(report.clipval_failure)
+            self.account.failures.append(Failure(**report.clipval_failure))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self._failed(report.nodeid, str(report.longrepr))
 
     def _failed(self, test: str, message: str) -> None:
-        self.account.failures.append({"class": "error", "test": test, "message": message})
+        self.account.failures.append(Failure("error", test, message))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -323,7 +326,7 @@ class Keeper:
         if self.run is None:
             return
         terminalreporter.section("clipval")
-        terminalreporter.write_line(report.summary_table(self.run))
+        terminalreporter.write_line(report.summary(self.run, self.config.option.verbose > 0))
         if self.account.figures:
             terminalreporter.write_line(f"figures: {self.account.file}")
         for line in self.written:

@@ -1,21 +1,118 @@
-"""One judged figure, and the JSON lines file that figures are appended to as they come."""
+"""One judged figure, its evidence and wording, and the JSON lines file that figures are appended to as they come."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 import msgspec
 
+from clipval.backends import Identity
 from clipval.errors import InputError
+from clipval.throughput.row import Row
 
-SCHEMA = 1
+SCHEMA = 2
 PASS, FAIL, INFO = "pass", "fail", "info"
 
 
+class Worst(msgspec.Struct, frozen=True):
+    """A sample that is far from the reference; None for a figure that is no number."""
+
+    id: str
+    cosine: Optional[float]
+    max_abs: Optional[float]
+
+
+class ParityDetail(msgspec.Struct, frozen=True, tag="parity"):
+    """How far a tower's embeddings are from the reference's.
+
+    Attributes:
+        percentiles: percentile -> cosine; mean: of the cosines; relative_error: the largest of a sample's vector.
+        edges, counts: histogram of -log10(1 - cosine), one count fewer than edges.
+        smallest_norm, largest_norm: before normalisation; worst: the samples with the least cosine, worst first.
+    """
+
+    percentiles: Dict[str, Optional[float]]
+    mean: Optional[float]
+    relative_error: Optional[float]
+    edges: List[float]
+    counts: List[int]
+    smallest_norm: Optional[float]
+    largest_norm: Optional[float]
+    worst: List[Worst]
+
+
+class Published(msgspec.Struct, frozen=True):
+    """A published recall of this model: its value, where it is from, and of which backend, where that is known."""
+
+    value: float
+    source: str
+    backend: str = ""
+
+
+class RecallDetail(msgspec.Struct, frozen=True, tag="recall"):
+    """Every published figure of this model for one recall."""
+
+    published: List[Published] = []
+
+
+class Flip(msgspec.Struct, frozen=True):
+    """A query whose hit was gained or lost: its rank by the reference and now, the margin, and what was retrieved."""
+
+    id: str
+    was: int
+    now: int
+    margin: Optional[float] = None
+    retrieved: List[str] = []
+
+
+class PairedDetail(msgspec.Struct, frozen=True, tag="paired"):
+    """Recall against PyTorch's query by query: queries gained and lost, McNemar's p value, the flips."""
+
+    gains: int
+    losses: int
+    p_value: float
+    flips: List[Flip] = []
+
+
+class PublishedRate(msgspec.Struct, frozen=True):
+    """A published throughput: of which chip, samples/s, source, and whether this row was measured on that chip."""
+
+    chip: str
+    samples_per_second: float
+    source: str
+    same_chip: bool
+
+
+class ThroughputDetail(msgspec.Struct, frozen=True, tag="throughput"):
+    """A row of throughput with the published figure beside it."""
+
+    row: Row
+    protocol: int
+    published: Optional[PublishedRate] = None
+
+
+class ProbeDetail(msgspec.Struct, frozen=True, tag="probe"):
+    """The seed that a probe's inputs were drawn from."""
+
+    seed: int
+
+
+class PlacementDetail(msgspec.Struct, frozen=True, tag="placement"):
+    """Where a runtime computes: provider -> operator -> how many, those that strayed to the CPU, and what tells so."""
+
+    operators: Dict[str, Dict[str, int]]
+    strayed: Dict[str, int]
+    witness: str
+
+
+Detail = Union[ParityDetail, RecallDetail, PairedDetail, ThroughputDetail, ProbeDetail, PlacementDetail]
+
+
 class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One figure with its context and its verdict.
+    """One figure with what made it and its verdict.
 
     Attributes:
         gate: the check it belongs to, `parity/onnx/vision` or `throughput/onnx/vision/8`; see `clipval.gates`.
@@ -23,12 +120,11 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         measured: the value; None where there is none.
         count: samples, queries or rounds it was taken over.
         reference: what it is compared with; source: where that is from.
-        limit: the bound that decided, with `bound` saying how: `>=`, `<=`, `within`.
+        limit: the bound that decided, with `bound` saying how: `>=`, `<=`, `within`; because: why it is what it is.
         verdict: `pass`, `fail`, or `info` for a figure that decides nothing.
         failure: class of failure: `model` (wrong numbers), `environment`, `input`, `usage`, `perf`.
-        message: the sentence that the failed test shows.
-        context: backend, device, precision, batch size, versions.
-        detail: what a report draws: worst samples, flips, percentiles, raw series.
+        worst: the samples that decided, in words; message: the sentence that the failed test shows.
+        made_by: the backend; None for a figure of files or data. detail: what a report draws.
         diagnosis: of a failed figure, where the candidate diverges: `clipval.diagnose.finding.Finding.detail`.
     """
 
@@ -42,12 +138,37 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     source: str = ""
     bound: str = ""
     limit: Optional[float] = None
+    because: str = ""
     failure: str = ""
+    worst: str = ""
     message: str = ""
-    context: Dict[str, Any] = {}
-    detail: Dict[str, Any] = {}
+    made_by: Optional[Identity] = None
+    detail: Optional[Detail] = None
     diagnosis: Dict[str, Any] = {}
     schema: int = SCHEMA
+
+
+def number(value: Optional[float], unit: str) -> str:
+    """A value in its unit, with as many digits as tell it from a bound that it is near to: of a rate at least three."""
+    if value is None or not math.isfinite(value):
+        return "none"
+    if unit == "cosine" and value > 0.99:
+        return "1" if value == 1 else f"1 {'-' if value < 1 else '+'} {abs(1 - value):.2g}"
+    if unit in ("cosine", "share"):
+        return f"{value:.6f}" if unit == "cosine" else f"{value:.4f}"
+    if unit in ("samples/s", "ms"):
+        whole = value >= 1000 or (value >= 100 and value == round(value))
+        return f"{value:,.0f}" if whole else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.3g}"
+
+
+def wanted(figure: Figure) -> str:
+    """What a figure is held to: `>= 0.95`, `0.8830 +- 0.005`; its reference where nothing is held."""
+    if figure.bound == "within" and figure.limit is not None:
+        return f"{number(figure.reference, figure.unit)} +- {figure.limit:g}"
+    if figure.bound and figure.limit is not None:
+        return f"{figure.bound} {number(figure.limit, figure.unit)}"
+    return "" if figure.reference is None else number(figure.reference, figure.unit)
 
 
 def to_json(figure: Figure) -> str:

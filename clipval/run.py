@@ -7,13 +7,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 from clipval import environment
 from clipval.chain import Chain
-from clipval.evidence import detail, row_verdict
-from clipval.report import UNPROMISED, Run
-from clipval.results import FAIL, INFO, PASS, Figure, append
+from clipval.report import UNPROMISED, Failure, Run, Subject
+from clipval.report.wording import row_verdict
+from clipval.results import FAIL, INFO, PASS, Figure, ThroughputDetail, append
 from clipval.throughput.baseline import IMPROVED
 
 KEPT_RUNS = 20
@@ -33,7 +33,7 @@ class Account:
         chosen: gate ids of `--gate`, which are judged alone; None without it.
         again: the command line of this run, which `--gate` narrows to some of its gates.
         notes: more of what was not validated.
-        failures: one entry per failed test: its class (`model`, `environment`, `input`, `perf`), name and message.
+        failures: one entry per failed test.
     """
 
     promised: List[str]
@@ -46,7 +46,7 @@ class Account:
     again: str = ""
     notes: List[str] = field(default_factory=list)
     figures: List[Figure] = field(default_factory=list)
-    failures: List[Dict[str, str]] = field(default_factory=list)
+    failures: List[Failure] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
     def add(self, figures: Sequence[Figure]) -> None:
@@ -90,21 +90,14 @@ class Account:
     def run(self, chain: Chain) -> Run:
         """The whole account as a report takes it."""
         spec = chain.spec
-        described = {
-            "name": spec.name,
-            "title": spec.title,
-            "model": Path(spec.model.name).stem,
-            "pretrained": Path(spec.model.pretrained).name,
-            "data": spec.data.name,
-            "images": spec.data.images,
-            "captions": spec.data.captions,
-        }
+        model, weights = Path(spec.model.name).stem, Path(spec.model.pretrained).name
+        subject = Subject(spec.name, model, weights, spec.data.name, spec.data.images, spec.data.captions)
         options = {name: str(value) for name, value in vars(chain.settings).items() if value not in (None, (), "")}
         return Run(
             title=spec.title,
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
             seconds=time.time() - self.started,
-            spec=described,
+            spec=subject,
             options=options,
             environment=environment.describe(),
             verdict=FAIL if self.failed else PASS,
@@ -116,11 +109,12 @@ class Account:
             not_validated=[*chain.not_validated(), *self.notes, *self._not_gated()],
             failures=[*self.failures, *self._unexpected()],
             advice=[*self._advice(), *chain.pool.notes],
+            again=self.again,
         )
 
-    def _unexpected(self) -> List[Dict[str, str]]:
+    def _unexpected(self) -> List[Failure]:
         message = "a figure of a gate that no test promised; name the gate with @pytest.mark.gate on the test"
-        return [{"class": UNPROMISED, "test": gate, "message": f"{gate}: {message}"} for gate in self.unexpected]
+        return [Failure(UNPROMISED, gate, f"{gate}: {message}") for gate in self.unexpected]
 
     def _not_gated(self) -> List[str]:
         verdicts = Counter(row_verdict(figure) for figure in self.figures if figure.verdict == INFO)
@@ -129,8 +123,8 @@ class Account:
         return [f"throughput: rows ({said}) gate nothing; name --backends to gate them"] if said else []
 
     def _advice(self) -> List[str]:
-        standings = [(figure.gate, detail(figure, "baseline", "status")) for figure in self.figures]
-        faster = [gate for gate, status in standings if status == IMPROVED]
+        rows = [(one.gate, one.detail.row) for one in self.figures if isinstance(one.detail, ThroughputDetail)]
+        faster = [gate for gate, row in rows if row.standing is not None and row.standing.status == IMPROVED]
         said = f"{len(faster)} rows are faster than the baseline (e.g. {faster[0]})" if faster else ""
         return [f"{said}; consider recording a new one"] if faster else []
 

@@ -23,7 +23,7 @@ def _report(args: argparse.Namespace) -> int:
     runs = [report.load(file) for file in args.runs]
     if len(runs) > 2:
         raise UsageError(f"report: {len(runs)} files, expected one or two")
-    print(report.summary_table(runs[0]) if len(runs) == 1 else report.compare(runs[0], runs[1]))
+    print(report.summary(runs[0]) if len(runs) == 1 else report.compare(runs[0], runs[1]))
     return 0
 
 

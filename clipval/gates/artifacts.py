@@ -13,10 +13,10 @@ from clipval.backends import Identity, kind
 from clipval.backends.placement import Placement
 from clipval.datasets import RetrievalDataset
 from clipval.export import check, read_metadata
-from clipval.gates.gate import ACCURACY, Gate, context, judge
+from clipval.gates.gate import ACCURACY, Gate, judge
 from clipval.model import Model
 from clipval.preprocess import each_in_threads, expected_pixels, pixels, tokens
-from clipval.results import INFO, Figure
+from clipval.results import INFO, Figure, PlacementDetail
 from clipval.spec import Spec
 from clipval.towers import Tower
 
@@ -120,11 +120,11 @@ def artifact(
     return [
         judge(
             ARTIFACT.of(where.name, tower.name),
-            "of the weights under test",
-            float(same),
-            ">=",
-            1,
-            unit="share",
+            "not of the weights under test",
+            float(not same),
+            "<=",
+            0,
+            unit="files",
             count=1,
             where=where,
             worst=f"{file.name} is of weights {found}, under test are {weights[:12]}",
@@ -148,6 +148,6 @@ def _placed(placement: Placement, where: Identity, tower: Tower) -> Figure:
         source=f"the session's {placement.witness}",
         verdict=INFO,
         message=listed,
-        context=context(where),
-        detail={"placement": placement.operators, "strayed": placement.strayed, "witness": placement.witness},
+        made_by=where,
+        detail=PlacementDetail(placement.operators, placement.strayed, placement.witness),
     )

@@ -11,7 +11,7 @@ from clipval.backends import REFERENCE, Identity
 from clipval.embeddings import Embeddings, Golden
 from clipval.errors import InputError
 from clipval.gates.gate import ACCURACY, Gate, judge
-from clipval.results import Figure
+from clipval.results import Figure, ProbeDetail
 from clipval.spec import GoldenSpec, ParityBounds
 from clipval.towers import Tower
 
@@ -41,7 +41,7 @@ def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBound
     worst = int(np.argmax(norm))
     first = f"first bad sample {found.ids[int(np.argmax(bad))]}" if bad.any() else ""
     return [
-        judge(gate, "ids, count and width", float(shape_ok), ">=", 1, unit="share", **common),
+        judge(gate, "wrong ids, count and width", float(not shape_ok), "<=", 0, unit="embeddings", **common),
         judge(gate, "NaN, Inf or +-65504", float(bad.sum()), "<=", 0, unit="samples", worst=first, **common),
         judge(
             gate,
@@ -195,7 +195,7 @@ def probe(
             0,
             unit="samples",
             worst=named(int(np.argmax(bad))) if bad.any() else "",
-            detail={"seed": seed},
+            detail=ProbeDetail(seed),
             **common,
         ),
         judge(

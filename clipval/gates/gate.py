@@ -6,10 +6,11 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+import msgspec
 import numpy as np
 
 from clipval.backends import Identity
-from clipval.results import FAIL, PASS, Figure
+from clipval.results import FAIL, PASS, Detail, Figure, number, wanted
 from clipval.spec import Spec
 from clipval.towers import TOWER_NAMES
 
@@ -45,6 +46,7 @@ class Gate:
             `tower_name`, `batch_size` and `metric`.
         also_in_batches_of: sizes that its test opens a backend for, besides `batch_size` or that of the accuracy path.
         applies: the plan and the values of one case -> whether a run of this plan promises it.
+        after: checks whose failure of the same backend, or of the data, explains a failure of this one.
     """
 
     check: str
@@ -52,6 +54,7 @@ class Gate:
     params: Tuple[str, ...] = ()
     applies: Callable[..., bool] = _always
     also_in_batches_of: Tuple[int, ...] = ()
+    after: Tuple[str, ...] = ()
 
     def of(self, *values: Any) -> str:
         """The gate's id for the values of its parameters."""
@@ -74,18 +77,6 @@ class Gate:
         return [self.of(*case) for case in self.cases(plan)]
 
 
-def context(identity: Identity, **more: Any) -> Dict[str, Any]:
-    """What made a figure, for its record."""
-    return {
-        "backend": identity.name,
-        "version": identity.version,
-        "device": identity.device,
-        "precision": identity.precision,
-        "simulated": identity.simulated,
-        **more,
-    }
-
-
 def judge(
     gate: str,
     metric: str,
@@ -100,7 +91,7 @@ def judge(
     worst: str = "",
     reference: Optional[float] = None,
     source: str = "",
-    detail: Optional[Dict[str, Any]] = None,
+    detail: Optional[Detail] = None,
     failure: str = "model",
 ) -> Figure:
     """One figure against its limit; a NaN fails.
@@ -110,19 +101,10 @@ def judge(
         where: what made the figure; None for a figure of files or data.
         worst: names the sample that decided; because: why the limit is what it is.
     """
-    if bound == "within":
-        assert reference is not None
-        ok = abs(measured - reference) <= limit + 1e-9
-        wanted = f"{reference:.4f} +- {limit:g}"
-    else:
-        ok = measured >= limit if bound == ">=" else measured <= limit
-        wanted = f"{bound} {limit:g}"
-    message = f"{gate}: {metric} is {measured:.7g} over {count}, expected {wanted}"
-    message += f" ({worst})" if worst else ""
-    message += f"; {because}" if because else ""
-    message += f"; reference: {source}" if source else ""
-    message += f". Made by {where}" if where else ""
-    return Figure(
+    assert bound != "within" or reference is not None
+    off = abs(measured - (reference or 0.0))
+    ok = {">=": measured >= limit, "<=": measured <= limit, "within": off <= limit + 1e-9}[bound]
+    found = Figure(
         gate=gate,
         metric=metric,
         unit=unit,
@@ -132,9 +114,21 @@ def judge(
         source=source,
         bound=bound,
         limit=limit,
+        because=because,
         verdict=PASS if ok else FAIL,
         failure="" if ok else failure,
-        message="" if ok else message,
-        context=context(where) if where else {},
-        detail=detail or {},
+        worst=worst,
+        made_by=where,
+        detail=detail,
     )
+    return found if ok else msgspec.structs.replace(found, message=_message(found))
+
+
+def _message(figure: Figure) -> str:
+    """The sentence of a figure that failed: what was found, where, what was expected and why, what made it."""
+    said = f"{figure.gate}: {figure.metric} is {number(figure.measured, figure.unit)} over {figure.count}"
+    said += f", expected {wanted(figure)}"
+    said += f" ({figure.worst})" if figure.worst else ""
+    said += f"; {figure.because}" if figure.because else ""
+    said += f"; reference: {figure.source}" if figure.source else ""
+    return f"{said}. Made by {figure.made_by}" if figure.made_by else said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
@@ -10,10 +10,11 @@ from clipval import parity
 from clipval.backends import REFERENCE, Identity
 from clipval.embeddings import Embeddings
 from clipval.gates.gate import ACCURACY, Gate, judge
-from clipval.results import Figure
+from clipval.results import Figure, ParityDetail, Worst
 from clipval.spec import ParityBounds
 from clipval.towers import Tower
 
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 PARITY = Gate("parity", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE)
 
 
@@ -36,7 +37,7 @@ def agreement(
             bounds.cosine_min,
             unit="cosine",
             worst=named,
-            detail=compared.detail(),
+            detail=_detail(compared),
             **common,
         ),
         judge(gate, "mean cosine", compared.cosine.mean(), ">=", bounds.cosine_mean, unit="cosine", **common),
@@ -51,3 +52,23 @@ def agreement(
             **common,
         ),
     ]
+
+
+def _detail(compared: parity.Parity) -> ParityDetail:
+    """What a report draws; a figure that is no number is None."""
+
+    def finite(value: float) -> Optional[float]:
+        return float(value) if np.isfinite(value) else None
+
+    far = np.where(np.isnan(compared.cosine), 2, 1 - compared.cosine)  # a destroyed sample is drawn as the farthest
+    counts, edges = np.histogram(-np.log10(np.clip(far, 1e-16, 2)), bins=66, range=(-0.5, 16))
+    return ParityDetail(
+        percentiles={str(p): finite(np.percentile(compared.cosine, p)) for p in PERCENTILES},
+        mean=finite(compared.cosine.mean()),
+        relative_error=finite(compared.relative.max()),
+        edges=edges.tolist(),
+        counts=counts.tolist(),
+        smallest_norm=finite(compared.norm.min()),
+        largest_norm=finite(compared.norm.max()),
+        worst=[Worst(one["id"], finite(one["cosine"]), finite(one["max_abs"])) for one in compared.worst()],
+    )

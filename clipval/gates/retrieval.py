@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, List, Tuple
 
 import msgspec
+import numpy as np
 
 from clipval import retrieval
 from clipval.backends import REFERENCE, Identity
-from clipval.gates.gate import ACCURACY, Gate, context, judge
-from clipval.results import FAIL, INFO, Figure
+from clipval.gates.gate import ACCURACY, Gate, judge
+from clipval.results import FAIL, INFO, Figure, Flip, PairedDetail, Published, RecallDetail
 from clipval.spec import PairedBounds, Reference, Spec, published
 
 SHOWN_FLIPS = 20
+CAUSES = ("prepared", "artifact", "golden", "values", "distinct", "parity")
 
 
 def gated_metrics(spec: Spec) -> List[str]:
@@ -25,6 +27,7 @@ RECALL = Gate(
     ACCURACY,
     ("backend_name", "metric"),
     lambda plan, backend, metric: plan.trained and metric in gated_metrics(plan.spec),
+    after=CAUSES,
 )
 PAIRED = Gate(
     "paired",
@@ -33,6 +36,7 @@ PAIRED = Gate(
     lambda plan, backend, metric: (
         plan.trained and backend != REFERENCE and metric in [bounds.metric for bounds in plan.spec.paired]
     ),
+    after=CAUSES,
 )
 
 
@@ -60,7 +64,7 @@ def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str)
             source=reference.source,
             worst=f"{off:+d} of {len(direction.ranks)} queries",
             because=reference.because,
-            detail=_recall_detail(direction, spec, metric),
+            detail=_published(spec, metric),
         )
     return [_of_its_size(figure, direction, spec.size(reference), where)]
 
@@ -70,23 +74,18 @@ def _of_its_size(figure: Figure, direction: retrieval.Direction, size: Tuple[int
     found = (len(direction.ranks), direction.candidates)
     if found == size:
         return figure
-    message = (
-        f"{figure.gate}: {found[0]} queries among {found[1]} candidates, but the reference is of {size[0]} among "
-        f"{size[1]}, so they cannot be compared; give the whole data set; reference: {figure.source}. Made by {where}"
-    )
-    return msgspec.structs.replace(figure, verdict=FAIL, failure="input", message=message)
+    worst = f"{found[0]} queries among {found[1]} candidates, but the reference is of {size[0]} among {size[1]}"
+    message = f"{figure.gate}: {worst}, so they cannot be compared; give the whole data set; "
+    message += f"reference: {figure.source}. Made by {where}"
+    return msgspec.structs.replace(figure, verdict=FAIL, failure="input", worst=worst, message=message)
 
 
-def _recall_detail(direction: retrieval.Direction, spec: Spec, metric: str) -> Dict[str, Any]:
-    """What a report shows beside a recall: other k, the interval, and every published figure of this model."""
-    figures: List[Dict[str, Any]] = [
-        {"backend": one.backend, "value": one.value, "source": one.source}
-        for one in spec.references
-        if one.metric == metric
-    ]
+def _published(spec: Spec, metric: str) -> RecallDetail:
+    """Every published figure of this model."""
+    figures = [Published(one.value, one.source, one.backend) for one in spec.references if one.metric == metric]
     rows = published(spec.model.name, spec.model.pretrained, spec.data.name)
-    figures += [{"value": row.recalls[metric], "source": row.source} for row in rows if row.recalls.get(metric)]
-    return {**direction.detail(), "published": figures}
+    others = [(row.recalls.get(metric), row.source) for row in rows]
+    return RecallDetail([*figures, *(Published(value, source) for value, source in others if value)])
 
 
 def _shown(
@@ -107,8 +106,8 @@ def _shown(
         reference=reference.value,
         source=reference.source,
         verdict=INFO,
-        context=context(where),
-        detail=_recall_detail(direction, spec, metric),
+        made_by=where,
+        detail=_published(spec, metric),
     )
 
 
@@ -140,14 +139,19 @@ def paired(
         reference=0.0,
         worst=f"{result.gains} gained, {result.losses} lost, McNemar p {result.p_value:.3g}, flipped {flips or 'none'}",
         because=bounds.because,
-        detail={
-            "gains": result.gains,
-            "losses": result.losses,
-            "p_value": result.p_value,
-            "flips": [{**one, "retrieved": retrieved(result.name, one["id"])} for one in result.flips[:SHOWN_FLIPS]],
-        },
+        detail=PairedDetail(
+            result.gains,
+            result.losses,
+            result.p_value,
+            [_flip(one, retrieved(result.name, one["id"])) for one in result.flips[:SHOWN_FLIPS]],
+        ),
     )
     return [figure]
+
+
+def _flip(one: Dict[str, Any], found: List[str]) -> Flip:
+    margin = one["margin"] if np.isfinite(one["margin"]) else None
+    return Flip(one["id"], one["was"], one["now"], margin, found)
 
 
 def _direction(found: retrieval.Retrieval, metric: str) -> Any:

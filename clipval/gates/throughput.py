@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
-
-import msgspec
+from typing import List, Optional, Sequence
 
 from clipval.backends import Identity
-from clipval.gates.gate import PERF, Gate, context, judge
-from clipval.results import FAIL, INFO, PASS, Figure
+from clipval.gates.gate import PERF, Gate, judge
+from clipval.results import FAIL, INFO, PASS, Figure, PublishedRate, ThroughputDetail
 from clipval.spec import Spec
 from clipval.throughput.baseline import IMPROVED, MEAN, MEDIAN, OK, Judgement
-from clipval.throughput.row import EXECUTE, INFERENCE, Judged, Row
+from clipval.throughput.row import EXECUTE, Row
 from clipval.throughput.statistics import PROTOCOL, Timing
 from clipval.throughput.verdict import BAD_OUTPUT, FAULTS, VALID
 
@@ -41,42 +39,13 @@ def row(found: Row, *, spec: Spec, required: bool) -> List[Figure]:
         message=f"{gate}: the row is {decided.verdict}, expected VALID: {decided.reason}. Made by {where}"
         if failed
         else "",
-        context=context(where, batch_size=found.batch_size, scope=found.scope),
-        detail=_detail(found, curve),
+        because=decided.reason if failed else "",
+        made_by=where,
+        detail=ThroughputDetail(found, PROTOCOL, curve),
     )
     floor = _floor(first, decided.timing, curve, spec, where) if found.scope == EXECUTE else []
     against = [] if found.standing is None else [_against(first, decided.timing, found.standing, where)]
     return [first, *floor, *against]
-
-
-def _detail(found: Row, curve: Dict[str, Any]) -> Dict[str, Any]:
-    """What a report shows of a row: the clock that decides, the other one, and all that was measured."""
-    detail = {
-        **_clock(found.decided),
-        "protocol": PROTOCOL,
-        "warm_up": msgspec.to_builtins(found.warm_up),
-        "measured_again": found.attempts > 1,
-        "cold_start": found.cold_start and found.cold_start._asdict(),
-        "end_to_end": found.end_to_end and found.end_to_end._asdict(),
-        "threads": found.threads,
-        "cores": found.cores,
-        "machine_share": found.machine_share,
-        "flops_per_second": found.flops_per_second,
-        "peak_share": found.peak_share,
-        "copies": found.copies,
-    }
-    if found.scope == EXECUTE:
-        detail["inference"] = _clock(found.clocks[INFERENCE])
-    if curve:
-        detail["published"] = curve
-    if found.standing is not None:
-        status, expected, _, reason, _ = found.standing
-        detail["baseline"] = {"status": status, "expected": expected, "reason": reason}
-    return detail
-
-
-def _clock(judged: Judged) -> Dict[str, Any]:
-    return {**msgspec.to_builtins(judged.timing), "verdict": judged.verdict, "reason": judged.reason}
 
 
 def _against(first: Figure, found: Timing, earlier: Judgement, where: Identity) -> Figure:
@@ -94,7 +63,8 @@ def _against(first: Figure, found: Timing, earlier: Judgement, where: Identity) 
         verdict=FAIL if lost else PASS,
         failure="perf" if lost else "",
         message=f"{first.gate}: {earlier.status}: {earlier.reason}. Made by {where}" if lost else "",
-        context=first.context,
+        because=earlier.reason if lost else "",
+        made_by=where,
     )
 
 
@@ -117,34 +87,30 @@ def baseline_rows(wanted: Sequence[str], measured: Sequence[str], file: Path) ->
     ]
 
 
-def _published(spec: Spec, found: Row) -> Dict[str, Any]:
+def _published(spec: Spec, found: Row) -> Optional[PublishedRate]:
     for curve in spec.throughput.published:
         if curve.tower == found.tower and found.batch_size in curve.fps:
-            return {
-                "chip": curve.chip,
-                "fps": curve.fps[found.batch_size],
-                "source": curve.source,
-                "same_chip": found.made_by.device.split(":")[0] == curve.chip and not found.made_by.simulated,
-            }
-    return {}
+            same_chip = found.made_by.device.split(":")[0] == curve.chip and not found.made_by.simulated
+            return PublishedRate(curve.chip, float(curve.fps[found.batch_size]), curve.source, same_chip)
+    return None
 
 
-def _floor(first: Figure, found: Timing, curve: Dict[str, Any], spec: Spec, where: Identity) -> List[Figure]:
+def _floor(first: Figure, found: Timing, curve: Optional[PublishedRate], spec: Spec, where: Identity) -> List[Figure]:
     """On the chip that a figure was published for, a share of it is a floor; being faster never fails."""
-    if not curve or not curve["same_chip"]:
+    if curve is None or not curve.same_chip:
         return []
     floor = judge(
         first.gate,
         "share of the published samples/s",
-        found.samples_per_second_mean / curve["fps"],
+        found.samples_per_second_mean / curve.samples_per_second,
         ">=",
         spec.throughput.floor,
         unit="ratio",
         count=found.rounds,
         where=where,
         reference=1.0,
-        source=curve["source"],
-        worst=f"{found.samples_per_second_mean:.0f} of {curve['fps']:g} samples/s",
+        source=curve.source,
+        worst=f"{found.samples_per_second_mean:.0f} of {curve.samples_per_second:g} samples/s",
         because=spec.throughput.because,
         failure="perf",
     )

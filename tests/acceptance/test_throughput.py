@@ -43,7 +43,8 @@ def test_throughput(chain, record, pace, known, benchmark, tower_name, backend_n
     benchmark.stats.stats.data[:] = seconds
     row = msgspec.structs.replace(row, cold_start=cold, end_to_end=rows.end_to_end(chain, backend, batch_size))
     figures = throughput.row(row, spec=chain.spec, required=settings.strict)
-    benchmark.extra_info.update({**figures[0].detail, **figures[0].context})
+    judged = {"scope": row.scope, "verdict": row.decided.verdict, "made_by": str(row.made_by)}
+    benchmark.extra_info.update({**msgspec.to_builtins(row), **judged})
     record(figures)
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from clipval.report.wording import row_verdict
 from tests import simulator, small
 
 pytestmark = pytest.mark.proof
@@ -36,11 +37,11 @@ NPU = ("-m", "accuracy", "--backends", "om", "--allow-simulated")
 def test_green_and_said_to_be_simulated(small_spec, tmp_path):
     """Beside other tests the host is busy, so its rows of throughput may be; nothing else may fail."""
     ended = small.run(small_spec, tmp_path / "work", *BOTH, "--allow-simulated", **simulated())
-    busy = {one.gate for one in ended.figures if one.detail.get("verdict") == "BUSY"}
+    busy = {one.gate for one in ended.figures if row_verdict(one) == "BUSY"}
     assert set(ended.red) <= (busy if "PYTEST_XDIST_WORKER" in os.environ else set()), ended.output[-3000:]
     assert ended.code == int(bool(ended.red)), ended.output[-3000:]
     assert {"parity/om/text", "throughput/om/vision/8"} <= {one.gate for one in ended.figures}
-    assert all(one.context["simulated"] for one in ended.figures if one.context.get("backend") == "om")
+    assert all(one.made_by.simulated for one in ended.figures if one.made_by and one.made_by.name == "om")
     assert "simulated" in ended.output
 
 

@@ -3,70 +3,80 @@
 import re
 from html.parser import HTMLParser
 
+import msgspec
+
 from clipval import report
-from clipval.report import Assets, Run
-from clipval.results import Figure
+from clipval.backends import Identity
+from clipval.report import Assets, Failure, Run, Subject
+from clipval.results import (
+    Figure,
+    PairedDetail,
+    ParityDetail,
+    Published,
+    PublishedRate,
+    RecallDetail,
+    ThroughputDetail,
+    Worst,
+)
+from clipval.throughput.row import Judged, Row
+from clipval.throughput.statistics import Timing
+from clipval.throughput.timing import WarmUp
 
 NO_ASSETS = Assets()
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 
 
-def context(backend, **more):
-    device = "Ascend910B4:0" if backend == "om" else "cpu"
-    return {"backend": backend, "version": "1.0", "device": device, "precision": "fp32", "simulated": False, **more}
+def made_by(backend, simulated=False):
+    return Identity(backend, "1.0", "Ascend910B4:0" if backend == "om" else "cpu", "fp32", simulated)
 
 
-def parity(backend="onnx", tower="vision", cosine=1 - 1e-8, verdict="pass", **more):
+def parity(backend="onnx", tower="vision", cosine=1 - 1e-8, verdict="pass", worst=None, **more):
     edges = [round(-0.5 + n / 4, 2) for n in range(67)]
     counts = [0] * 66
     counts[34], counts[4] = 999, int(verdict == "fail")
-    worst = [{"id": "img1" if tower == "vision" else "img1_2", "cosine": cosine, "max_abs": 0.1}]
-    detail = {
-        "cosine_percentiles": {"0": cosine, "1": 0.99, "50": 0.9999999, "100": 1.0},
-        "cosine_mean": 0.9999999,
-        "histogram": {"edges": edges, "counts": counts},
-        "norms": {"min": 0.5, "mean": 1.0, "max": 1.5},
-        "relative_error": 1e-4,
-        "worst": worst,
-    }
+    worst = worst or [Worst("img1" if tower == "vision" else "img1_2", cosine, 0.1)]
+    percentiles = {"0": cosine, "1": 0.99, "50": 0.9999999, "100": 1.0}
+    detail = ParityDetail(percentiles, 0.9999999, 1e-4, edges, counts, 0.5, 1.5, worst)
     message = f"parity/{backend}/{tower}: minimum cosine is {cosine}" if verdict == "fail" else ""
-    values = {"measured": cosine, "count": 1000, "bound": ">=", "limit": 0.999999, "context": context(backend)}
+    values = {"measured": cosine, "count": 1000, "bound": ">=", "limit": 0.999999, "made_by": made_by(backend)}
     values.update({"detail": detail, "verdict": verdict, "message": message, **more})
     return Figure(gate=f"parity/{backend}/{tower}", metric="minimum cosine", unit="cosine", **values)
 
 
-def recall(backend, metric, hits, count, reference, verdict="pass", **more):
+def recall(backend, metric, hits, count, reference, verdict="pass", published=(), **more):
     values = {"measured": hits / count, "count": count, "reference": reference, "source": "the recipe", "limit": 0.005}
-    values.update({"bound": "within", "verdict": verdict, "context": context(backend), **more})
+    detail = RecallDetail([Published(*one) for one in published])
+    values.update({"bound": "within", "verdict": verdict, "made_by": made_by(backend), "detail": detail, **more})
     return Figure(gate=f"recall/{backend}/{metric}", metric=metric, unit="share", **values)
 
 
-def paired(metric="image_retrieval_recall@5", flips=(), **more):
-    detail = {"gains": 1, "losses": 2, "p_value": 1.0, "flips": list(flips)}
+def paired(metric="image_retrieval_recall@5", flips=(), backend="onnx", **more):
     values = {"measured": -0.0002, "count": 5000, "reference": 0.0, "bound": "within", "limit": 0.002}
-    values.update({"verdict": "pass", "detail": detail, "context": context("onnx"), **more})
-    return Figure(gate=f"paired/onnx/{metric}", metric=f"{metric} less pytorch's", unit="share", **values)
+    detail = PairedDetail(1, 2, 1.0, list(flips))
+    values.update({"verdict": "pass", "detail": detail, "made_by": made_by(backend), **more})
+    return Figure(gate=f"paired/{backend}/{metric}", metric="recall less pytorch's", unit="share", **values)
 
 
-def throughput(backend, tower, size, rate, verdict="VALID", **more):
+def timing(size, rate, scope="inference"):
+    """A hundred even calls; of too few to tell the 99th percentile."""
+    at = size / rate
+    spread = (rate * 0.98, rate * 1.02)
+    known = (scope, size, 100, rate, rate * 0.987, spread, rate, at, at, at, at, 0.0, 0.0, 0.01, 0.0, 100, 0.0, 0)
+    return Timing(*known, p90=0.1, p95=0.2, p99=None)
+
+
+def throughput(backend, tower, size, rate, verdict="VALID", execute=None, simulated=False, **more):
+    """A row by the host's clock, and by the device's where `execute` is its mean samples/s."""
     fps = {"vision": {1: 181, 8: 285}, "text": {1: 407, 8: 1944}}[tower][size]
-    detail = {
-        "samples_per_second": rate,
-        "interval": [rate * 0.98, rate * 1.02],
-        "scope": "inference",
-        "median_seconds": size / rate,
-        "p90": 0.1,
-        "p95": 0.2,
-        "p99": None,
-        "cv": 0.01,
-        "rounds": 100,
-        "verdict": verdict,
-        "reason": "" if verdict == "VALID" else "the clock fell",
-        "published": {"chip": "Ascend910B4", "fps": fps, "source": "the recipe's table"},
-        **more,
-    }
-    values = {"measured": rate, "count": 100, "verdict": "info", "context": context(backend, batch_size=size)}
-    gate = f"throughput/{backend}/{tower}/{size}"
+    clocks = {"inference": Judged(timing(size, rate), verdict, "" if verdict == "VALID" else "the clock fell")}
+    if execute is not None:
+        own = msgspec.structs.replace(timing(size, execute, "execute"), samples_per_second_mean=execute)
+        clocks["execute"] = Judged(own, "VALID", "")
+    warm, where = WarmUp(3, 1.0, 0.1, 0.1, True), made_by(backend, simulated)
+    row = Row(made_by=where, tower=tower, batch_size=size, clocks=clocks, warm_up=warm, attempts=1, **more)
+    published = PublishedRate("Ascend910B4", float(fps), "the recipe's table", False)
+    values = {"measured": rate, "count": 100, "verdict": "info", "made_by": where}
+    gate, detail = f"throughput/{backend}/{tower}/{size}", ThroughputDetail(row, 4, published)
     return Figure(gate=gate, metric="samples/s", unit="samples/s", detail=detail, **values)
 
 
@@ -82,14 +92,14 @@ def make(**more):
         "title": "A model",
         "started": "2026-01-02T03:04:05",
         "seconds": 65.0,
-        "spec": {"name": "s", "model": "ViT", "pretrained": "w", "data": "d", "images": 1000, "captions": 5000},
+        "spec": Subject("s", "ViT", "w", "d", 1000, 5000),
         "options": {"backends": "onnx"},
         "environment": {"python": "3.11", "packages": {"numpy": "1.24"}, "git": "abc"},
         "verdict": "fail",
         "figures": figures,
         "expected": [one.gate for one in figures],
         "not_validated": ["pytorch on cuda: no such device"],
-        "failures": [{"class": "model", "test": "t", "message": "recall is 0.95"}],
+        "failures": [Failure("model", "t", "recall is 0.95", figures[-1].gate)],
     }
     return Run(**{**values, **more})
 

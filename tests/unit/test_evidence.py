@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipval import evidence, plots, report
+from clipval import report
 from clipval.errors import InputError
-from clipval.report import Assets
-from clipval.results import Figure
+from clipval.report import Assets, panels, plots, tables
+from clipval.results import Figure, Flip, Worst, number
+from clipval.retrieval import interval
 from tests.unit.runs import make, open_page, paired, parity, recall, throughput
 
 
 def test_the_recall_table_is_the_recipes():
-    known = [{"backend": "om", "value": 0.8841, "source": "R"}, {"backend": "pytorch", "value": 0.883, "source": "R"}]
+    known = [(0.8841, "R", "om"), (0.883, "R", "pytorch")]
     figures = [
-        recall("onnx", "image_retrieval_recall@5", 4421, 5000, 0.8830, detail={"published": known}),
-        recall("pytorch", "image_retrieval_recall@5", 4415, 5000, 0.8830, detail={"published": known}),
+        recall("onnx", "image_retrieval_recall@5", 4421, 5000, 0.8830, published=known),
+        recall("pytorch", "image_retrieval_recall@5", 4415, 5000, 0.8830, published=known),
         recall("pytorch", "text_retrieval_recall@10", 983, 1000, 0.97, "fail"),
     ]
 
@@ -39,26 +40,25 @@ def test_a_published_figure_of_one_batch_size_is_drawn():
     """A line of one point is none."""
 
     def marks(*sizes):
-        (panel,) = evidence.throughput_panels([throughput("onnx", "text", size, 1000.0) for size in sizes])
+        (panel,) = panels.throughput_panels([throughput("onnx", "text", size, 1000.0) for size in sizes])
         return len(re.findall(r"<use[^>]*var\(--muted\)", panel["svg"]))
 
     assert (marks(8), marks(1, 8)) == (2, 0)  # in the plot and in the legend
 
 
 def test_backends_with_one_reference_share_its_column():
-    table = evidence.recall_table(make().figures)
+    table = tables.recall_table(make().figures)
 
-    assert table["published"] == ["reference of onnx", "reference of om"]
+    assert table.published == ["reference of onnx", "reference of om"]
     same = [recall(name, "text_retrieval_recall@5", 962, 1000, 0.963) for name in ("onnx", "pytorch")]
-    assert evidence.recall_table(same)["published"] == ["reference of pytorch, onnx"]
+    assert tables.recall_table(same).published == ["reference of pytorch, onnx"]
 
 
 def test_the_throughput_table_is_the_recipes():
-    device = {"samples_per_second": 180.0, "samples_per_second_mean": 179.4, "verdict": "VALID"}
     figures = [
         throughput("onnx", "text", 8, 1500.4, "NOISY"),
         throughput("onnx", "text", 1, 64.26),
-        throughput("om", "vision", 1, 150.0, execute=device),
+        throughput("om", "vision", 1, 150.0, execute=179.4),
         throughput("onnx", "text", 1, 65.26),  # measured again: the later one counts
     ]
 
@@ -74,22 +74,17 @@ def test_the_throughput_table_is_the_recipes():
 
 
 def test_the_clock_that_decides_and_the_one_beside_it():
-    """The form of the acceptance suite: the device's clock in the detail, the host's inside it, then the baseline's."""
-    host = {"samples_per_second": 150.0, "interval": [149.0, 151.0], "verdict": "BUSY", "reason": "others"}
-    first = throughput("om", "vision", 1, 180.0, scope="execute", samples_per_second_mean=179.4, inference=host)
-    second = msgspec.structs.replace(
-        first, metric="undisturbed samples/s against the baseline", detail={}, verdict="pass"
-    )
+    """The form of the acceptance suite: the row with both clocks, then the same row against the baseline."""
+    first = throughput("om", "vision", 1, 150.0, "BUSY", execute=179.4)
+    second = msgspec.structs.replace(first, metric="undisturbed samples/s", detail=None, verdict="pass")
 
-    found = [(one.name, one.value, one.verdict) for one in evidence.rates([first, second])]
+    found = [(one.name, one.value, one.verdict) for one in tables.rates([first, second])]
 
     assert found == [("om", 150.0, "BUSY"), ("om execute", 179.4, "VALID")]
 
 
 def test_a_gate_without_backend_is_the_runs():
-    found = evidence.glance(
-        [Figure(gate="baseline/rows", metric="m", unit="rows", verdict="pass"), parity()], ["a/om/b"]
-    )
+    found = panels.glance([Figure(gate="baseline/rows", metric="m", unit="rows", verdict="pass"), parity()], ["a/om/b"])
 
     assert found["columns"] == ["run", "onnx", "om"]
     assert [row["check"] for row in found["rows"]] == ["baseline", "parity", "a"]
@@ -97,15 +92,14 @@ def test_a_gate_without_backend_is_the_runs():
 
 
 def test_a_gate_is_as_good_as_its_worst_figure():
-    found = evidence.glance([parity(verdict="fail"), parity()], [])
+    found = panels.glance([parity(verdict="fail"), parity()], [])
 
     assert found["rows"] == [{"check": "parity", "cells": [{"total": 1, "passed": 0}]}]
 
 
 def test_a_published_curve_of_another_machine_says_so():
     on_cpu = [throughput("onnx", "vision", 1, 20.0)]
-    simulated = [throughput("om", "vision", 1, 20.0)]
-    simulated[0].context["simulated"] = True
+    simulated = [throughput("om", "vision", 1, 20.0, simulated=True)]
 
     for figures in (on_cpu, simulated):
         assert "published Ascend910B4, another machine" in report.markdown(make(figures=figures))
@@ -134,8 +128,8 @@ def test_worst_samples_are_shown_with_picture_and_caption(assets):
 
 
 def test_flips_show_what_was_retrieved_instead(assets):
-    flip = {"id": "img1_2", "was": 4, "now": 6, "margin": -1e-4, "retrieved": ["img2", "img1", "gone"]}
-    back = {"id": "img2", "was": 8, "now": 2, "margin": 1e-4, "retrieved": ["img1_0", "img2_0"]}
+    flip = Flip("img1_2", 4, 6, -1e-4, ["img2", "img1", "gone"])
+    back = Flip("img2", 8, 2, 1e-4, ["img1_0", "img2_0"])
     figures = [paired(flips=[flip] * 12), paired("text_retrieval_recall@5", [back])]
 
     text = open_page(make(figures=figures), assets).text
@@ -152,8 +146,7 @@ def test_evidence_that_cannot_be_had_does_not_take_the_report_with_it(assets, br
     def missing(_):
         raise InputError("there is no data set")
 
-    worst = [{"id": "bad", "cosine": None}, {"id": "img1", "cosine": 0.5}]
-    figures = [parity(detail={"worst": worst})]
+    figures = [parity(worst=[Worst("bad", None, None), Worst("img1", 0.5, 0.1)])]
 
     page = open_page(make(figures=figures), assets._replace(**{broken: missing}))
 
@@ -179,7 +172,7 @@ def test_one_destroyed_sample_is_drawn_as_such():
     good, bad = parity(), parity(verdict="fail", cosine=0.5)
 
     def bars(figure):
-        found = evidence.parity_panels([figure], evidence.Gallery(Assets()))[0]["svg"]
+        found = panels.parity_panels([figure], panels.Gallery(Assets()))[0].svg
         return found.count('style="fill: var(--series-2)"'), found.count('style="fill: var(--bad)"')
 
     assert bars(good) == (1, 0)
@@ -200,11 +193,10 @@ def test_names_in_a_plot_are_neither_formulas_nor_markup():
     assert "$\\frac{1}$ &lt;b&gt;</text>" in drawn
 
 
-def test_the_interval_is_that_of_the_figure_itself():
-    detail = {"interval": [0.95, 0.97]}  # the gated k's, which every figure of a direction carries
+def test_the_interval_is_wilsons():
     share, n, z = 0.841, 1000, 1.959964
 
-    found = evidence.interval(recall("onnx", "text_retrieval_recall@1", 841, n, 0.84, detail=detail))
+    found = interval(841, n)
 
     half = z * np.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4) / (1 + z**2 / n)
     centre = (share + z**2 / n / 2) / (1 + z**2 / n)
@@ -216,6 +208,9 @@ def test_the_interval_is_that_of_the_figure_itself():
     [
         (0.9999989, "cosine", "1 - 1.1e-06"),
         (0.95, "cosine", "0.950000"),
+        (1 - 1e-7, "cosine", "1 - 1e-07"),
+        (1.0, "cosine", "1"),
+        (1 + 2.3e-16, "cosine", "1 + 2.2e-16"),
         (None, "cosine", "none"),
         (float("nan"), "share", "none"),
         (0.88424, "share", "0.8842"),
@@ -229,4 +224,4 @@ def test_the_interval_is_that_of_the_figure_itself():
     ],
 )
 def test_numbers_are_shown_so_that_bounds_stay_visible(value, unit, shown):
-    assert evidence.number(value, unit) == shown
+    assert number(value, unit) == shown

@@ -72,7 +72,7 @@ def test_every_gate_judges_it(run):
     assert {gate for gate in ended.red if not gate.startswith("throughput/")} == set(), ended.output[-3000:]
     row = judged["throughput/fourth/text/8"]  # a busy machine may spoil it
     assert row.measured > 0
-    assert row.context["precision"] == "as written"
+    assert row.made_by.precision == "as written"
     against = [one for one in ended.figures if one.gate == row.gate and "against the baseline" in one.metric]
     assert [one.verdict for one in against] == ["pass"]
     assert judged["baseline/rows"].verdict == "pass"

@@ -86,7 +86,7 @@ def test_figures_by_hand():
 
 def test_detail_counts_every_sample(rows):
     noisy = rows + np.random.default_rng(1).normal(size=rows.shape) * 1e-5
-    detail = parity.compare(IDS, rows, noisy).detail()
-    assert sum(detail["histogram"]["counts"]) == 1000
-    assert len(detail["worst"]) == 5
-    assert detail["worst"][0]["cosine"] == pytest.approx(detail["cosine_percentiles"]["0"])
+    detail = agreement(Embeddings(IDS, rows), Embeddings(IDS, noisy), WHERE, VISION, BOUNDS)[0].detail
+    assert sum(detail.counts) == 1000
+    assert len(detail.worst) == 5
+    assert detail.worst[0].cosine == pytest.approx(detail.percentiles["0"])

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipval import evidence, spec
+from clipval import spec
 from clipval.backends import Identity
 from clipval.gates import throughput as perf
+from clipval.results import wanted
 from clipval.throughput.baseline import Judgement
 from clipval.throughput.row import Judged, Row
 from clipval.throughput.statistics import summarise
@@ -45,14 +46,14 @@ def test_a_valid_row_is_shown_with_its_published_figure_and_passes_where_it_is_r
     (found,) = figures(judged())
     assert (found.verdict, found.unit) == ("pass", "samples/s")
     assert found.measured == pytest.approx(300)
-    assert found.detail["published"]["fps"] == 285
-    assert not found.detail["published"]["same_chip"]
+    assert found.detail.published.samples_per_second == 285
+    assert not found.detail.published.same_chip
 
 
 @pytest.mark.parametrize(("per_second", "verdict"), [(285, "pass"), (5000, "pass"), (257, "pass"), (256, "fail")])
 def test_the_published_floor_holds_on_its_chip_and_faster_never_fails(per_second, verdict):
     first, floor = figures(judged(scope="execute", per_second=per_second), NPU)
-    assert first.detail["inference"]["samples_per_second"] == pytest.approx(per_second / 2)
+    assert first.detail.row.clocks["inference"].timing.samples_per_second == pytest.approx(per_second / 2)
     assert floor.verdict == verdict
     assert floor.limit == SPEC.throughput.floor
 
@@ -76,7 +77,7 @@ def test_the_baseline_decides(status, verdict):
 def test_without_a_comparison_there_is_no_bound(status):
     _, found = figures(judged(), earlier=Judgement(status, None, None, "because"))
     assert (found.verdict, found.reference, found.limit) == ("fail", None, None)
-    assert evidence.wanted(found) == ""
+    assert wanted(found) == ""
     assert f"{status}: because" in found.message
 
 

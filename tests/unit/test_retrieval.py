@@ -168,7 +168,7 @@ def test_pair_needs_as_many_candidates():
 
 def test_wilson_interval_is_the_published_one():
     ranks = np.where(np.arange(1000) < 962, 1, 9)
-    assert direction(ranks).interval(5) == pytest.approx((0.9483, 0.9722), abs=5e-5)
+    assert retrieval.interval(direction(ranks).hits(5), len(ranks)) == pytest.approx((0.9483, 0.9722), abs=5e-5)
 
 
 def test_margin_is_the_gap_to_the_fifth_wrong_candidate():

@@ -9,6 +9,7 @@ from clipval.errors import InputError
 from clipval.options import Settings
 from clipval.results import Figure
 from clipval.run import Account
+from clipval.throughput.baseline import Judgement
 from tests.unit.runs import throughput
 
 
@@ -47,7 +48,7 @@ def test_a_figure_that_no_test_promised_fails_the_run(tmp_path):
     account.add([figure("parity/onnx/txet")])
     assert account.failed
     (failure,) = account.run(Chain(Settings())).failures
-    assert failure["message"].startswith("parity/onnx/txet: a figure of a gate that no test promised")
+    assert failure.message.startswith("parity/onnx/txet: a figure of a gate that no test promised")
     account.selected = ["parity/onnx/vision", "parity/onnx/txet"]  # a gate of the user's own, named on its test
     assert not account.failed
 
@@ -79,7 +80,10 @@ def test_rows_of_throughput_that_gate_nothing_are_counted(tmp_path):
 
 def test_rows_that_became_faster_suggest_a_new_baseline(tmp_path):
     account = Account([], tmp_path / "r.jsonl")
-    standings = [throughput("onnx", "text", n, 10.0, baseline={"status": s}) for n, s in ((1, "ok"), (8, "improved"))]
+    standings = [
+        throughput("onnx", "text", n, 10.0, standing=Judgement(s, 9.0, 8.0, ""))
+        for n, s in ((1, "ok"), (8, "improved"))
+    ]
     account.add(standings[:1])
     assert account.run(Chain(Settings())).advice == []
     account.add(standings)

@@ -1,0 +1,19 @@
+"""The account of a run, for every reader: the terminal, report.json, report.md, report.html, and two runs compared.
+
+A report holds what was judged and shows it; it judges nothing.
+"""
+
+from clipval.report.comparison import compare as compare
+from clipval.report.files import HTML as HTML
+from clipval.report.files import MARKDOWN as MARKDOWN
+from clipval.report.files import markdown as markdown
+from clipval.report.files import page as page
+from clipval.report.files import write as write
+from clipval.report.panels import Assets as Assets
+from clipval.report.run import JSON as JSON
+from clipval.report.run import UNPROMISED as UNPROMISED
+from clipval.report.run import Failure as Failure
+from clipval.report.run import Run as Run
+from clipval.report.run import Subject as Subject
+from clipval.report.run import load as load
+from clipval.report.terminal import summary as summary

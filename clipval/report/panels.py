@@ -1,0 +1,215 @@
+"""The panels of a page: plots, and the samples behind figures.
+
+Everything comes from the figures as they were judged; nothing is measured or judged again. Evidence that a figure lacks
+is left out, so that a run that broke half way has a report too.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from clipval.errors import ClipvalError
+from clipval.report import plots
+from clipval.report.tables import published_rates, rank, rates
+from clipval.report.wording import ORDER, backend, of, part, series
+from clipval.results import FAIL, INFO, Figure, Flip, PairedDetail, ParityDetail, RecallDetail
+from clipval.retrieval import interval
+
+THUMBNAIL = 160  # pixels of the longer side
+FLIPS = 10
+
+
+def _nothing(_: str) -> Any:
+    return None
+
+
+class Assets(NamedTuple):
+    """How a report gets at the samples: the file of an image id, the text of a caption id, None for unknown ids."""
+
+    image_path: Callable[[str], Optional[Path]] = _nothing
+    caption: Callable[[str], Optional[str]] = _nothing
+
+
+class Gallery:
+    """Small pictures and captions of samples, each made once."""
+
+    def __init__(self, assets: Assets) -> None:
+        self._assets = assets
+        self._pictures: Dict[str, str] = {}
+
+    def picture(self, image_id: str) -> str:
+        """A thumbnail as a data URI; empty where there is no such image or it cannot be read."""
+        if image_id not in self._pictures:
+            self._pictures[image_id] = self._draw(image_id)
+        return self._pictures[image_id]
+
+    def _draw(self, image_id: str) -> str:
+        from PIL import Image
+
+        try:
+            path = self._assets.image_path(image_id)
+            if path is None:
+                return ""
+            with Image.open(path) as opened:
+                small = opened.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            stream = io.BytesIO()
+            small.save(stream, "JPEG", quality=80)
+        except (ClipvalError, OSError, ValueError, Image.DecompressionBombError):
+            return ""  # evidence that cannot be shown must not take the report with it
+        return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+    def sample(self, name: str, is_caption: bool) -> Dict[str, Any]:
+        """An image with its first caption, or a caption with its image."""
+        image = name.rpartition("_")[0] if is_caption else name
+        caption = name if is_caption else f"{name}_0"
+        try:
+            text = self._assets.caption(caption)
+        except ClipvalError:
+            text = None
+        return {"id": name, "image": image, "picture": self.picture(image), "caption": text or ""}
+
+
+def glance(figures: Sequence[Figure], missing: Sequence[str]) -> Dict[str, Any]:
+    """Check by backend: how many gates passed, of how many; a gate is as good as its worst figure."""
+    gates: Dict[str, bool] = {}
+    simulated = {part(figure, 1): backend(figure) for figure in figures}
+    for figure in figures:
+        if figure.verdict != INFO:
+            gates[figure.gate] = gates.get(figure.gate, True) and figure.verdict != FAIL
+    gates.update(dict.fromkeys(missing, False))
+    table: Dict[str, Dict[str, List[bool]]] = {}
+    for gate, ok in gates.items():
+        check, *rest = gate.split("/")
+        name = rest[0] if len(rest) > 1 else "run"  # a gate of two parts is about no backend
+        table.setdefault(check, {}).setdefault(name, []).append(ok)
+    columns = sorted({name for row in table.values() for name in row}, key=lambda one: (one in ORDER, series(one), one))
+    rows = [
+        {"check": check, "cells": [{"total": len(row.get(n, ())), "passed": sum(row.get(n, ()))} for n in columns]}
+        for check, row in table.items()
+    ]
+    return {"columns": [simulated.get(name, name) for name in columns], "rows": rows}
+
+
+class ParityPanel(NamedTuple):
+    """A backend and tower: its figure and evidence, whether the gate failed, the histogram, worst samples as shown."""
+
+    title: str
+    figure: Figure
+    detail: ParityDetail
+    failed: bool
+    svg: str
+    worst: List[Any]
+
+
+def parity_panels(figures: Sequence[Figure], gallery: Gallery) -> List[ParityPanel]:
+    """One panel a backend and tower: histogram, percentiles, norms, worst samples."""
+    panels: List[ParityPanel] = []
+    for figure in of(figures, "parity"):
+        detail = figure.detail
+        if not isinstance(detail, ParityDetail):
+            continue
+        tower, name = part(figure, 2), backend(figure)
+        label = f"Histogram of cosine distances of {figure.count} {tower} embeddings, {name} against pytorch"
+        limit = figure.limit if figure.unit == "cosine" else None
+        drawn = any(detail.counts)
+        svg = plots.parity(detail.edges, detail.counts, limit, series(part(figure, 1)), label) if drawn else ""
+        worst = [(one, gallery.sample(one.id, tower == "text")) for one in detail.worst]
+        failed = any(one.verdict == FAIL for one in figures if one.gate == figure.gate)
+        panels.append(ParityPanel(f"{name}, {tower}", figure, detail, failed, svg, worst))
+    return panels
+
+
+def recall_panels(figures: Sequence[Figure]) -> List[Dict[str, Any]]:
+    """One plot a direction: every recall less its reference, with tolerance band, interval, other published figures."""
+    panels = []
+    found = [one for one in of(figures, "recall") if one.measured is not None and one.reference is not None]
+    found.sort(key=lambda one: (*rank(one), series(part(one, 1))))
+    for direction in dict.fromkeys(rank(one)[0] for one in found):
+        rows = [_recall_row(one) for one in found if rank(one)[0] == direction]
+        title = direction.replace("_recall", "").replace("_", " ")
+        label = f"{title}: " + "; ".join(f"{row.name} {row.note}, {row.difference:+.2f} points" for row in rows)
+        panels.append({"title": title, "svg": plots.recall(rows, label)})
+    return panels
+
+
+def _ends(figure: Figure) -> Tuple[float, float]:
+    """The Wilson 95 % interval of a recall figure; the figure itself where there is none."""
+    share = figure.measured or 0.0
+    if not figure.count or not 0 <= share <= 1:
+        return share, share
+    return interval(round(share * figure.count), figure.count)
+
+
+def _recall_row(figure: Figure) -> plots.RecallRow:
+    assert figure.measured is not None and figure.reference is not None
+    base = figure.reference
+    low, high = _ends(figure)
+    others = [one.value for one in figure.detail.published] if isinstance(figure.detail, RecallDetail) else []
+    return plots.RecallRow(
+        name=f"R@{rank(figure)[1]} {backend(figure)}",
+        note=f"{figure.measured:.4f} {'+' if figure.measured > base else ''}"
+        f"{round((figure.measured - base) * figure.count)}".replace("-", "\N{MINUS SIGN}"),
+        series=series(part(figure, 1)),
+        difference=100 * (figure.measured - base),
+        low=100 * (low - base),
+        high=100 * (high - base),
+        within=100 * figure.limit if figure.bound == "within" and figure.limit is not None else None,
+        failed=figure.verdict == FAIL,
+        published=tuple(100 * (value - base) for value in others if value != base),
+    )
+
+
+def throughput_panels(figures: Sequence[Figure]) -> List[Dict[str, Any]]:
+    """One plot a tower: rate over batch size of every backend and clock, with the published curves."""
+    measured, known = rates(figures), published_rates(figures)
+    panels = []
+    for tower in dict.fromkeys(one.tower for one in measured):
+        curves = []
+        for name in dict.fromkeys(one.name for one in measured if one.tower == tower):
+            mine = [one for one in measured if (one.tower, one.name) == (tower, name)]
+            points = [(one.size, one.value, one.low, one.high, one.verdict in ("", "VALID")) for one in mine]
+            dashed = name != backend(mine[0].figure)
+            curves.append(plots.Curve(name, series(part(mine[0].figure, 1)), points, dashed))
+        for (owner, name), values in known.items():
+            if owner == tower:
+                curves.append(plots.Curve(name, None, [(n, fps, fps, fps, True) for n, fps in values.items()]))
+        said = "; ".join(f"{one.name} {', '.join(f'{p[0]}: {p[1]:.4g}' for p in sorted(one.points))}" for one in curves)
+        label = f"Samples per second over batch size, {tower} tower: {said}"
+        panels.append({"tower": tower, "svg": plots.throughput(curves, label)})
+    return panels
+
+
+class PairedPanel(NamedTuple):
+    """A paired comparison: its figure and evidence, whether its queries are images, and the flips as shown."""
+
+    title: str
+    figure: Figure
+    detail: PairedDetail
+    by_image: bool
+    flips: List[Any]
+    left_out: int
+
+
+def paired_panels(figures: Sequence[Figure], gallery: Gallery) -> List[PairedPanel]:
+    """One panel a paired comparison: gains, losses, p value, and the flipped queries with what came instead."""
+    panels = []
+    for figure in of(figures, "paired"):
+        if isinstance(figure.detail, PairedDetail):
+            by_image = part(figure, 2).startswith("text_retrieval")  # its queries are images, its answers captions
+            flips = figure.detail.flips
+            shown = [_flip(one, by_image, gallery) for one in flips[:FLIPS]]
+            title = f"{backend(figure)}, {part(figure, 2).replace('_', ' ')}"
+            panels.append(PairedPanel(title, figure, figure.detail, by_image, shown, len(flips) - len(shown)))
+    return panels
+
+
+def _flip(flip: Flip, by_image: bool, gallery: Gallery) -> Dict[str, Any]:
+    """A flip with its query and answers as samples, each answer with whether it is right."""
+    query = gallery.sample(flip.id, not by_image)
+    samples = [gallery.sample(one, by_image) for one in flip.retrieved]
+    answers = [{**one, "right": one["image"] == query["image"]} for one in samples]
+    return {"flip": flip, "query": query, "answers": answers}
