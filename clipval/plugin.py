@@ -329,13 +329,13 @@ class Keeper:
         terminalreporter.write_line(report.summary(self.run, self.config.option.verbose > 0))
         if self.account.figures:
             terminalreporter.write_line(f"figures: {self.account.file}")
-        for line in self.written:
-            terminalreporter.write_line(f"report: {line}")
+        if self.written:
+            terminalreporter.write_line(f"report: {', '.join(map(str, self.written))}")
 
     def _concerned(self) -> bool:
         """The run is about gates; one of other tests is not, which their paths say."""
         account = self.account
-        others = account.narrowed_by[-1:] == ["the paths given"]
+        others = "the paths given" in account.narrowed_by
         return bool(account.figures or account.expected or (account.left_out and not others))
 
     def _write(self, run: report.Run) -> Sequence[Any]:

@@ -151,7 +151,7 @@ def test_placement_is_in_the_report(file, tmp_path, monkeypatch):
     _, shown = artifacts.artifact(file, TEXT, "abc", backend.identity, backend.placement)
     assert (shown.verdict, shown.measured) == (INFO, backend.placement.strayed["Erf"])
     assert shown.count == sum(cann.operators(backend).values())
-    assert shown.detail["placement"][cann.CPU].keys() == {"Erf"}
+    assert shown.detail.operators[cann.CPU].keys() == {"Erf"}
     assert "CANNExecutionProvider: " in shown.message
 
 
