@@ -228,11 +228,11 @@ def golden(
     gate = GOLDEN.of(where.name, tower.name)
     same = judge(
         gate,
-        "probe inputs are the pinned ones",
-        float(inputs_sha256 == pinned.probe_sha256),
-        ">=",
-        1,
-        unit="share",
+        "other probe inputs than the pinned ones",
+        float(inputs_sha256 != pinned.probe_sha256),
+        "<=",
+        0,
+        unit="files",
         count=len(found.ids),
         worst="the model's transform or tokenizer changed",
         failure="input",
