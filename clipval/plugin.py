@@ -265,9 +265,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         made.longrepr = f"{call.excinfo.value}\n{_again(item)}"
     if made.skipped:  # an expected failure too
         made.outcome = "failed"
-        made.longrepr = f"{item.name}: skipped, and a gate must not be skipped: {made.longrepr}"
+        made.longrepr = f"{item.name}: skipped, and a gate must not be skipped: {made.longrepr}\n{_again(item)}"
     if made.when == "call":
         made.clipval_figures = [to_json(figure) for figure in item.stash.get(FIGURES, [])]
+    if made.failed and _again(item) not in str(made.longrepr):  # below a traceback
+        made.sections.append(("clipval", _again(item)))
     if made.failed:
         made.clipval_failure = msgspec.to_builtins(_failure(item, call))  # as xdist carries it
 
