@@ -18,7 +18,7 @@ from clipval.diagnose.locate import EXCESS
 from clipval.diagnose.taps import relative
 from clipval.errors import ClipvalError
 from clipval.export import read_metadata
-from clipval.results import FAIL, Figure
+from clipval.results import FAIL, Figure, ParityDetail
 from clipval.towers import Tower
 
 SAMPLES = 4
@@ -186,7 +186,8 @@ def annotated(chain: Chain, backend: str, tower: Tower, figures: Sequence[Figure
     failed = [n for n, figure in enumerate(figures) if figure.verdict == FAIL]
     if not failed or not chain.settings.diagnose:
         return list(figures)
-    named = [one["id"] for figure in figures for one in figure.detail.get("worst", ())]
+    details = [figure.detail for figure in figures if isinstance(figure.detail, ParityDetail)]
+    named = [one.id for detail in details for one in detail.worst]
     try:
         look = om if backend.partition(":")[0] == "om" else onnx
         found = look(chain, tower, samples(chain, tower, named), backend=backend)

@@ -13,7 +13,7 @@ from clipval.report import panels, tables
 from clipval.report.causes import broken, causes
 from clipval.report.panels import Assets, Gallery
 from clipval.report.run import JSON, Run, flat, made_by
-from clipval.report.wording import backend, cell, difference, name, row_verdict, simulated
+from clipval.report.wording import added, backend, cell, difference, name, row_verdict, simulated
 from clipval.results import FAIL, INFO, Figure, PairedDetail, RecallDetail, ThroughputDetail, number, wanted
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -84,7 +84,7 @@ def _environment(**more: Any) -> Any:
 
 
 def _render(environment: Any, template: str, run: Run, more: Dict[str, Any]) -> str:
-    for word in (number, wanted, difference, backend, name, row_verdict):
+    for word in (added, number, wanted, difference, backend, name, row_verdict):
         environment.filters[word.__name__] = word
     environment.filters["tidy"] = _tidy
     environment.tests["simulated"] = simulated

@@ -8,7 +8,7 @@ from typing import Dict, List, Sequence
 from clipval.report.causes import Cause, broken, causes, near
 from clipval.report.run import UNPROMISED, Run
 from clipval.report.tables import rates, recall_table, throughput_table
-from clipval.report.wording import backend, columns, difference, name, of, part, row_verdict, simulated, word
+from clipval.report.wording import added, backend, columns, difference, name, of, part, row_verdict, simulated, word
 from clipval.results import FAIL, INFO, PASS, Figure, number, wanted
 
 WIDTH = 99
@@ -155,7 +155,8 @@ def _cause(cause: Cause) -> List[str]:
         said = f"{first.metric} is {number(first.measured, first.unit)}, expected {wanted(first)}{worst}{more}"
     follow = list(dict.fromkeys(one.gate for one in cause.consequences))
     shown = ", ".join(follow[:2]) + (f" and {len(follow) - 2} more" if len(follow) > 2 else "")
-    return [f"FAIL {cause.gate}: {said}", *([f"     so too {shown}"] if follow else [])]
+    below = [f"     {line}" for one in cause.figures for line in added(one)]
+    return [f"FAIL {cause.gate}: {said}", *below, *([f"     so too {shown}"] if follow else [])]
 
 
 def _near(figures: Sequence[Figure]) -> List[str]:

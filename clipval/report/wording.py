@@ -64,6 +64,11 @@ def name(figure: Figure) -> str:
     return figure.gate if said and figure.metric.startswith(said) else f"{figure.gate} {figure.metric}"
 
 
+def added(figure: Figure) -> List[str]:
+    """What stands below the sentence of a figure that failed: a diagnosis."""
+    return figure.message.splitlines()[1:]
+
+
 def word(figure: Figure) -> str:
     """The verdict as it is shown, with what must always stand beside it."""
     verdict = {PASS: "pass", FAIL: "FAIL"}.get(figure.verdict, row_verdict(figure) or figure.verdict)

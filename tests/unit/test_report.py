@@ -15,7 +15,7 @@ from clipval import report, store
 from clipval.backends import Identity
 from clipval.backends.pool import ColdStart
 from clipval.errors import InputError
-from clipval.report import Assets, Failure, Run, Subject
+from clipval.report import Assets, Failure, Run, Subject, causes
 from clipval.results import Figure, Flip, PairedDetail, Worst
 from tests.unit.runs import made_by, make, open_page, paired, parity, recall, throughput
 
@@ -217,7 +217,145 @@ def test_what_was_simulated_is_said_loudly():
     assert "simulated" not in open_page(make()).text.lower()
 
 
-# TERMINAL
+def both_kinds():
+    """Figures of both kinds on three backends, all of them good."""
+    found = []
+    for backend in ("pytorch", "onnx", "om"):
+        for tower in ("vision", "text"):
+            if backend != "pytorch":
+                first = parity(backend, tower)
+                more = {"unit": "absolute", "bound": "<=", "limit": 2e-5, "measured": 3e-7, "detail": None}
+                found += [first, msgspec.structs.replace(first, metric="max |difference|", **more)]
+            for size in (1, 8):
+                worth = "NOISY" if (backend, size) == ("onnx", 8) else "VALID"
+                clock = {"execute": 179.4 * size} if backend == "om" else {}
+                found.append(throughput(backend, tower, size, 100.0 * size, worth, **clock))
+        for k in (1, 5, 10):
+            known = [(0.883, "R", "pytorch"), (0.8841, "R", "om")]
+            for name in ("image", "text"):
+                found.append(recall(backend, f"{name}_retrieval_recall@{k}", 4421, 5000, 0.883, published=known))
+    return found
+
+
+def test_a_green_run_is_its_verdict_the_recipes_tables_and_parity():
+    close = {"gate": "invariance/om/text", "metric": "|difference|", "unit": "absolute", "bound": "<=", "limit": 0.01}
+    shown = report.summary(make(figures=both_kinds(), verdict="pass", failures=[]))
+    assert "near" not in shown
+    figures = [*both_kinds(), Figure(**close, verdict="pass", measured=0.0092)]
+    shown = report.summary(make(figures=figures, verdict="pass", failures=[]))
+    assert shown + "\n" == GREEN
+    assert len(shown.splitlines()) + 5 <= 25  # with the six batch sizes of a shipped spec, and the line of the results
+    assert shown.isascii()
+
+
+def red(backends=("onnx",)):
+    """A run whose embeddings are off, and their recall with them."""
+    bad = []
+    for backend in backends:
+        off = {"cosine": 0.93, "verdict": "fail"}
+        towers = [parity(backend, tower, **off) for tower in ("vision", "text")]
+        bad += [msgspec.structs.replace(one, worst="worst samples a (0.93), b (0.94)") for one in towers]
+        names = [f"{name}_retrieval_recall@{k}" for k in (1, 5, 10) for name in ("image", "text")]
+        bad += [recall(backend, name, 3000, 5000, 0.883, "fail") for name in names]
+        bad.append(paired(backend=backend, verdict="fail"))
+    known = {one.gate for one in bad}
+    lost = [f"{check}/onnx/{tower}" for check in ("values", "distinct") for tower in ("vision", "text")]
+    errors = [Failure("environment", "t", "onnx: device lost", gate) for gate in lost[2:]]
+    figures = [*bad, *(one for one in both_kinds() if one.gate not in known)]
+    expected = [*lost, *known]
+    return make(figures=figures, missing=lost, failures=errors, expected=expected, again="pytest --spec=s")
+
+
+def test_what_failed_is_told_by_its_cause():
+    shown = report.summary(red())
+    assert shown.splitlines()[0] == "FAIL: 14 gates passed, 9 failed, 4 not evaluated"
+    assert shown + "\n" == shown[: -len(WHAT_FAILED) + 1] + WHAT_FAILED
+    assert "image_retrieval_recall@1    0.8842  0.6000 FAIL  0.8842" in shown
+
+
+def test_a_red_run_stays_on_one_screen_and_names_are_whole():
+    many = [Failure("error", f"t{n}", f"message {n}") for n in range(30)]
+    lost = [f"recall/om:{n}/image_retrieval_recall@10" for n in range(60)]
+    run = red(("onnx", "om", "fourth"))
+    run = msgspec.structs.replace(run, failures=[*run.failures, *many], missing=lost, not_validated=["a", "b", "c"])
+    lines = report.summary(run).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) < 130
+    assert ".." not in "".join(lines).replace("... and", "")
+    assert re.search(r"image_retrieval_recall@10,? and \d+ more$", "\n".join(lines), re.MULTILINE)
+
+
+def test_every_gate_is_shown_where_that_was_asked_for():
+    beside = Figure(gate="paired/onnx/x", metric="flips", unit="share", verdict="info", measured=1.0)
+    shown = report.summary(make(figures=[*both_kinds(), beside], verdict="pass"), verbose=True)
+    assert shown.count("parity/om/text") == 2
+    assert shown.count(" NOISY\n") == 2
+    assert "flips" not in shown
+
+
+def test_what_was_left_out_stands_in_the_verdict():
+    narrowed = {"left_out": ["a/b/c", "a/b/d"], "narrowed_by": ["-k 'x'"], "verdict": "pass", "failures": []}
+    run = make(figures=[parity()], **narrowed)
+    assert report.summary(run).splitlines()[0] == "PASS of 1 of 3 gates; 2 left out by -k 'x'"
+    others = make(figures=[], expected=[], **narrowed)
+    assert report.summary(others) == "no gate was evaluated; 2 left out by -k 'x'"
+    assert "2 gates were left out by -k 'x'" in report.markdown(run)
+    assert "2 gates, left out by -k 'x'" in open_page(run).text
+    alone = msgspec.structs.replace(run, narrowed_by=["--gate"])
+    assert report.summary(alone).splitlines()[0].endswith("2 left out by --gate and not judged")
+
+
+def test_what_nobody_promised_is_named():
+    run = make(figures=[parity()], failures=[Failure(report.UNPROMISED, "x/y/z", "x/y/z: a figure of no gate")])
+    assert "x/y/z: a figure of no gate" in report.summary(run).splitlines()
+
+
+def test_a_diagnosis_stands_with_what_failed():
+    figures = [parity(verdict="fail", cosine=0.5)]
+    figures = [msgspec.structs.replace(figures[0], message="parity is off\ndiagnosis: diverges in attn")]
+    run = make(figures=figures, failures=[])
+    assert "     diagnosis: diverges in attn" in report.summary(run).splitlines()
+    assert "diagnosis: diverges in attn" in open_page(run).text
+    assert "diagnosis: diverges in attn" in report.markdown(run)
+
+
+def test_the_page_has_a_card_a_cause_with_what_follows_folded_away():
+    text = report.page(red(), Assets())
+    failed = text[text.index('id="failed"') : text.index('id="unvalidated"')]
+    assert failed.count("<li>") == 4  # two causes, an error, what was not evaluated
+    assert "7 more gates failed because of it" in failed
+    assert failed.index("Why this bound") > failed.index("0.930000")
+    assert "--gate=parity/onnx/vision</code>" in failed
+
+
+@pytest.mark.parametrize(
+    ("bound", "limit", "reference", "near", "far"),
+    [
+        ("<=", 2e-5, None, 1.9e-5, 1.7e-5),
+        (">=", 1e-3, None, 1.05e-3, 1.2e-3),
+        ("within", 0.005, 0.9, 0.9048, 0.9042),
+        (">=", 1 - 1e-7, None, 1 - 0.95e-7, 1 - 0.8e-7),
+        ("<=", 0, None, None, 0.0),
+    ],
+)
+def test_what_is_near_its_bound(bound, limit, reference, near, far):
+    unit = "cosine" if limit > 0.9 else "absolute"
+    known = {"metric": "m", "unit": unit, "verdict": "pass", "bound": bound, "limit": limit, "reference": reference}
+    figures = [Figure(gate=f"g/onnx/{name}", measured=one, **known) for name, one in (("near", near), ("far", far))]
+    assert [one.gate for one in causes.near(figures)] == ["g/onnx/near"] * (near is not None)
+
+
+def test_causes_are_of_the_same_backend_of_the_data_or_of_the_reference():
+    def failed(gate):
+        return Figure(gate=gate, metric="m", unit="share", verdict="fail")
+
+    names = ["recall/onnx/r", "recall/om/r", "paired/om/r", "parity/om/text", "invariance/onnx/text"]
+    found = {one.gate: [other.gate for other in one.consequences] for one in causes.causes(map(failed, names))}
+    apart = {"recall/onnx/r": [], "parity/om/text": ["recall/om/r", "paired/om/r"], "invariance/onnx/text": []}
+    assert found == apart
+    for shared in ("prepared/data/text", "golden/pytorch/text"):
+        found = causes.causes([failed(shared), *map(failed, names[:3])])
+        assert [(one.gate, len(one.consequences)) for one in found] == [(shared, 3)]
 
 
 def test_two_runs_side_by_side():
