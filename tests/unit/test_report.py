@@ -21,7 +21,7 @@ from tests.unit.runs import made_by, make, open_page, paired, parity, recall, th
 
 HOSTILE = """<script>alert("x")</script> & 'q' | `c` $\\frac{1}$ </style></svg>"""
 GREEN = """\
-PASS: 22 gates passed, 0 failed
+PASS: 23 gates passed, 0 failed
 recall, hit rate           pytorch    onnx      om  published pytorch  published om
 image_retrieval_recall@1    0.8842  0.8842  0.8842             0.8830        0.8841
 image_retrieval_recall@5    0.8842  0.8842  0.8842             0.8830        0.8841
