@@ -235,6 +235,7 @@ class Kind:
         sizes: batch sizes of ready files that were given, for which every tower has one, and None where none were;
             None for a kind that takes no ready files.
         one_session: a device holds one session at a time, and `--device-id` says which devices are validated.
+        dumped: the device dumps the inner tensors of its artifact, which diagnosis reads.
         precision: which of a spec's parity bounds hold for an identity, `fp32` or `fp16`.
         host: what a host of this backend has and lacks, by the number of the device.
         judged_as: the backend whose parity bounds hold for an identity; empty for its own.
@@ -248,6 +249,7 @@ class Kind:
     fixed_batch: bool = False
     sizes: Optional[Callable[[BackendSettings, Sequence[Tower]], Optional[Tuple[int, ...]]]] = None
     one_session: bool = False
+    dumped: bool = False
     precision: Callable[[Identity], str] = _fp32
     host: Callable[[int], List[Finding]] = _no_host
     origin: Callable[[BackendSettings], str] = _nothing_else

@@ -358,6 +358,7 @@ KIND = Kind(
     fixed_batch=True,
     sizes=_sizes,
     one_session=True,
+    dumped=True,
     precision=lambda where: atc.precision_class(where.precision),
     host=host.check_host,
     origin=lambda asked: om_files.origin(asked.om_dir, asked.keep_dtype, asked.atc_flags),

@@ -29,7 +29,9 @@ def _declare(parser: Parser) -> None:
         "--rebuild",
     ]
     add_options(parser.add_argument, names)
-    parser.add_argument("--backend", choices=("onnx", "om"), help="whose tower; without it the ending of --model tells")
+    parser.add_argument(
+        "--backend", choices=backends.names()[1:], help="whose tower; without it the ending of --model tells"
+    )
     parser.add_argument("--tower", choices=TOWER_NAMES, help="without it the name of --model tells")
     parser.add_argument(
         "--model", type=Path, metavar="FILE", help="the candidate; without it the one that is validated"
@@ -74,10 +76,8 @@ def _of_candidate(args: argparse.Namespace) -> Any:
     tower = chain.towers[args.tower or _tower_of(args.model)]
     picked = candidate.samples(chain, tower, args.sample, args.samples)
     try:
-        if name == "om":
-            size = batch_of_name(args.model)
-            return candidate.om(chain, tower, picked, file=args.model, keep=args.keep_dump, batch=size)
-        return candidate.onnx(chain, tower, picked, file=args.model, backend=name)
+        given = {"file": args.model, "keep": args.keep_dump, "batch": batch_of_name(args.model)}
+        return candidate.locate(chain, name, tower, picked, **given)
     finally:
         chain.close()
 
@@ -87,6 +87,7 @@ def _of_dump(args: argparse.Namespace) -> Any:
     import numpy as np
 
     from clipval import arrays
+    from clipval.ascend.atc import DEFAULT_MODE
     from clipval.diagnose import candidate, dump, graph, om
 
     if args.onnx is None:
@@ -100,7 +101,7 @@ def _of_dump(args: argparse.Namespace) -> Any:
         picked = candidate.samples(chain, tower, args.sample, args.samples)
         rows = np.ascontiguousarray(chain.prepared.rows[tower.name][picked])
     fused = om.fused_names(args.om_json) if args.om_json else {}
-    precision = candidate.precision_of(args.precision_mode or "force_fp16")
+    precision = candidate.precision_of(args.precision_mode or DEFAULT_MODE)
     compared = om.compare(whole, dumped, rows, precision, fused)
     return om.judge(compared, dumped, precision, f"dump {args.dump.name} against {args.onnx.name}")
 

@@ -9,14 +9,15 @@ from typing import Dict, List, Optional, Sequence
 import msgspec
 import numpy as np
 
-from clipval import preprocess
+from clipval import backends, preprocess
 from clipval.arrays import spread
+from clipval.ascend.atc import DEFAULT_MODE
 from clipval.chain import Chain
 from clipval.diagnose import checks, graph, ladder
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
 from clipval.diagnose.locate import EXCESS
 from clipval.diagnose.taps import relative
-from clipval.errors import ClipvalError
+from clipval.errors import ClipvalError, UsageError
 from clipval.export import read_metadata
 from clipval.results import FAIL, Figure, ParityDetail
 from clipval.towers import Tower
@@ -30,6 +31,29 @@ def samples(chain: Chain, tower: Tower, named: Sequence[str] = (), count: int = 
     ids = chain.prepared.rows[tower.name].ids
     chosen = [*(ids.index(name) for name in named if name in ids), *spread(len(ids), count).tolist()]
     return np.array(list(dict.fromkeys(chosen))[: max(count, 1)])
+
+
+def locate(
+    chain: Chain,
+    backend: str,
+    tower: Tower,
+    picked: np.ndarray,
+    *,
+    file: Optional[Path] = None,
+    keep: Optional[Path] = None,
+    batch: int = 0,
+) -> Finding:
+    """Where a backend diverges from PyTorch, by the way that leads inside it; see `onnx` and `om`.
+
+    Raises:
+        UsageError: there is no way inside this backend.
+    """
+    kind = backends.kind(backend)
+    if kind.dumped:
+        return om(chain, tower, picked, file=file, keep=keep, batch=batch, backend=backend)
+    if kind.takes_onnx:
+        return onnx(chain, tower, picked, file=file, backend=backend)
+    raise UsageError(f"diagnose --backend {backend}: its inner tensors cannot be seen; onnx and om can be diagnosed")
 
 
 def onnx(
@@ -98,7 +122,7 @@ def om(
     rows, ids = np.ascontiguousarray(prepared[filled]), [prepared.ids[n] for n in filled]
     reference = np.asarray(chain.backend("pytorch", tower, size).run(rows))
     found = _run(chain, backend, tower, made, rows)
-    mode = chain.settings.precision_mode or "force_fp16"
+    mode = chain.settings.precision_mode or DEFAULT_MODE
     name = f"{backend} {tower.name} ({made.name}, {mode})"
     count = len(set(ids))
     said = checks.embeddings(ids[:count], reference[:count], found[:count]) + _compiled_from(chain, tower, made, file)
@@ -189,8 +213,7 @@ def annotated(chain: Chain, backend: str, tower: Tower, figures: Sequence[Figure
     details = [figure.detail for figure in figures if isinstance(figure.detail, ParityDetail)]
     named = [one.id for detail in details for one in detail.worst]
     try:
-        look = om if backend.partition(":")[0] == "om" else onnx
-        found = look(chain, tower, samples(chain, tower, named), backend=backend)
+        found = locate(chain, backend, tower, samples(chain, tower, named))
         said, detail = "; ".join([found.sentence, *(f"try: {one}" for one in found.advice)]), found.detail()
     except ClipvalError as error:
         said, detail = f"could not be made: {error}", {}

@@ -54,13 +54,13 @@ def run(spec, tmp_path_factory):
     return folder, small.run(spec, folder / "work", "-p", "tests.fourth", *chosen, *kinds)
 
 
-def clipval(*arguments):
+def clipval(*arguments, code=0):
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *map(str, arguments)],
         cwd=small.ROOT, env=small.environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
 
 
 def test_every_gate_judges_it(run):
@@ -96,3 +96,8 @@ def test_commands_take_it(spec, run, tmp_path):
     said = clipval("bench", "--spec", spec, "--workdir", work, *options, "--backends", "fourth")
     assert "fourth:0/vision/8/inference" in said
     assert "fourth:1/text/8/inference" in said
+
+
+def test_a_backend_that_cannot_be_looked_into_is_not_diagnosed(spec, run):
+    given = [f"--spec={spec}", f"--workdir={run[0] / 'work'}", "--backend=fourth", "--tower=text"]
+    assert "its inner tensors cannot be seen" in clipval("diagnose", *given, code=2)
