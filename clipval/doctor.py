@@ -15,7 +15,7 @@ INSTALL = "pip install -r requirements.txt"
 
 
 def check(backends: Optional[Sequence[str]], device_id: int) -> List[Finding]:
-    """Findings in the order in which a person mends them.
+    """Findings in the order in which a person fixes them.
 
     Args:
         backends: named ones, whose hosts are looked at: for `om` that of an NPU. None looks at everything.

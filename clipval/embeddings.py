@@ -117,13 +117,13 @@ def write(folder: Path, embeddings: Embeddings) -> None:
     """Write `<id>_0.npy`, float32 [1, width] each; a new folder appears when it is complete.
 
     Raises:
-        InputError: an id is there twice, the folder cannot be written, or it holds arrays of other samples, which
+        InputError: an id is a duplicate, the folder cannot be written, or it holds arrays of other samples, which
             would be evaluated with these.
     """
     names = {f"{name}_0.npy" for name in embeddings.ids}
     if len(names) != len(embeddings.ids):
         twice = Counter(embeddings.ids).most_common(1)[0][0]
-        raise InputError(f"{folder}: sample {twice} is there twice, and one file would replace the other")
+        raise InputError(f"{folder}: sample {twice} is a duplicate; one file would replace the other")
     try:
         foreign = sorted(set(arrays.names(folder)) - names) if os.path.isdir(folder) else []
         if foreign:
@@ -273,7 +273,7 @@ def align(embeddings: Embeddings, ids: Sequence[str]) -> Embeddings:
     """The same embeddings in the order of `ids`.
 
     Raises:
-        InputError: ids that are missing, surplus or there twice.
+        InputError: ids that are missing, surplus or duplicates.
     """
     row = {name: n for n, name in enumerate(embeddings.ids)}
     missing = [name for name in ids if name not in row]

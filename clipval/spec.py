@@ -71,7 +71,7 @@ class DataSpec(_Table, frozen=True):
         images, captions: how many there must be; 0 takes what is there.
         captions_sha256: of the captions in order, each ended by a newline; empty is not compared.
         fingerprint: of ids, captions and the bytes of every image, as `clipval pin` prints it; empty is not compared.
-        duplicates: images that may be there a second time under another id.
+        duplicates: images that may be duplicates under another id.
         get: one sentence for a person who has none: where from, and how it must lie.
     """
 

@@ -224,7 +224,7 @@ def _npu(chip: Chip, logic_id: int, inside: Dict[int, int]) -> Npu:
 
 
 def _board(chip: Chip) -> str:
-    """What `-t board` says of a chip. On 950 it takes no `-c`, elsewhere it says nothing of a chip without it."""
+    """What `-t board` says of a chip. On 950 it takes no `-c`, elsewhere it reports no chip without it."""
     card = ("info", "-t", "board", "-i", str(chip.npu_id))
     for arguments in ((*card, "-c", str(chip.chip_id)), card):
         try:

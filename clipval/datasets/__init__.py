@@ -63,7 +63,7 @@ class RetrievalDataset:
         if len(self.image_paths) != images or len(self.caption_ids) != captions or owner.shape != (captions,):
             return f"{images} images and {captions} captions, but not one path, id and image for each"
         if len(set(self.image_ids)) != images or len(set(self.caption_ids)) != captions:
-            return "an id is there twice"
+            return "an id is a duplicate"
         if owner.dtype != np.int64 or sorted(set(owner.tolist())) != list(range(images)):
             return "an image has no caption, or a caption no image"
         for name, index in zip(self.caption_ids, owner.tolist()):

@@ -52,7 +52,7 @@ def prepared_images(
         _prepared(PREPARED_IMAGES, "|pixel - the spec's|", off[:, 1], PIXELS, data.ids),
         judge(
             PREPARED_IMAGES.of(),
-            "images there a second time",
+            "duplicate images",
             len(again),
             "<=",
             spec.data.duplicates,

@@ -104,11 +104,11 @@ def invariance_samples(count: int) -> np.ndarray:
 def invariance(
     whole: Embeddings, single: Embeddings, shuffled: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds
 ) -> List[Figure]:
-    """A sample's embedding depends neither on its batch size nor on its neighbours.
+    """A sample's embedding depends neither on its batch size nor on the other samples of the batch.
 
     Args:
         whole: the accuracy run, in batches; single: some of its samples one at a time; shuffled: the same samples in
-            another order and so with other neighbours.
+            another order, and so in other batches.
     """
     figures = []
     row = {name: n for n, name in enumerate(whole.ids)}

@@ -166,7 +166,7 @@ def duplicate_ids() -> None:
     dataset(change)
 
 
-@fault("one image's file is its neighbour's", "prepared/data/vision", "images there a second time", "sample")
+@fault("one image's file is another one's", "prepared/data/vision", "duplicate images", "sample")
 def one_image_replaced() -> None:
     dataset(lambda data: dataclasses.replace(data, image_paths=(data.image_paths[1], *data.image_paths[1:])))
 

@@ -80,7 +80,7 @@ def wait_for_a_row(workdir):
 
 @pytest.mark.parametrize("kind", ["prepared", "onnx", "reference"])
 def test_a_disk_that_fills_up(kind, small_spec, workdir, monkeypatch):
-    """The build of one kind of artifact meets a full disk half-way; the next run makes it anew."""
+    """The build of one kind of artifact meets a full disk half-way; the next run makes it again."""
     if kind == "reference":
         for folder in (workdir / "reference").iterdir():
             if folder.is_dir():

@@ -1,4 +1,4 @@
-"""What the chain opens anew: how a backend starts from cold."""
+"""What the chain opens again: how a backend starts from cold."""
 
 import sys
 from pathlib import Path

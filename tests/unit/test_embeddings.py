@@ -240,7 +240,7 @@ def test_stale_files_are_not_mixed_in(tmp_path):
 
 
 def test_an_id_there_twice_is_not_written_over(tmp_path):
-    with pytest.raises(InputError, match="sample a is there twice"):
+    with pytest.raises(InputError, match="sample a is a duplicate"):
         embeddings.write(tmp_path / "out", Embeddings(("b", "a", "a"), np.ones((3, 4), np.float32)))
 
 

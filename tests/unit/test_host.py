@@ -233,7 +233,7 @@ def test_an_unexpected_error_hides_no_other_line(host, monkeypatch):
     assert "OSError: input/output error" in host.check()["npu-smi"].detail
 
     def unavailable(device_id):
-        raise BackendUnavailable("npu-smi: gone; mend it")
+        raise BackendUnavailable("npu-smi: gone; fix it")
 
     monkeypatch.setattr(hosts.npu_smi, "npu", unavailable)
-    assert host.check()["chip"][3:] == ("npu-smi: gone", "mend it")
+    assert host.check()["chip"][3:] == ("npu-smi: gone", "fix it")

@@ -246,8 +246,8 @@ def test_the_fingerprint_names_an_image_that_went_away(folder):
     [
         ({"image_ids": (), "image_paths": ()}, "0 images and 3 captions"),
         ({"captions": ("a", "b")}, "not one path, id and image for each"),
-        ({"image_ids": ("1", "1")}, "an id is there twice"),
-        ({"caption_ids": ("1_0", "1_0", "3_0")}, "an id is there twice"),
+        ({"image_ids": ("1", "1")}, "an id is a duplicate"),
+        ({"caption_ids": ("1_0", "1_0", "3_0")}, "an id is a duplicate"),
         ({"image_of_caption": np.array([0, 0, 0])}, "an image has no caption"),
         ({"image_of_caption": np.array([0, 1, 2])}, "a caption no image"),
         ({"image_of_caption": np.array([0, 1, 1])}, "caption 1_1 is paired with image 3"),
