@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
 
@@ -25,6 +27,10 @@ count = {count}
 within = 0.005
 source = "measured on the first {images} scenes"
 """
+
+
+# preexec_fn of a child that is to be interrupted: a shell's background job is born deaf to Ctrl-C
+hear_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 class Run(NamedTuple):

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import time
-from functools import partial
 
 import pytest
 
@@ -53,9 +52,10 @@ def test_killed_at_random_moments(small_spec, tmp_path):
 def test_ctrl_c_while_throughput_is_measured(narrowed, small_spec, workdir):
     perf = ["--threads=1", "-m", "perf", "--perf-min-time=6", "--perf-max-time=6", *narrowed]
     command = small.command(small_spec, workdir, *perf)
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job is born deaf to Ctrl-C
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=small.ROOT, env=small.environment(), preexec_fn=heard, **pipes)
+    process = subprocess.Popen(
+        command, cwd=small.ROOT, env=small.environment(), preexec_fn=small.hear_interrupts, **pipes
+    )
     wait_for_a_row(workdir)  # so that all libraries are loaded: some lose an interrupt while they are imported
     time.sleep(2)
     process.send_signal(signal.SIGINT)

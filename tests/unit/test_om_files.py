@@ -14,6 +14,7 @@ from clipval.ascend import atc, om_files
 from clipval.errors import InputError, ToolFailed
 from clipval.store import Store
 from clipval.towers import TEXT, VISION
+from tests import small
 from tests.simulator import environment, tiny
 
 OPTIONS = atc.AtcOptions("Ascend910B4")
@@ -96,7 +97,7 @@ def test_an_interrupt_ends_every_compiler(tmp_path):
     path = os.pathsep.join([str(program.parent), os.environ["PATH"]])
     run = subprocess.Popen(
         [sys.executable, "-m", "clipval", "compile", *arguments, "--jobs", "2"],
-        env={**os.environ, "PATH": path}, stderr=subprocess.DEVNULL,
+        env={**os.environ, "PATH": path}, stderr=subprocess.DEVNULL, preexec_fn=small.hear_interrupts,
     )  # fmt: skip
     pids = tmp_path / "pids"
     _until(lambda: pids.exists() and len(pids.read_text().split()) == 2)

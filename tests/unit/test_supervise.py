@@ -9,6 +9,7 @@ import time
 import pytest
 
 from clipval import supervise
+from tests import small
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system cannot wait for signals")
 WATCHED = """
@@ -51,7 +52,10 @@ def test_a_process_that_is_left_behind_does_not_hold_the_run_up():
 
 
 def started(body):
-    process = subprocess.Popen([sys.executable, "-c", WATCHED + body], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED + body],
+        stdout=subprocess.PIPE, text=True, preexec_fn=small.hear_interrupts,
+    )  # fmt: skip
     return process, int(process.stdout.readline())
 
 
