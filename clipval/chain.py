@@ -212,8 +212,12 @@ class Chain:
 
     def bounds(self, where: Identity, tower: Tower) -> specs.ParityBounds:
         """The spec's tolerances for a tower of a backend in the precision it computes in."""
-        kind = backends.kind(where.name)
-        return self.spec.bounds(kind.judged_as(where) or base_name(where.name), kind.precision(where), tower.name)
+        owner = backends.kind(where.name).judged_as(where) or base_name(where.name)
+        return self.spec.bounds(owner, self.precision(where), tower.name)
+
+    def precision(self, where: Identity) -> str:
+        """Which of the spec's bounds hold for what made a result; see `clipval.backends.Kind.precision`."""
+        return backends.kind(where.name).precision(where)
 
     @cached_property
     def probe_seed(self) -> int:

@@ -192,6 +192,11 @@ def table() -> Dict[str, Dict[str, Any]]:
             "metavar": "N",
             "help": "seed of the probe inputs; without it each run draws a new one",
         },
+        "--onnx-prefix": {
+            "type": Path,
+            "metavar": "PREFIX",
+            "help": "ready ONNX files of anybody, PREFIX_vision.onnx and PREFIX_text.onnx",
+        },
         "--om-dir": {"type": Path, "metavar": "DIR", "help": "ready OM files with the recipe's names"},
         "--soc-version": {"metavar": "SOC", "help": "as Ascend910B4; without it npu-smi is asked"},
         "--precision-mode": {"metavar": "MODE", "help": "of atc; without it atc computes in fp16"},

@@ -6,7 +6,7 @@ import csv
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Literal, Optional, Tuple
+from typing import Dict, List, Literal, Optional, Tuple, Union
 
 import msgspec
 
@@ -33,6 +33,9 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Size = Annotated[int, msgspec.Meta(ge=1)]
 Metric = Annotated[str, msgspec.Meta(pattern="^(image|text)_retrieval_recall@[1-9][0-9]*$")]
+
+
+Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8"]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -142,7 +145,7 @@ class ParityBounds(_Table, frozen=True):
     """
 
     backend: str
-    precision: Literal["fp32", "fp16"]
+    precision: Precision
     cosine_min: Between
     cosine_mean: Between
     max_abs: Between
@@ -153,11 +156,16 @@ class ParityBounds(_Table, frozen=True):
 
 
 class PairedBounds(_Table, frozen=True):
-    """Allowed distance of a backend's recall@5 from PyTorch's on the same samples, as a share."""
+    """Allowed distance of a backend's recall@5 from PyTorch's on the same samples, as a share.
+
+    Attributes:
+        precision: of the backend; empty for every one that has no bounds of its own.
+    """
 
     metric: Metric
     within: Between
     because: str
+    precision: Union[Precision, Literal[""]] = ""
 
 
 class PublishedThroughput(_Table, frozen=True):
@@ -212,6 +220,11 @@ class Spec(_Table, frozen=True):
             f"spec {self.path}: no [[parity]] for backend {backend!r}, precision {precision!r} and the {tower} tower; "
             f"add one"
         )
+
+    def paired_bounds(self, metric: str, precision: str) -> PairedBounds:
+        """Bounds of a paired metric for a precision: its own, else those of every precision."""
+        found: Dict[str, PairedBounds] = {one.precision: one for one in self.paired if one.metric == metric}
+        return found.get(precision) or found[""]
 
     def reference(self, metric: str, backend: str) -> Optional[Reference]:
         """The figure of a metric for a backend: its own, else PyTorch's, else None."""
@@ -279,7 +292,7 @@ def _given_twice(spec: Spec) -> List[str]:
     keys = [
         *(f"[[parity]] of {one.backend}, {one.precision}, {one.tower or 'both towers'}" for one in spec.parity),
         *(f"[[references]] of {one.metric}, {one.backend}" for one in spec.references),
-        *(f"[[paired]] of {one.metric}" for one in spec.paired),
+        *(f"[[paired]] of {one.metric}{', ' * bool(one.precision)}{one.precision}" for one in spec.paired),
         *(f"[[throughput.published]] of {one.chip}, {one.tower}" for one in spec.throughput.published),
     ]
     return [f"two {key}; keep one" for key, count in Counter(keys).items() if count > 1]

@@ -144,6 +144,7 @@ class BackendSettings:
     onnx_provider_options: Tuple[Tuple[str, str], ...] = ()
     allow_cpu_operators: Tuple[str, ...] = ()
     threads: Optional[int] = None
+    onnx_prefix: Optional[Path] = None
     om_dir: Optional[Path] = None
     soc_version: Optional[str] = None
     precision_mode: str = ""
@@ -236,7 +237,7 @@ class Kind:
             None for a kind that takes no ready files.
         one_session: a device holds one session at a time, and `--device-id` says which devices are validated.
         dumped: the device dumps the inner tensors of its artifact, which diagnosis reads.
-        precision: which of a spec's parity bounds hold for an identity, `fp32` or `fp16`.
+        precision: which of a spec's parity bounds hold for an identity: `fp32`, `fp16`, or a ready file's own.
         host: what a host of this backend has and lacks, by the number of the device.
         judged_as: the backend whose parity bounds hold for an identity; empty for its own.
         origin: what artifacts depend on besides model, device and precision, in words that differ where they do.

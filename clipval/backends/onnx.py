@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterator, Optional, Sequence, Set, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from clipval.backends import (
     Materials,
     Opening,
     Product,
+    given,
     placement,
     providers,
 )
@@ -31,6 +32,7 @@ from clipval.errors import BackendUnavailable, InputError, lfs_pointer, one_line
 from clipval.towers import Tower
 
 PRODUCTS_IN_A_ROW = 16
+FLOATS = ("tensor(float)", "tensor(float16)")
 IR_VERSION = 8  # of a model of opset 14: every onnxruntime from 1.11 on reads it
 
 
@@ -45,6 +47,7 @@ class OnnxBackend(Backend):
         options: of the first provider.
         allowed: operators that may compute on the CPU beside another provider.
         cache: folder where the CANN provider keeps what it compiled; it writes into the working directory.
+        ready: the file is somebody's own: names and dtypes of its input and output may differ from the contract's.
 
     Attributes:
         placement: which operators run on which provider; see `clipval.backends.placement`.
@@ -63,6 +66,7 @@ class OnnxBackend(Backend):
         options: providers.Options = (),
         allowed: Sequence[str] = (),
         cache: Optional[Path] = None,
+        ready: bool = False,
     ) -> None:
         self._runtime = _import_runtime(names)
         self.tower = tower
@@ -70,6 +74,7 @@ class OnnxBackend(Backend):
         self._configured = providers.configured(names[0], options)
         self._compiled: Set[int] = set()  # batch sizes that the provider has seen
         precision = providers.precision(names[0], self._configured)
+        self._half = ready and given.precision(self._file) in ("fp16", "bf16")
         if CANN in names:
             process.claim("onnxruntime's CANN provider")
         profile = self._profile(allowed) if names[0] != CPU else []
@@ -79,7 +84,12 @@ class OnnxBackend(Backend):
         # the session does not tell how many it started beside the caller's own
         self.threads = threads or (1 + _threads_running() - running if running else None)
         self.placement = placement.of(self._assigned(), profile)
-        self._check_contract()
+        self._input, self._output = (tower.input_name, np.dtype(tower.dtype)), tower.output_name
+        if ready:
+            self._adapt()
+            precision = given.precision(self._file) if precision == "fp32" else precision
+        else:
+            self._check_contract()
         version = f"onnxruntime {self._runtime.__version__}"
         version += f", CANN {atc.version()}" if names[0] == CANN else ""
         self.identity = Identity("onnx", version, self._device(), precision)
@@ -89,6 +99,10 @@ class OnnxBackend(Backend):
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        if (
+            self._half
+        ):  # onnxruntime 1.32 ends in a segmentation fault where it changes the layout of a float16 convolution
+            options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         if hasattr(self._runtime.InferenceSession, "get_provider_graph_assignment_info"):
             options.add_session_config_entry(placement.RECORD, "1")
         return options
@@ -201,19 +215,42 @@ class OnnxBackend(Backend):
         if len(outputs) > 1:
             self.notes = (EXTRA.format("ONNX"),)
 
+    def _adapt(self) -> None:
+        """Take the input and output of a file that follows no contract of ours, if they can only be this tower's."""
+        tower, inputs, outputs = self.tower, self._session.get_inputs(), self._session.get_outputs()
+        kinds = {"float32": ("float", "float16"), "int64": ("int64", "int32")}[tower.dtype]
+        types = {f"tensor({kind})": np.dtype("float32" if kind == "float" else kind) for kind in kinds}
+        fits = [one for one in inputs if one.type in types and _fits(one.shape[1:], tower.row_shape)]
+        floats = [one for one in outputs if one.type in FLOATS and len(one.shape) == 2]
+        wide = [one for one in floats if _fits(one.shape[1:], [tower.width])]
+        named = [one for one in wide if one.name == tower.output_name] or wide
+        if len(inputs) != 1 or not fits or len(named) != 1:
+            found = [[(one.name, one.type, list(one.shape)) for one in side] for side in (inputs, outputs)]
+            raise InputError(
+                f"ONNX {self._file}: has inputs {found[0]} and outputs {found[1]}; the {tower.name} tower takes one "
+                f"input of {' or '.join(kinds)} {list(tower.row_shape)} a sample, and gives one embedding "
+                f"{tower.width} wide"
+            )
+        self._input, self._output = (fits[0].name, types[fits[0].type]), named[0].name
+        self.batch_size = fits[0].shape[0] if isinstance(fits[0].shape[0], int) else None
+        if len(outputs) > 1:
+            self.notes = (EXTRA.format("ONNX"),)
+
     def run(self, rows: np.ndarray) -> np.ndarray:
+        name, dtype = self._input
+        fed = {name: rows.astype(dtype, copy=False)}
         try:
             if len(rows) not in self._compiled:
                 with self._in_cache():
-                    (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
+                    (embedding,) = self._session.run([self._output], fed)
                 self._compiled.add(len(rows))
             else:
-                (embedding,) = self._session.run([self.tower.output_name], {self.tower.input_name: rows})
+                (embedding,) = self._session.run([self._output], fed)
         except Exception as error:  # the runtime raises its own classes and RuntimeError
             raise InputError(
                 f"ONNX {self._file}: onnxruntime cannot run it ({one_line(error)}). Export it again"
             ) from error
-        return np.asarray(embedding)
+        return np.asarray(embedding).astype(np.float32, copy=False)
 
     def product(self, side: int) -> Optional[Product]:
         # off the processor several in a row, so that transfers hardly count
@@ -248,7 +285,12 @@ def _fits(found: Sequence[Any], wanted: Sequence[int]) -> bool:
 
 
 def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
-    return made.onnx(tower)
+    prefix = made.settings.onnx_prefix
+    return made.onnx(tower) if prefix is None else given.file(prefix, tower)
+
+
+def _sizes(asked: BackendSettings, towers: Sequence[Tower]) -> Optional[Tuple[int, ...]]:
+    return given.sizes(asked.onnx_prefix, towers) if asked.onnx_prefix is not None else None
 
 
 def _open(made: Materials, asked: Opening) -> Backend:
@@ -266,6 +308,7 @@ def _open(made: Materials, asked: Opening) -> Backend:
         options,
         allowed=chosen.allow_cpu_operators,
         cache=cache,
+        ready=chosen.onnx_prefix is not None,
     )
 
 
@@ -294,13 +337,18 @@ def _judged_as(where: Identity) -> str:
 
 
 def _origin(asked: BackendSettings) -> str:
-    return ",".join(f"{name}={value}" for name, value in asked.onnx_provider_options)
+    options = ",".join(f"{name}={value}" for name, value in asked.onnx_provider_options)
+    if asked.onnx_prefix is None:
+        return options
+    files = sorted(asked.onnx_prefix.parent.glob(f"{asked.onnx_prefix.name}_*.onnx"))
+    return " ".join(["ready", *(f"{file.name} {store.once(file)}" for file in files), options])
 
 
 KIND = Kind(
     _open,
     suffix=".onnx",
     artifact=_artifact,
+    sizes=_sizes,
     precision=lambda where: providers.precision_class(where.precision),
     judged_as=_judged_as,
     origin=_origin,

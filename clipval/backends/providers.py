@@ -71,8 +71,16 @@ def precision(provider: str, options: Mapping[str, str]) -> str:
     return "fp32"
 
 
+OWN = ("bf16", "w8a16", "w8a8")
+
+
 def precision_class(computes_in: str) -> str:
-    """`fp16` or `fp32`: which tolerance holds. TF32 and int8 round operands to 10 bits or fewer, as fp16 does."""
+    """Which tolerance holds: that of `fp32` or `fp16`, or of a ready file's own `bf16`, `w8a16` or `w8a8`.
+
+    TF32 and a provider's int8 round operands to 10 bits or fewer, as fp16 does.
+    """
+    if computes_in in OWN:
+        return computes_in
     return "fp32" if computes_in in ("fp32", *atc.FP32_MODES) else "fp16"
 
 

@@ -15,7 +15,7 @@ def test_recall(chain, record, backend_name, metric):
 @pytest.mark.gate(retrieval.PAIRED)
 def test_recall_beside_pytorch(chain, record, backend_name, metric):
     where = chain.embeddings(backend_name, chain.towers["text"]).identity
-    bounds = next(bounds for bounds in chain.spec.paired if bounds.metric == metric)
+    bounds = chain.spec.paired_bounds(metric, chain.precision(where))
 
     def retrieved(direction, query_id):
         return chain.retrieved(backend_name, direction, query_id)

@@ -1,0 +1,88 @@
+"""Ready ONNX files of anybody: another exporter, simplified, quantised, fp16, of one batch size, with more outputs.
+
+They are held to what the tower computes, not to how clipval's own export looks: names may differ, tokens may be int32,
+pixels float16.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional, Sequence, Tuple
+
+from clipval.errors import InputError, lfs_pointer, one_line
+from clipval.towers import Tower
+
+# Operators that compute with activations of 8 bits; a DequantizeLinear without them is of weights alone.
+INTEGER = (
+    *("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"),
+    *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "QAttention"),
+)
+WEIGHTS_ONLY = ("DequantizeLinear", "MatMulNBits")
+
+
+def file(prefix: Path, tower: Tower) -> Path:
+    """`PREFIX_vision.onnx` or `PREFIX_text.onnx`.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    found = prefix.with_name(f"{prefix.name}_{tower.name}.onnx")
+    if not found.is_file():
+        raise InputError(f"--onnx-prefix {prefix}: no file {found}; expected PREFIX_vision.onnx and PREFIX_text.onnx")
+    return found
+
+
+def sizes(prefix: Path, towers: Sequence[Tower]) -> Optional[Tuple[int, ...]]:
+    """The batch size that the files were exported with; None where they take any.
+
+    Raises:
+        InputError: the two towers are of different ones.
+    """
+    found = {batch for tower in towers if (batch := batch_size(file(prefix, tower))) is not None}
+    if len(found) > 1:
+        raise InputError(f"--onnx-prefix {prefix}: towers of batch sizes {sorted(found)}, expected one for both")
+    return tuple(found) or None
+
+
+@lru_cache(maxsize=None)
+def batch_size(path: Path) -> Optional[int]:
+    """The batch size that a file insists on; None for any."""
+    first = _graph(path).input[0].type.tensor_type.shape.dim[0]
+    return first.dim_value or None
+
+
+@lru_cache(maxsize=None)
+def precision(path: Path) -> str:
+    """What a file computes in by its operators and weights: `fp32`, `fp16`, `bf16`, `w8a16` or `w8a8`.
+
+    `w8a16` is any file whose weights alone are of fewer bits.
+    """
+    from onnx import TensorProto
+
+    graph = _graph(path)
+    operators = {node.op_type for node in graph.node}
+    if operators & set(INTEGER):
+        return "w8a8"
+    if operators & set(WEIGHTS_ONLY):
+        return "w8a16"
+    elements = {"fp32": 0, "fp16": 0, "bf16": 0}
+    names = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+    for tensor in graph.initializer:
+        if tensor.data_type in names:
+            size = 1
+            for edge in tensor.dims:
+                size *= edge
+            elements[names[tensor.data_type]] += size
+    return max(elements, key=lambda name: elements[name])
+
+
+@lru_cache(maxsize=2)
+def _graph(path: Path) -> Any:
+    import onnx
+
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's and the file system's own classes
+        cause = lfs_pointer(path) or f"not a valid model ({one_line(error)})"
+        raise InputError(f"ONNX {path}: {cause}") from error
