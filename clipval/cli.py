@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import List, Optional
+from typing import Dict, List, Optional
 
-from clipval.commands import Parser, diagnose, lookup, models, recipe, speed
+from clipval.commands import Command, Parser, compare, diagnose, lookup, models, recipe, speed
 from clipval.errors import ClipvalError, os_cause
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as of any other command
-COMMANDS = {**recipe.COMMANDS, **speed.COMMANDS, **lookup.COMMANDS, **models.COMMANDS, **diagnose.COMMANDS}
+PARTS = (recipe, speed, lookup, models, diagnose, compare)
+COMMANDS: Dict[str, Command] = {name: one for part in PARTS for name, one in part.COMMANDS.items()}
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -198,12 +198,14 @@ class Opening(NamedTuple):
     Attributes:
         file: the artifact; None for a backend that has none.
         device: number of `om:3`, else of `--device-id`; means nothing to a backend without numbered devices.
+        ready: the file is somebody's own, which need not look as clipval's does.
     """
 
     tower: Tower
     file: Optional[Path]
     batch_size: int
     device: int
+    ready: bool = False
 
 
 def _fp32(_: Identity) -> str:

@@ -308,7 +308,7 @@ def _open(made: Materials, asked: Opening) -> Backend:
         options,
         allowed=chosen.allow_cpu_operators,
         cache=cache,
-        ready=chosen.onnx_prefix is not None,
+        ready=asked.ready or chosen.onnx_prefix is not None,
     )
 
 

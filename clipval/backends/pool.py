@@ -48,7 +48,7 @@ class Pool:
             self._make_room(name)
             backend = self.open_file(name, tower, self.file(name, tower, batch_size), batch_size)
             backend.identity = backend.identity._replace(name=name)
-            self._require_real(backend)
+            self.require_real(backend)
             self._backends[key] = backend
             self.notes.update(dict.fromkeys(f"{name}: {note}" for note in backend.notes))
         return self._backends[key]
@@ -73,8 +73,13 @@ class Pool:
             found.ahead(self._made, [(self._made.towers[one], size) for one, size in sorted(expected)])
         return found.artifact(self._made, tower, batch_size) if found.artifact else None
 
-    def open_file(self, name: str, tower: Tower, file: Optional[Path], batch_size: int) -> Backend:
+    def open_file(
+        self, name: str, tower: Tower, file: Optional[Path], batch_size: int, *, ready: bool = False
+    ) -> Backend:
         """A backend on a given file, which the caller closes; one that opens the model itself needs no file.
+
+        Args:
+            ready: the file is somebody's own, which need not look as clipval's does.
 
         Raises:
             UsageError: the backend needs a file.
@@ -83,7 +88,7 @@ class Pool:
         if file is None and found.suffix:
             raise UsageError(f"backend {name} needs --model with an {found.suffix} file")
         device = int(number) if number else self._made.settings.device_id[0]
-        return found.open(self._made, Opening(tower, file, batch_size, device))
+        return found.open(self._made, Opening(tower, file, batch_size, device, ready))
 
     def cold_start(self, name: str, tower: Tower, batch: np.ndarray, forget: Callable[[], None]) -> ColdStart:
         """How long a backend takes to open from what lies on the disk, and for its first call.
@@ -120,7 +125,8 @@ class Pool:
             if other != name or kind(name).one_session:
                 self.close(other)
 
-    def _require_real(self, backend: Backend) -> None:
+    def require_real(self, backend: Backend) -> None:
+        """Close a backend on a simulated device, and say so, where that was not allowed."""
         if backend.identity.simulated and not self._made.settings.allow_simulated:
             backend.close()
             raise BackendUnavailable(

@@ -1,0 +1,74 @@
+"""clipval compare: any two of ONNX, OM, embeddings and pytorch, with the same evidence and an exit code."""
+
+import numpy as np
+import pytest
+
+from clipval import cli, embeddings, export, library, model, spec, weights
+from clipval.embeddings import Embeddings
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """The text tower of the embedded default."""
+    own = spec.load("shapes")
+    name, checkpoint = own.beside(own.model.name), own.beside(own.model.pretrained)
+    loaded = model.load(name, weights.find_weights(name, checkpoint), library.sizes(name))
+    file = tmp_path_factory.mktemp("compare") / "text.onnx"
+    export.export(loaded, library.sizes(name)["text"], file, metadata={})
+    return file
+
+
+def compare(capsys, *arguments, code=0):
+    ended = cli.main(["compare", *map(str, arguments)])
+    said = "".join(capsys.readouterr())
+    assert ended == code, said
+    return said
+
+
+def test_an_export_against_the_model_on_drawn_inputs(file, capsys, tmp_path):
+    said = compare(capsys, "pytorch", file, "--workdir", tmp_path)
+    assert "75 samples, bounds of fp32" in said
+    assert said.count("PASS") == 3
+
+
+def test_a_quantised_file_is_held_to_its_own_precision(file, capsys, tmp_path):
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(str(file), str(tmp_path / "int8_text.onnx"))
+    assert "bounds of w8a8" in compare(capsys, file, tmp_path / "int8_text.onnx", "--workdir", tmp_path)
+    exact = [file, tmp_path / "int8_text.onnx", "--precision", "fp32", "--workdir", tmp_path]
+    assert "minimum cosine" in compare(capsys, *exact, code=1)
+
+
+def folder(path, rows):
+    embeddings.write(path, Embeddings(tuple(f"{n}_0" for n in range(len(rows))), rows))
+    return path
+
+
+@pytest.mark.parametrize(("off", "code"), [(0.0, 0), (1e-3, 1)])
+def test_two_folders_of_embeddings(capsys, tmp_path, off, code):
+    rows = np.random.default_rng(0).normal(size=(20, 512)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    other = rows.copy()
+    other[7] += off * np.random.default_rng(1).normal(size=512)
+    given = [folder(tmp_path / "one", rows), folder(tmp_path / "two", other), "--tower", "text", "--precision", "fp32"]
+    said = compare(capsys, *given, code=code)
+    assert "20 samples" in said
+    assert ("7_0" in said) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pytorch", "none_text.onnx"], "neither an ONNX or OM file, nor a folder of embeddings"),
+        (["pytorch", "pytorch"], "give --tower"),
+        (["one", "two", "--tower", "text"], "give --precision"),
+        (["one", "pytorch", "--tower", "text"], "give --input"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    rows = np.eye(512, dtype=np.float32)[:3]
+    folder(tmp_path / "one", rows)
+    folder(tmp_path / "two", rows)
+    assert words in compare(capsys, *arguments, "--workdir", tmp_path / "work", code=2)
