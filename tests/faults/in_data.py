@@ -72,7 +72,7 @@ def padded() -> None:
     stated(resize_mode="longest")
 
 
-@fault("other weights under the name of the spec's", "golden/pytorch/text", "pinned embeddings", arguments=REBUILD)
+@fault("other weights under the name of the spec's", "golden/pytorch/text", "cosine of probe inputs", arguments=REBUILD)
 def other_weights_by_name() -> None:
     real = model.checkpoint.read
 
@@ -83,7 +83,7 @@ def other_weights_by_name() -> None:
     model.checkpoint.read = read
 
 
-@fault("one tensor of the checkpoint from an earlier epoch", "golden/pytorch/vision", "pinned embeddings",
+@fault("one tensor of the checkpoint from an earlier epoch", "golden/pytorch/vision", "cosine of probe inputs",
        arguments=REBUILD)  # fmt: skip
 def one_tensor_of_another_epoch() -> None:
     real = model.checkpoint.read
