@@ -72,8 +72,10 @@ class OnnxBackend(Backend):
         self.tower = tower
         self._file, self._names, self._threads, self._cache = file.absolute(), list(names), threads, cache
         self._configured = providers.configured(names[0], options)
+        self._input, self._output = (tower.input_name, np.dtype(tower.dtype)), tower.output_name
         self._compiled: Set[int] = set()  # batch sizes that the provider has seen
         precision = providers.precision(names[0], self._configured)
+        self._ready = ready
         self._half = ready and given.precision(self._file) in ("fp16", "bf16")
         if CANN in names:
             process.claim("onnxruntime's CANN provider")
@@ -84,7 +86,6 @@ class OnnxBackend(Backend):
         # the session does not tell how many it started beside the caller's own
         self.threads = threads or (1 + _threads_running() - running if running else None)
         self.placement = placement.of(self._assigned(), profile)
-        self._input, self._output = (tower.input_name, np.dtype(tower.dtype)), tower.output_name
         if ready:
             self._adapt()
             precision = given.precision(self._file) if precision == "fp32" else precision
@@ -168,7 +169,9 @@ class OnnxBackend(Backend):
             options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
             self._session = self._load(options)
             self._device()
-            self.run(np.zeros(self.tower.shape(1), self.tower.dtype))
+            if self._ready:
+                self._adapt()
+            self.run(np.zeros(self.tower.shape(self.batch_size or 1), self.tower.dtype))
             events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         found = placement.of(self._assigned(), events)
         strayed = found.beyond(allowed)
