@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ REFUSED = ("mode", "om", "json", "singleop", "help", "h", "dynamic_batch_size", 
            "input_shape_range")  # fmt: skip
 
 _running: Set[subprocess.Popen[bytes]] = set()
+_starting = threading.Lock()  # held while an atc is started, so that `stop` misses none
+_ended = threading.Event()
 
 
 FUSION_RESULT = "fusion_result.json"  # in atc's working directory: the fusion passes and how often each took effect
@@ -231,16 +234,19 @@ def _execute(arguments: List[str], folder: Path, log: Path, timeout_seconds: flo
     with open(log, "wb") as stream:
         stream.write((" ".join(arguments) + "\n").encode())
         stream.flush()
-        process = subprocess.Popen(
-            arguments,
-            cwd=str(folder),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "ASCEND_SLOG_PRINT_TO_STDOUT": "1"},  # else details go to $HOME/ascend/log
-            start_new_session=True,
-        )
-        _running.add(process)
+        with _starting:
+            if _ended.is_set():
+                raise ToolFailed("atc: not started, as the run was interrupted")
+            process = subprocess.Popen(
+                arguments,
+                cwd=str(folder),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "ASCEND_SLOG_PRINT_TO_STDOUT": "1"},  # else details go to $HOME/ascend/log
+                start_new_session=True,
+            )
+            _running.add(process)
         try:
             return process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -251,10 +257,20 @@ def _execute(arguments: List[str], folder: Path, log: Path, timeout_seconds: flo
 
 
 def stop() -> None:
-    """End every atc that other threads run, as an interrupted run must; their `compile_om` then raises ToolFailed."""
-    for process in list(_running):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    """End every atc that other threads run or are about to start, as an interrupted run must.
+
+    Their `compile_om` then raises ToolFailed, until `resume`.
+    """
+    with _starting:
+        _ended.set()
+        for process in list(_running):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def resume() -> None:
+    """Let atc be started again."""
+    _ended.clear()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

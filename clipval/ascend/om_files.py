@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -109,9 +109,11 @@ def side_by_side(
         except ClipvalError as error:
             return error
 
+    atc.resume()
     with ThreadPoolExecutor(jobs or max(1, (os.cpu_count() or 1) // 8)) as pool:
-        begun = [pool.submit(attempt, one) for one in compilations]
+        begun: List[Future[Union[Path, ClipvalError]]] = []
         try:
+            begun.extend(pool.submit(attempt, one) for one in compilations)
             for _ in tqdm(as_completed(begun), desc="atc", total=len(begun), disable=None, leave=False):
                 pass
         except BaseException:
