@@ -131,7 +131,9 @@ def om(
     exact = precision_of(mode)
     whole = graph.load(chain.onnx(tower))
     located = npu.locate(made.resolve(), whole, rows, _device(chain, backend), exact, name, keep)
-    return replace(located, samples=count)
+    own = {rung.tensor: rung.pytorch for rung in before.ladder if rung.tensor}
+    rungs = tuple(replace(rung, pytorch=own.get(rung.tensor)) for rung in located.ladder)
+    return replace(located, samples=count, ladder=rungs)
 
 
 def precision_of(mode: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Tuple
 
@@ -24,6 +25,7 @@ class Finding:
         ladder: every tap that was compared, in the order of the computation.
         first: name of the rung where the excess starts; empty for none.
         samples: how many were looked at.
+        precision: `fp32`, `fp16` or `bf16`: whose cost the noise of the ladder is; empty where nothing was compared.
     """
 
     verdict: str
@@ -37,6 +39,7 @@ class Finding:
     ladder: Tuple[Rung, ...] = ()
     first: str = ""
     samples: int = 0
+    precision: str = ""
 
     @property
     def found(self) -> bool:
@@ -49,10 +52,18 @@ class Finding:
         return [self.sentence, *seen, *(f"try: {one}" for one in self.advice)]
 
     def detail(self) -> Dict[str, Any]:
-        """For a report: plain values only; a rung has its excess."""
-        whole = asdict(self)
-        whole["ladder"] = [{**asdict(rung), "excess": rung.excess} for rung in self.ladder]
-        return whole
+        """For a report: plain values only.
+
+        A rung has its excess and its `state`: `compared`, `absent` for one without a tensor, or `not finite`, where an
+        error that is no number is None, as JSON has no infinity.
+        """
+        return {**asdict(self), "ladder": [_plain(rung) for rung in self.ladder]}
+
+
+def _plain(rung: Rung) -> Dict[str, Any]:
+    state = "absent" if rung.error is None else "compared" if math.isfinite(rung.error) else "not finite"
+    whole = {**asdict(rung), "excess": rung.excess, "state": state}
+    return {name: None if isinstance(one, float) and not math.isfinite(one) else one for name, one in whole.items()}
 
 
 def table(finding: Finding, count: int = 0) -> List[str]:

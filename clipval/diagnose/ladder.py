@@ -216,7 +216,8 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
     rungs = tuple(ladder.rungs.values())
     first = ladder.first()
     if first is None:
-        return Finding(NONE, candidate, _no_excess(ladder, candidate), ladder=rungs, samples=len(ladder.recorded.rows))
+        common: Dict[str, Any] = {"samples": len(ladder.recorded.rows), "precision": ladder.graph.precision}
+        return Finding(NONE, candidate, _no_excess(ladder, candidate), ladder=rungs, **common)
     part = Part.of(ladder, first)
     rung = ladder.rungs[first]
     causes = tuple(part.causes())
@@ -240,6 +241,7 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
         ladder=rungs,
         first=rung.name,
         samples=len(ladder.recorded.rows),
+        precision=ladder.graph.precision,
     )
 
 

@@ -237,7 +237,8 @@ def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, pass
         )
         return Finding(INPUT, candidate, f"{candidate}: nothing could be compared: {why}", causes=notes)
     if name is None:
-        return Finding(NONE, candidate, _no_excess(compared, precision, candidate), causes=notes, ladder=rungs)
+        common: Dict[str, Any] = {"causes": notes, "ladder": rungs, "precision": precision}
+        return Finding(NONE, candidate, _no_excess(compared, precision, candidate), **common)
     rung, operator = compared.rungs[name], compared.operators[name]
     good = {one for one, held in compared.rungs.items() if held.good}
     region = [compared.graph.nodes[n] for n in compared.graph.between(name, good)]
@@ -265,6 +266,7 @@ def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, pass
         advice=tuple(_advice(rung, operator, passes)),
         ladder=rungs,
         first=rung.name,
+        precision=precision,
     )
 
 

@@ -68,6 +68,7 @@ def page(run: Run, assets: Assets) -> str:
     more = {
         "glance": panels.glance(run.figures, run.missing),
         "parity": panels.parity_panels(run.figures, gallery),
+        "ladders": panels.ladder_panels(run.figures),
         "recall_plots": panels.recall_panels(run.figures),
         "throughput_plots": panels.throughput_panels(run.figures),
         "paired": panels.paired_panels(run.figures, gallery),

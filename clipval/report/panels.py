@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from clipval.diagnose.locate import EXCESS
 from clipval.errors import ClipvalError
 from clipval.report import plots
 from clipval.report.tables import published_rates, rank, rates
@@ -18,6 +20,8 @@ from clipval.report.wording import ORDER, backend, of, part, series
 from clipval.results import FAIL, INFO, Figure, Flip, PairedDetail, ParityDetail, RecallDetail
 from clipval.retrieval import interval
 
+BLOCK = re.compile(r"\.(\d+)(?:\.|$)")  # of a module's path, as `visual.transformer.resblocks.3.attn`
+NEAR = 6  # taps about the start of an error that are shown as a table
 THUMBNAIL = 160  # pixels of the longer side
 FLIPS = 10
 
@@ -121,6 +125,45 @@ def parity_panels(figures: Sequence[Figure], gallery: Gallery) -> List[ParityPan
         failed = any(one.verdict == FAIL for one in figures if one.gate == figure.gate)
         panels.append(ParityPanel(f"{name}, {tower}", figure, detail, failed, svg, worst))
     return panels
+
+
+class LadderPanel(NamedTuple):
+    """A diagnosis: what was looked at, its sentence, causes, advice and plot, and the taps about the start."""
+
+    title: str
+    finding: Dict[str, Any]
+    svg: str
+    near: List[Dict[str, Any]]
+
+
+def ladder_panels(figures: Sequence[Figure]) -> List[LadderPanel]:
+    """One panel for each figure with a diagnosis."""
+    panels = []
+    for figure in figures:
+        found = figure.diagnosis
+        if not found:
+            continue
+        rungs = [one for one in found.get("ladder", ()) if one["state"] != "absent"]
+        title = f"{backend(figure)}, {part(figure, 2)}"
+        start = next((n for n, one in enumerate(rungs) if one["name"] == found["first"]), None)
+        near = [] if start is None else rungs[max(0, start - NEAR) : start + NEAR + 1]
+        panels.append(LadderPanel(title, found, _ladder(rungs, found, figure, title), near))
+    return panels
+
+
+def _ladder(rungs: Sequence[Dict[str, Any]], found: Dict[str, Any], figure: Figure, title: str) -> str:
+    if not rungs:
+        return ""
+    taps = []
+    for one in rungs:
+        block = BLOCK.search(one["module"] or one["name"])
+        first, broken = one["name"] == found["first"], one["state"] == "not finite"
+        taps.append(plots.Tap(one["error"], broken, one["noise"], one["pytorch"], block[1] if block else "", first))
+    start = f", the error starts at {found['first']}" if found["first"] else ""
+    label = f"Relative error of {len(taps)} tensors over depth, {title} against pytorch{start}"
+    precision = found["precision"]
+    cost = "what fp32 costs" if precision == "fp32" else f"its twin in {precision}"
+    return plots.ladder(taps, EXCESS, cost, series(part(figure, 1)), label)
 
 
 def recall_panels(figures: Sequence[Figure]) -> List[Dict[str, Any]]:

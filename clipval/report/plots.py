@@ -85,6 +85,24 @@ class Curve(NamedTuple):
     dashed: bool = False
 
 
+class Tap(NamedTuple):
+    """One step of the ladder plot; every error is relative, and None where there is none.
+
+    Attributes:
+        error: of the candidate; broken: it is not a number or infinite.
+        twin: what the precision costs there; pytorch: the float32 model's own error.
+        block: number of the block that it is in; empty outside of blocks.
+        first: the error starts here.
+    """
+
+    error: Optional[float]
+    broken: bool
+    twin: Optional[float]
+    pytorch: Optional[float]
+    block: str = ""
+    first: bool = False
+
+
 def parity(edges: Sequence[float], counts: Sequence[float], limit: Optional[float], series: int, label: str) -> str:
     """Histogram of cosine distances, with the bound.
 
@@ -209,6 +227,57 @@ def _rates(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def ladder(taps: Sequence[Tap], limit: float, twin: str, series: int, label: str) -> str:
+    """Error over depth of a candidate, its twin and PyTorch; the place where the error starts is marked.
+
+    Args:
+        taps: in the order of computation; limit: times the twin's error up to which there is no excess.
+        twin: name of the twin's curve.
+    """
+    with _style():
+        figure, axes = _axes(270)
+        axes.set_yscale("log")
+        known = [one for tap in taps for one in (tap.error, tap.twin, tap.pytorch) if one]
+        low, high = 0.5 * min(known, default=1e-8), 3 * max([*known, limit * max(tap.twin or 0 for tap in taps)])
+        depth = range(len(taps))
+        cost = [tap.twin or math.nan for tap in taps]
+        axes.fill_between(
+            depth, low, [limit * one for one in cost], color=BAND, linewidth=0, label=f"no excess, up to {limit:g}×"
+        )
+        axes.plot(depth, cost, color=MUTED, linestyle=(0, (5, 2)), linewidth=1.3, label=twin)
+        if any(tap.pytorch for tap in taps):
+            own = [tap.pytorch or math.nan for tap in taps]
+            axes.plot(depth, own, color=MUTED, linestyle=(0, (1, 1.5)), linewidth=1.3, label="PyTorch, fp32")
+        colour = SERIES[series % len(SERIES)]
+        errors = [high if tap.broken else tap.error or math.nan for tap in taps]
+        axes.plot(depth, errors, ".-", color=colour, linewidth=1.2, markersize=5, label="candidate")
+        for at, tap in enumerate(taps):
+            if tap.first:
+                axes.axvline(at, color=BAD, linewidth=1.3, dashes=(4, 2))
+                axes.plot(at, errors[at], "D", color=BAD, markersize=7, zorder=5, label="starts here")
+        _blocks(axes, taps)
+        axes.set(ylim=(low, high), xlabel="block", ylabel="relative error")
+        _powers(axes, low, high)
+        axes.grid(axis="y")
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=11.5, handlelength=2, columnspacing=1)
+        return _svg(figure, label)
+
+
+def _powers(axes: Any, low: float, high: float) -> None:
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    ticks = list(range(first, last + 1, max(1, math.ceil((last - first) / 6))))
+    axes.set_yticks([10.0**n for n in ticks], [f"1e{n}" for n in ticks])
+    axes.yaxis.minorticks_off()
+
+
+def _blocks(axes: Any, taps: Sequence[Tap]) -> None:
+    """A tick where a block begins; where there are many, not at each."""
+    starts = [n for n, tap in enumerate(taps) if tap.block and (n == 0 or taps[n - 1].block != tap.block)]
+    starts = starts[:: max(1, math.ceil(len(starts) / 13))]
+    axes.set_xticks(starts, [taps[n].block for n in starts])
+    axes.xaxis.minorticks_off()
 
 
 def _style() -> Any:

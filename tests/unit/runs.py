@@ -7,6 +7,8 @@ import msgspec
 
 from clipval import report
 from clipval.backends import Identity
+from clipval.diagnose.finding import DIVERGENCE, Finding
+from clipval.diagnose.locate import Rung
 from clipval.report import Assets, Failure, Run, Subject
 from clipval.results import (
     Figure,
@@ -41,6 +43,19 @@ def parity(backend="onnx", tower="vision", cosine=1 - 1e-8, verdict="pass", wors
     values = {"measured": cosine, "count": 1000, "bound": ">=", "limit": 0.999999, "made_by": made_by(backend)}
     values.update({"detail": detail, "verdict": verdict, "message": message, **more})
     return Figure(gate=f"parity/{backend}/{tower}", metric="minimum cosine", unit="cosine", **values)
+
+
+def diagnosis(**more):
+    """A finding as figures hold it: twelve taps of three blocks, the second bad, one absent, the last not finite."""
+    rungs = []
+    for n in range(12):
+        off = 1e-3 if n < 6 else 0.2 if n < 11 else float("inf")
+        name, noise = f"visual.transformer.resblocks.{n // 4}.mlp ({n})", 1e-3 * (1 + n)
+        tap = Rung(name, None if n == 3 else off, noise, pytorch=1e-7, node=f"/mlp/MatMul_{n}", module=name[:-4])
+        rungs.append(tap)
+    values = {"module": "visual.transformer.resblocks.1.mlp", "node": "/mlp/MatMul_6", "first": rungs[6].name}
+    values.update({"causes": ("its bias is nowhere in it",), "precision": "fp16", "ladder": tuple(rungs), **more})
+    return Finding(DIVERGENCE, "onnx vision", "onnx vision: diverges in mlp", **values).detail()
 
 
 def recall(backend, metric, hits, count, reference, verdict="pass", published=(), **more):

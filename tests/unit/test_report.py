@@ -17,7 +17,7 @@ from clipval.backends.pool import ColdStart
 from clipval.errors import InputError
 from clipval.report import Assets, Failure, Run, Subject, causes
 from clipval.results import Figure, Flip, PairedDetail, Worst
-from tests.unit.runs import made_by, make, open_page, paired, parity, recall, throughput
+from tests.unit.runs import diagnosis, made_by, make, open_page, paired, parity, recall, throughput
 
 HOSTILE = """<script>alert("x")</script> & 'q' | `c` $\\frac{1}$ </style></svg>"""
 GREEN = """\
@@ -317,6 +317,32 @@ def test_a_diagnosis_stands_with_what_failed():
     assert "     diagnosis: diverges in attn" in report.summary(run).splitlines()
     assert "diagnosis: diverges in attn" in open_page(run).text
     assert "diagnosis: diverges in attn" in report.markdown(run)
+
+
+def test_the_page_draws_the_ladder_of_a_diagnosis(tmp_path):
+    run = make(figures=[parity(verdict="fail", cosine=0.5, diagnosis=diagnosis())])
+    report.write(tmp_path, run, Assets())
+    page = open_page(report.load(tmp_path / "report.json"))  # infinity and all are read back
+    (drawn,) = [value for name, value in page.attributes if name == "aria-label" and "over depth" in value]
+    start = "visual.transformer.resblocks.1.mlp (6)"
+    assert (
+        drawn == f"Relative error of 11 tensors over depth, onnx, vision against pytorch, the error starts at {start}"
+    )
+    for curve in ("candidate", "its twin in fp16", "PyTorch, fp32", "starts here", "no excess, up to 4×"):
+        assert curve in page.text
+    assert "Seen: its bias is nowhere in it" in page.text
+    rows = re.findall(r"<tr( class=\"fail\")?><th scope=\"row\">(visual\S+ \(\d+\))</th>", report.page(run, Assets()))
+    assert [name for marked, name in rows if marked] == [start]
+    assert len(rows) == 11
+    assert "not finite" in page.text
+    assert "<script" not in report.page(run, Assets())
+
+
+def test_a_diagnosis_without_taps_or_start_has_its_sentence():
+    for more in ({"ladder": (), "first": "", "precision": ""}, {"first": ""}):
+        text = open_page(make(figures=[parity(verdict="fail", diagnosis=diagnosis(**more))])).text
+        assert "onnx vision: diverges in mlp" in text
+        assert "starts here" not in text
 
 
 def test_the_page_has_a_card_a_cause_with_what_follows_folded_away():
