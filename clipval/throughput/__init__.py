@@ -3,5 +3,5 @@
 machine -> statistics -> verdict, noise -> baseline -> feed, process -> calls, timing, clocks, operations -> row
 -> outputs, plausible -> protocol -> rows
 
-`protocol.measure` is the path that every row takes; `rows` puts together what it needs of the chain.
+Every row is measured by `protocol.measure`; `rows` takes what that needs from the chain.
 """

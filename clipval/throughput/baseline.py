@@ -1,14 +1,14 @@
-"""Throughput of earlier sessions, and the one-sided gate against it.
+"""Throughput of earlier sessions, and the one-sided comparison with it.
 
-We compare the fifth percentile of the seconds of a call, because other processes shift the median; median and mean have
-looser bounds of their own, as a row most of whose calls became slow keeps its fifth percentile.
-Within one process a row is known to a percent; between processes it moves more, so a baseline is made of several fresh
-processes and the gate takes its width from how they differ, see `clipval.throughput.noise`.
+We compare the fifth percentile of the call time, because other processes shift the median; median and mean have looser
+bounds of their own, since a row can keep its fifth percentile although most of its calls became slow.
+Within one process a row repeats to a percent; between processes it varies more, so a baseline consists of several new
+processes, and their scatter determines the width of the bound, see `clipval.throughput.noise`.
 
-Simulated, 24 rows a night, sessions that differ by 1.5 % (1 %), a second look that differs by other load alone: a night
-alarms falsely in 0.5 % (0) of nights; a loss of 10 % of a row is seen in 99.4 % (all) of cases with 5 sessions, in
-99.9 % (all) with 10. Where other processes also slow 15 % of the rows, by 4 % on average: 0.5 % (2.5 %) of nights, seen
-in 82 % (96 %) of cases with 5 sessions, in 90 % (98 %) with 10.
+Simulated: 24 rows per night, sessions that differ by 1.5 % (1 %), a repeated measurement that differs only by other
+load. False alarms in 0.5 % (0) of nights; a regression of 10 % in one row is detected in 99.4 % (all) of cases with 5
+sessions, 99.9 % (all) with 10. If other processes also slow 15 % of the rows, by 4 % on average: false alarms in 0.5 %
+(2.5 %) of nights, detected in 82 % (96 %) of cases with 5 sessions, 90 % (98 %) with 10.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from clipval.throughput.statistics import PROTOCOL, Timing
 
 SCHEMA = 1
 MIN_SESSIONS = 5
-FALSE_ALARM = 3e-4  # of one row in one look; a loss is only believed after a second one
-RARE_ALARM = 1e-6  # and as rarely as this where a loss of `REACH` is seen all the same
+FALSE_ALARM = 3e-4  # of one row in one measurement; a regression must be confirmed by a second one
+RARE_ALARM = 1e-6  # used instead if a regression of `REACH` is still detected
 REACH = 0.05
 UNDISTURBED, MEDIAN, MEAN = "undisturbed", "median", "mean"
-# Less is not called a loss, however quiet the sessions were. Other processes move a median by 1.4 to 5.3 % (standard
-# deviation) and a mean by more, but not for as long as a row is measured again.
+# Smaller changes are no regression, however quiet the sessions were. Other processes shift a median by 1.4 to 5.3 %
+# (standard deviation) and a mean by more, but not for as long as repeated measurements take.
 FLOORS = {UNDISTURBED: 0.03, MEDIAN: 0.15, MEAN: 0.25}
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -45,10 +45,10 @@ class Baseline(msgspec.Struct, frozen=True):
     """Undisturbed samples/s of each row in each session; see `clipval.throughput.statistics.Timing`.
 
     Attributes:
-        key: what must be equal for a comparison: processor or chip, versions, model, threads, protocol.
+        key: what must be equal for a comparison: CPU or chip, versions, model, threads, protocol.
         rows: `backend/tower/batch/scope` -> one figure per session.
-        medians, means: the same of the median and the mean of the seconds of a call.
-        machine: small matrix products a second at the fastest, see `machine.Pace`; 0 for rows of other devices.
+        medians, means: the same by the median and the mean of the call time.
+        machine: most small matrix products per second, see `machine.Pace`; 0 for rows of other devices.
     """
 
     key: Dict[str, str]
@@ -60,10 +60,10 @@ class Baseline(msgspec.Struct, frozen=True):
 
 
 class Judgement(NamedTuple):
-    """How a row stands against the baseline: status, expected samples/s and the bound where there are any, a sentence.
+    """A row compared with the baseline: status, expected samples/s and bound (None if there are none), and a sentence.
 
     Attributes:
-        figure: the one that decided, see `FLOORS`.
+        figure: the one that decided, a key of `FLOORS`.
     """
 
     status: str
@@ -88,9 +88,9 @@ def key_of(
     """What makes two runs comparable.
 
     Args:
-        environment: of `clipval.environment.describe`; model: hash of the weights; backends: name -> identity,
-            which holds version, device and precision, and for OM chip, driver and CANN; origins: name -> what else its
-            artifacts depend on.
+        environment: from `clipval.environment.describe`; model: hash of the weights; backends: name -> identity, with
+            version, device and precision, and for OM chip, driver and CANN; origins: name -> what else its artifacts
+            depend on.
     """
     packages = environment["packages"]
     versions = {name: packages.get(name, "absent") for name in ("torch", "onnxruntime", "numpy")}
@@ -109,10 +109,10 @@ def key_of(
 
 
 def merge(sessions: Sequence[Baseline]) -> Baseline:
-    """One baseline of all sessions of several.
+    """Merge baselines into one with all their sessions.
 
     Raises:
-        InputError: no sessions, or they were not made alike: other settings, other rows, or on a slower machine.
+        InputError: no sessions, or they differ in settings, in rows, or in the speed of the machine.
     """
     if not sessions:
         raise InputError("baseline: no sessions to merge")
@@ -120,10 +120,10 @@ def merge(sessions: Sequence[Baseline]) -> Baseline:
     for other in sessions[1:]:
         changed = differences(first, other.key)
         if changed or set(other.rows) != set(first.rows):
-            raise InputError(f"baseline: sessions differ ({'; '.join(changed) or 'other rows'}); make them in one go")
+            raise InputError(f"baseline: sessions differ ({'; '.join(changed) or 'other rows'}); record them in one go")
     slow = slow_sessions(sessions)
     if slow:
-        raise InputError(f"baseline: the machine was slow in session {slow[0] + 1}; make it when the machine is quiet")
+        raise InputError(f"baseline: the machine was slow in session {slow[0] + 1}; record it when the machine is idle")
 
     def together(figures: Callable[[Baseline], Dict[str, List[float]]]) -> Dict[str, List[float]]:
         return {name: [value for one in sessions for value in figures(one).get(name, [])] for name in figures(first)}
@@ -138,13 +138,13 @@ def merge(sessions: Sequence[Baseline]) -> Baseline:
 
 
 def slow_sessions(sessions: Sequence[Baseline]) -> List[int]:
-    """Indices of the sessions in which the machine never ran at the speed that it had in another."""
+    """Indices of the sessions in which the machine never reached the speed of the others."""
     best = max(one.machine for one in sessions)
     return [n for n, one in enumerate(sessions) if one.machine < SETTLED * best]
 
 
 def save(baseline: Baseline, file: Path) -> None:
-    """Write the file at once or not at all."""
+    """Write the file atomically."""
     file.absolute().parent.mkdir(parents=True, exist_ok=True)
     store.write(file, msgspec.json.format(msgspec.json.encode(baseline), indent=1))
 
@@ -153,18 +153,18 @@ def load(file: Path) -> Baseline:
     """Read a baseline.
 
     Raises:
-        InputError: missing, damaged, of another schema, or of figures that are not positive numbers.
+        InputError: missing, damaged, of another schema, or with figures that are not positive numbers.
     """
     try:
         found = msgspec.json.decode(file.read_bytes(), type=Baseline)
     except OSError as error:
-        raise InputError(f"baseline {file}: {error.strerror}; make it with clipval baseline --save {file}") from error
+        raise InputError(f"baseline {file}: {error.strerror}; record it with clipval baseline --save {file}") from error
     except msgspec.DecodeError as error:
-        raise InputError(f"baseline {file}: {error}; make it again with clipval baseline") from error
+        raise InputError(f"baseline {file}: {error}; record it again with clipval baseline") from error
     figures = [*found.rows.values(), *found.medians.values(), *found.means.values()]
     good = all(values and np.isfinite(values).all() and min(values) > 0 for values in figures)
     if found.schema != SCHEMA or not found.rows or not good:
-        raise InputError(f"baseline {file}: schema {found.schema} or its rows cannot be used; make it again")
+        raise InputError(f"baseline {file}: schema {found.schema} or unusable rows; record it again")
     return found
 
 
@@ -178,23 +178,23 @@ def differences(baseline: Baseline, key: Mapping[str, str]) -> List[str]:
 
 
 def on_slow_machine(found: Judgement, share: float) -> Judgement:
-    """A loss that the machine itself shows too is no loss of the model: no comparison, and no pass.
+    """If the machine itself was slow, a row below its bound is not comparable: no regression, but no pass either.
 
     Args:
-        share: most of the speed that the machine had when the baseline was made, while the row was measured; see
-            `machine.Pace`.
+        share: the machine's highest speed during the measurement, as a share of its speed at the time of the baseline;
+            see `machine.Pace`.
     """
     if found.status != REGRESSED or share >= SETTLED:
         return found
-    why = f"the machine itself ran at {share:.0%} of its speed at best; run again when it is quiet"
+    why = f"the machine itself reached only {share:.0%} of its speed; run again when it is idle"
     return found._replace(status=SLOW_MACHINE, reason=f"{why} ({found.reason})")
 
 
 def on_busy_host(found: Judgement, busy: str) -> Judgement:
-    """A loss of the median or the mean alone, while other processes kept the host busy, is no comparison, and no pass.
+    """If other processes kept the host busy, a lower median or mean alone is no regression, but no pass either.
 
     Args:
-        busy: what kept the host busy, empty for nothing.
+        busy: what kept the host busy; empty for nothing.
     """
     if found.status != REGRESSED or found.figure == UNDISTURBED or not busy:
         return found
@@ -204,13 +204,13 @@ def on_busy_host(found: Judgement, busy: str) -> Judgement:
 def judge(
     baseline: Baseline, key: Mapping[str, str], name: str, measured: float, figure: str = UNDISTURBED
 ) -> Judgement:
-    """One figure of a row against the baseline: one-sided, being faster never fails.
+    """Compare one figure of a row with the baseline: one-sided, being faster never fails.
 
-    The bound is the prediction limit of one more session at `FALSE_ALARM`, or `REACH` below the median where that is
-    further and not beyond the limit at `RARE_ALARM`; at least the figure's floor below the median.
+    The bound is the prediction limit of one more session at `FALSE_ALARM`, or `REACH` below the median if that is lower
+    and not below the limit at `RARE_ALARM`; in any case at least the figure's floor below the median.
 
     Args:
-        measured: samples/s of this run; figure: what it is made of, see `FLOORS`.
+        measured: samples/s of this run; figure: a key of `FLOORS`.
     """
     from scipy.stats import t
 
@@ -220,41 +220,39 @@ def judge(
     rows = {UNDISTURBED: baseline.rows, MEDIAN: baseline.medians, MEAN: baseline.means}[figure]
     values = rows.get(name, [])
     if len(values) < MIN_SESSIONS:
-        return Judgement(
-            NO_BASELINE, None, None, f"{len(values)} sessions of {name}, at least {MIN_SESSIONS} are needed"
-        )
+        return Judgement(NO_BASELINE, None, None, f"{len(values)} sessions of {name}, at least {MIN_SESSIONS} required")
     deviation, degrees = noise.of_row(rows, name)
-    spread = deviation * np.sqrt(1 + np.pi / 2 / len(values))  # pi / 2: a median is that much less sure than a mean
+    spread = deviation * np.sqrt(1 + np.pi / 2 / len(values))  # pi / 2: variance of a median relative to a mean
     near, far = t.ppf([1 - FALSE_ALARM, 1 - RARE_ALARM], degrees) * spread
     width = np.clip(-np.log(1 - REACH), near, far)
     expected = float(np.median(values))
     bound = expected * min(1 - FLOORS[figure], float(np.exp(-width)))
     what = "undisturbed samples/s" if figure == UNDISTURBED else f"samples/s by the {figure} of the calls"
     said = f"{measured:.1f} {what}, baseline {expected:.1f} over {len(values)} sessions, bound {bound:.1f}"
-    if not measured >= bound:  # so that NaN is a loss
+    if not measured >= bound:  # so that NaN fails
         return Judgement(REGRESSED, expected, bound, said, figure)
     if measured > expected * expected / bound and figure == UNDISTURBED:
-        return Judgement(IMPROVED, expected, bound, f"{said}; faster than before: make a new baseline")
+        return Judgement(IMPROVED, expected, bound, f"{said}; faster than before: consider recording a new baseline")
     return Judgement(OK, expected, bound, said, figure)
 
 
 def standing(
     baseline: Baseline, key: Mapping[str, str], names: Mapping[str, str], timings: Mapping[str, Timing]
 ) -> Judgement:
-    """A row against the baseline by the clock that decides, the device's own where there is one.
+    """Compare a row with the baseline by the clock that decides, the device's own if there is one.
 
     Args:
         names: scope -> the row's name in a baseline; timings: scope -> what was measured.
     """
     lost = [name for scope, name in names.items() if name in baseline.rows and scope not in timings]
     if lost:
-        return Judgement(NO_BASELINE, None, None, f"{lost[0]} of the baseline is not measured any more")
+        return Judgement(NO_BASELINE, None, None, f"{lost[0]} of the baseline was not measured")
     scope = next(scope for scope in names if scope in timings)
     timing = timings[scope]
     first = judge(baseline, key, names[scope], timing.undisturbed)
     if first.status not in (OK, IMPROVED):
         return first
-    # most calls may be slow while the fastest in twenty are what they were
+    # most calls may be slow while the fastest 5 % are unchanged
     others = {MEDIAN: timing.samples_per_second, MEAN: timing.samples_per_second_mean}
     found = [judge(baseline, key, names[scope], measured, figure) for figure, measured in others.items()]
     return next((one for one in found if one.status == REGRESSED), first)

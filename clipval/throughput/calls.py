@@ -1,4 +1,4 @@
-"""Timed calls of one backend, and what each of them left behind: its output, and the memory of the process."""
+"""Timed calls of one backend, with each call's output and the memory of the process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from clipval.throughput.feed import FRESH, Feed
 from clipval.throughput.machine import Clock
 from clipval.throughput.process import Memory
 
-SAMPLES = 64  # looks at the memory of the process, at most, in one loop
+SAMPLES = 64  # most samples of the process's memory in one loop
 
 
 class Calls:
-    """Calls of a backend with one batch after the other, timed by the host's clock.
+    """Calls of a backend on one batch after another, timed by the host's clock.
 
-    An output is copied as soon as the call has returned: what a runtime writes later is not in the copy.
+    Each output is copied as soon as the call returns, so what a runtime writes later is not in the copy.
 
     Attributes:
-        times: seconds of each call so far; slots: of the batch of each, see `Feed.next`.
-        last: slot -> the last output for it; prints: slot -> one row of figures a call, which tell outputs apart.
-        misshapen: shape of the first output that was not [batch, width]; empty where all were.
-        memory: looks at the memory of this process: calls so far, bytes.
+        times: seconds of each call so far; slots: of each call's batch, see `Feed.next`.
+        last: slot -> its last output; prints: slot -> one fingerprint per call, to tell outputs apart.
+        misshapen: shape of the first output that was not [batch, width]; empty if there was none.
+        memory: samples of this process's memory: calls so far, bytes.
     """
 
     def __init__(self, backend: Backend, feed: Feed, clock: Clock) -> None:
@@ -35,13 +35,13 @@ class Calls:
         self.memory: List[Tuple[int, Memory]] = []
         self._backend, self._feed, self._clock = backend, feed, clock
         self._shape = (feed.batch_size, backend.tower.width)
-        # the projection of an embedding on a random direction moves as the embedding does
+        # the projection of an embedding on a random direction changes as the embedding does
         self._direction = np.random.default_rng(0).normal(size=backend.tower.width).astype(np.float32)
         self._every = 1
         feed.begin_pair()
 
     def plan(self, rounds: int) -> None:
-        """So many calls are to come: look at the memory at most `SAMPLES` times meanwhile."""
+        """Announce the number of calls to come, of which at most `SAMPLES` sample the memory."""
         self._every = max(1, rounds // SAMPLES)
 
     def __call__(self) -> None:
@@ -62,7 +62,7 @@ class Calls:
             self.memory.append((len(self.times), Memory.now()))
 
     def pairs(self) -> np.ndarray:
-        """Seconds [pairs, 2] of calls that came together: with the seen batch, and with the fresh one."""
+        """Seconds [pairs, 2] of paired calls: with the seen batch, and with the fresh one."""
         count = len(self.times) // 2 * 2
         times = np.array(self.times[:count], np.float64).reshape(-1, 2)
         fresh = np.array(self.slots[:count]).reshape(-1, 2) == FRESH

@@ -1,4 +1,4 @@
-"""Whether clocks can be believed: the host's against another one of the host, the device's against the host's."""
+"""Whether clocks are valid: the host's is compared with a second clock, the device's with the host's."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 from clipval.throughput.machine import Clock
 
-APART = 0.02  # of the time between two looks that clocks of one host may differ by; a slewed one is off by 5e-4
-SLACK = 0.01  # more seconds, that a look may take
-# Execute time is inside the call: at most the call, less what reading a float32 clock of milliseconds costs, see
-# `clipval.backends.om`, and no less than a twentieth of it, as transfers and Python do not take nineteen parts of it.
+APART = 0.02  # share of the elapsed time by which two clocks of one host may differ; a slewed one is off by 5e-4
+SLACK = 0.01  # further seconds, for reading the clocks
+# Execute time is inside the call: at most the call's time, apart from the resolution of a float32 clock in milliseconds
+# (see `clipval.backends.om`), and at least a twentieth of it, since transfers and Python do not take nineteen parts.
 LONGEST = 1.02
 TICK = 2e-5
 SHORTEST = 1 / 20
 
 
 class Watched:
-    """A span of time by two clocks of the host."""
+    """A time span on two clocks of the host."""
 
     def __init__(self, clock: Clock, other: Clock) -> None:
         self._clocks = clock, other
@@ -29,7 +29,7 @@ class Watched:
         return self._clocks[1]() - self._start[1]
 
     def fault(self, times: Sequence[float]) -> str:
-        """What is wrong with times of calls that were made meanwhile, empty for nothing.
+        """What is wrong with the times of calls made in this span; empty for nothing.
 
         Args:
             times: seconds of each call by the first clock.
@@ -38,15 +38,15 @@ class Watched:
         seconds = np.asarray(times, np.float64)
         bad = int((~(seconds > 0)).sum())
         if bad:
-            return f"{bad} of {len(seconds)} calls took no time or less by the host's clock"
+            return f"{bad} of {len(seconds)} calls took no or negative time by the host's clock"
         if abs(elapsed - other) > APART * abs(other) + SLACK or seconds.sum() > (1 + APART) * other + SLACK:
             calls = f"{len(seconds)} calls took {seconds.sum():.3f} s"
-            return f"the host's clock jumped: {calls} of {elapsed:.3f} s by it, which were {other:.3f} s by another"
+            return f"the host's clock jumped: {calls} of {elapsed:.3f} s by this clock, {other:.3f} s by another"
         return ""
 
 
 def device_fault(executed: Optional[Sequence[float]], times: Sequence[float]) -> str:
-    """What is wrong with the device's execute times, empty for nothing and where the device has no clock.
+    """What is wrong with the device's execute times; empty for nothing, and if the device has no clock.
 
     Args:
         executed: seconds of each call by the device's clock; times: by the host's.
@@ -54,7 +54,7 @@ def device_fault(executed: Optional[Sequence[float]], times: Sequence[float]) ->
     if executed is None:
         return ""
     if len(executed) != len(times):
-        return f"the device's clock told {len(executed)} execute times for {len(times)} calls"
+        return f"the device's clock recorded {len(executed)} execute times for {len(times)} calls"
     inside, whole = np.asarray(executed, np.float64), np.asarray(times, np.float64)
     bad = int((~(np.isfinite(inside) & (inside > 0))).sum())
     if bad:
@@ -63,12 +63,12 @@ def device_fault(executed: Optional[Sequence[float]], times: Sequence[float]) ->
     if longer.any():
         n = int(np.argmax(inside - whole))
         return (
-            f"{longer.sum()} of {len(inside)} execute times of the device's clock are longer than their calls, as "
-            f"{1000 * inside[n]:.3g} ms in one of {1000 * whole[n]:.3g} ms"
+            f"{longer.sum()} of {len(inside)} execute times of the device's clock are longer than their calls, e.g. "
+            f"{1000 * inside[n]:.3g} ms in a call of {1000 * whole[n]:.3g} ms"
         )
     if inside.sum() < SHORTEST * whole.sum():
         return (
             f"execute times of the device's clock are {inside.sum() / whole.sum():.2g} of the time of the calls, "
-            f"expected at least {SHORTEST:g}: its unit or its zero is not what it is taken for"
+            f"expected at least {SHORTEST:g}: its unit or its zero differs from what clipval assumes"
         )
     return ""

@@ -1,4 +1,4 @@
-"""The batches that a backend is timed with: half of them come again, half never came before."""
+"""The batches that a backend is timed with: half of them repeat, half are new."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any, List, Tuple
 
 import numpy as np
 
-SEEN = 2  # batches that come again in turn; with a fresh one between them no input is the last one again
-FRESH = -1  # the slot of a batch that never came before
-SAMPLE = 64  # rows whose words stand in for others
+SEEN = 2  # batches that repeat in turn; with a fresh one in between, no input equals the previous one
+FRESH = -1  # the slot of a new batch
+SAMPLE = 64  # rows whose words replace others
 
 
 class Feed:
-    """Batches of one size from prepared rows, two by two: a seen one and a fresh one, in an order drawn by chance.
+    """Batches of one size from prepared rows, in pairs: a seen one and a fresh one, in random order.
 
-    A backend that hands out stored results is fast on what it has seen. The fresh batch is one array that is changed
-    in place before each use: images have a rectangle inverted, captions have words replaced by others of the data. The
-    changes are drawn from a seed that no backend can know.
+    A backend that returns cached results is fast on batches it has seen. The fresh batch is one array that is modified
+    in place before each use: a rectangle of each image is inverted, words of each caption are replaced by others of the
+    data set, with a seed that no backend can know.
 
     Args:
-        rows: [n, *row_shape], or what slices to it; batch_size: rows of a batch. Short data is repeated.
+        rows: [n, *row_shape], or an object that slices to it; batch_size: rows per batch. Short data is repeated.
 
     Attributes:
-        indices: rows of each seen batch; batches: the seen batches; fresh: the one that is changed.
+        indices: rows of each seen batch; batches: the seen batches; fresh: the modified one.
     """
 
     def __init__(self, rows: Any, batch_size: int) -> None:
@@ -37,7 +37,7 @@ class Feed:
             self._words, self._columns = _replaceable(np.asarray(rows[np.arange(min(SAMPLE, len(rows)))]), self.fresh)
 
     def next(self) -> Tuple[int, np.ndarray]:
-        """The next batch, C-contiguous, and its slot: its place in `batches`, or `FRESH`."""
+        """The next batch, C-contiguous, and its slot: its index in `batches`, or `FRESH`."""
         if not self._coming:
             self._turn = (self._turn + 1) % SEEN
             self._coming = [self._turn, FRESH] if self._rng.random() < 0.5 else [FRESH, self._turn]
@@ -47,11 +47,11 @@ class Feed:
         return slot, batch
 
     def begin_pair(self) -> None:
-        """Let the next batch be the first of two."""
+        """Make the next batch the first of a pair."""
         self._coming.clear()
 
     def changed(self) -> List[str]:
-        """Names of the seen batches that are no longer what the rows are: something wrote to them."""
+        """Names of the seen batches that no longer equal their rows: something wrote to them."""
         return [
             f"batch {n + 1}"
             for n, (index, batch) in enumerate(zip(self.indices, self.batches))
@@ -59,13 +59,13 @@ class Feed:
         ]
 
     def _write(self, batch: np.ndarray, *, changed: bool) -> None:
-        """Make the fresh batch one that never was. A seen one is written to as well, so that caches hold both alike."""
+        """Modify the fresh batch. A seen one is rewritten unchanged, so that CPU caches treat both alike."""
         if batch.dtype.kind == "i":
             drawn = self._rng.choice(self._words, (self.batch_size, self._columns))
             place = batch[:, 1 : 1 + self._columns]
             place[:] = drawn if changed else place.copy()
             return
-        # inverting twice restores, and rectangles of any size and place hardly ever do that
+        # inverting twice restores the image, which rectangles of random size and place hardly ever do
         top, left = (int(self._rng.integers(0, side // 2)) for side in batch.shape[-2:])
         height, width = (int(self._rng.integers(side // 4, side // 2 + 1)) for side in batch.shape[-2:])
         part = batch[..., top : top + height, left : left + width]
@@ -74,9 +74,9 @@ class Feed:
 
 
 def _replaceable(sample: np.ndarray, fresh: np.ndarray) -> Tuple[np.ndarray, int]:
-    """Ids that may stand for a word, and how many columns after the first hold words in every row.
+    """Ids that may replace a word, and how many columns after the first hold words in every row.
 
-    The end of a text is CLIP's highest id; in other tokenizers some word is, and those before it may be replaced too.
+    CLIP's end token has the highest id; in other tokenizers some word has, and the words before it may be replaced too.
     """
     columns = max(1, int(fresh.argmax(axis=1).min()) - 1)
     inside = np.arange(sample.shape[1]) < sample.argmax(axis=1)[:, None]

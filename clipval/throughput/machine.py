@@ -1,4 +1,4 @@
-"""What this machine's processors do while something is measured on them: who else uses them, and how fast they are."""
+"""This machine's CPUs during a measurement: other load on them, and how fast they run."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from typing import Callable, Optional, Tuple
 
 import numpy as np
 
-OTHERS = 0.5  # processor cores kept busy by others; on a large machine, where daemons always run, a share of its cores
+OTHERS = 0.5  # cores kept busy by others; on a large machine, where daemons always run, a share of its cores
 OTHERS_SHARE = 0.02
-SETTLED = 0.9  # of the machine's best speed, which repeats to 2 %
-MEETING_SIDE = 192  # of one whose product is about 0.1 ms, so that threads wait for each other as a model's do
-MEETINGS = 64  # such products that are timed together
+SETTLED = 0.9  # of the machine's best speed, which is repeatable to 2 %
+MEETING_SIDE = (
+    192  # side of matrices whose product takes about 0.1 ms, so that threads synchronise as often as a model's
+)
+MEETINGS = 64  # such products timed together
 
 Clock = Callable[[], float]
 
 
 def witness() -> float:
-    """Seconds of a clock that nothing adjusts: it times what is no figure, and the clock of figures is held to it."""
+    """Seconds on a clock that nothing adjusts, with which the clock of figures is compared."""
     raw = getattr(time, "CLOCK_MONOTONIC_RAW", None)
     return time.monotonic() if raw is None else time.clock_gettime(raw)
 
 
 class HostLoad:
-    """Processor time that others use while something is measured, from Linux's /proc/stat."""
+    """CPU time used by other processes during a measurement, from Linux's /proc/stat."""
 
     def __init__(self) -> None:
         self._start = self._read()
 
     def busy(self) -> str:
-        """Why the host is not idle, empty where it is or where this system does not tell."""
+        """Why the host is not idle; empty if it is, or if unknown."""
         now, start = self._read(), self._start
         if now is None or start is None or now[2] - start[2] < 0.2:
             return ""
@@ -41,7 +43,7 @@ class HostLoad:
         return f"other processes kept {others:.1f} cores busy, allowed {allowed:.1f}" if others > allowed else ""
 
     def cores(self) -> Optional[float]:
-        """Processor cores that this process and its children kept busy, None where this system does not tell."""
+        """CPU cores that this process and its children kept busy; None if unknown."""
         now, start = self._read(), self._start
         if now is None or start is None or now[2] <= start[2]:
             return None
@@ -49,7 +51,7 @@ class HostLoad:
 
     @staticmethod
     def _read() -> Optional[Tuple[float, float, float]]:
-        """Seconds of processor time used by all, by this process and its children, and of the wall clock."""
+        """Seconds of CPU time of all processes, of this process with its children, and of the wall clock."""
         try:
             fields = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]]
         except (OSError, ValueError):
@@ -61,19 +63,18 @@ class HostLoad:
 
 
 class Pace:
-    """How fast this machine's processors are at the moment, as a share of the fastest they were seen.
+    """The current speed of this machine's CPUs, as a share of the highest seen.
 
-    Told by small matrix products: they show what a large one and /proc/stat do not. On a virtual machine of two
-    processors that the host moves apart and together again, every few seconds or for minutes, threads that must meet
-    are slow while they are apart: the small products make 0.59 of their speed, models 0.6 to 0.85, a large product
-    0.92, and one thread 1.00.
+    Measured with small matrix products, which show what a large one and /proc/stat do not: a hypervisor may place the
+    two vCPUs of a virtual machine on distant cores, for seconds or minutes. Threads that synchronise are slow then:
+    small products drop to 0.59x, CLIP models to 0.6-0.85x, a large product to 0.92x, and one thread not at all.
 
     Args:
-        best: small products a second that are known to be possible, as from a baseline; 0 for none.
-        threads: of the backends; None for as many as the libraries take.
+        best: small products per second known to be possible, e.g. from a baseline; 0 for unknown.
+        threads: of the backends; None for the libraries' default.
 
     Attributes:
-        best: small products a second at the fastest.
+        best: most small products per second seen.
     """
 
     def __init__(self, best: float = 0.0, threads: Optional[int] = None) -> None:
@@ -88,10 +89,10 @@ class Pace:
 
 
 def small_products(seconds: float, threads: Optional[int] = None, *, clock: Clock = witness) -> float:
-    """Small float32 matrix products a second, on so many threads that must meet after each of them.
+    """Small float32 matrix products per second, on threads that synchronise after each.
 
     Args:
-        seconds: of products; the best `MEETINGS` in a row count. threads: None for those that numpy's BLAS takes.
+        seconds: to spend; the best `MEETINGS` in a row count. threads: None for numpy's BLAS default.
     """
     from threadpoolctl import threadpool_limits
 

@@ -1,12 +1,12 @@
-"""How much the figures of a baseline differ between sessions, which a comparison with them must allow for.
+"""How much a baseline's figures vary between sessions, which a comparison must allow for.
 
-Five sessions of one row alone are too few for a gate that is asked dozens of times a night, so rows that scatter alike
-share one estimate of their noise; where they do not, each row's own variance is drawn towards the common one (Smyth
-2004, Linear models and empirical Bayes methods). One noise for all gives 3 % false alarms in rows that are four times
-as noisy as the others.
-Other processes that slow a few rows of one session down would widen all bounds. That shows on the slow side alone, so a
-figure counts as at most `OUTLIER` standard deviations below its row's median (Huber), by the pairs of all rows (Shamos
-1976), or `MIRROR` times as far below as the row's fastest is above.
+Five sessions of one row are too few for a gate that is evaluated dozens of times a night, so rows of similar scatter
+share one estimate of their noise; otherwise each row's variance is shrunk towards the common one (Smyth 2004, Linear
+models and empirical Bayes methods). One noise for all would give 3 % false alarms in rows four times as noisy as the
+others.
+Other processes that slow down a few rows of one session would widen all bounds. That happens on the slow side only, so
+a figure counts as at most `OUTLIER` standard deviations below its row's median (Huber), estimated from the pairs of all
+rows (Shamos 1976), or `MIRROR` times as far below as the row's fastest is above.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 OUTLIER = 3.0
 MIRROR = 2.0
-SHAMOS = 0.9539  # median distance of two normal values, in standard deviations
-ALIKE = 1e-3  # Bartlett's p below this: rows do not share one noise
-LEAST_NOISE = 1e-4  # standard deviation of a row whose sessions agree to the last digit
+SHAMOS = 0.9539  # median distance of two normally distributed values, in standard deviations
+ALIKE = 1e-3  # with Bartlett's p below this, rows do not share one noise
+LEAST_NOISE = 1e-4  # lower limit of a row's standard deviation
 
-Rows = Mapping[str, Sequence[float]]  # name of a row -> samples/s, one figure a session
+Rows = Mapping[str, Sequence[float]]  # name of a row -> samples/s, one figure per session
 
 
 def pooled(rows: Rows) -> float:
@@ -31,7 +31,7 @@ def pooled(rows: Rows) -> float:
 
 
 def _logs(rows: Rows) -> Dict[str, np.ndarray]:
-    """Log samples/s of the rows that have several sessions, slow outliers drawn in."""
+    """Log samples/s of the rows with several sessions, slow outliers clipped."""
     logs = {name: np.log(values) for name, values in rows.items() if len(values) > 1}
     pairs = [np.abs(np.subtract.outer(one, one))[np.triu_indices(len(one), 1)] for one in logs.values()]
     reach = OUTLIER * float(np.median(np.concatenate(pairs))) / SHAMOS if pairs else 0.0
@@ -49,7 +49,7 @@ def of_row(rows: Rows, name: str) -> Tuple[float, float]:
     """Standard deviation of one row's log samples/s between sessions, and its degrees of freedom.
 
     Args:
-        name: a row of at least two sessions.
+        name: a row with at least two sessions.
     """
     every_row = _logs(rows)
     variances, degrees = _variances(every_row)
@@ -64,9 +64,9 @@ def of_row(rows: Rows, name: str) -> Tuple[float, float]:
 
 
 def _prior(variances: np.ndarray, degrees: np.ndarray) -> Tuple[float, float]:
-    """Degrees of freedom and value of the variance that rows are drawn towards: Smyth 2004, section 6.2.
+    """Degrees of freedom and value of the variance that rows are shrunk towards: Smyth 2004, section 6.2.
 
-    Infinite degrees where nothing says that rows differ: by Bartlett's test, which needs no more than the variances.
+    Infinite degrees if rows do not differ by Bartlett's test, which needs only the variances.
     """
     from scipy.optimize import brentq
     from scipy.special import digamma, polygamma

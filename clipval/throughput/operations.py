@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, to say what a speed amounts to."""
+"""Floating-point operations of a model, to convert samples/s to FLOP/s."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any, Dict, Optional
 
 
 def flops_per_sample(config: Dict[str, Any], tower: str) -> Optional[float]:
-    """Floating-point operations of one sample, a multiply-add counted as two; None for what is not a plain CLIP ViT.
+    """Floating-point operations of one sample, a multiply-add counted as two; None if it is not a plain CLIP ViT.
 
-    Gives 8.82e9 and 5.96e9 for ViT-B-32, as open_clip's docs/model_profile.csv has; within 0.25 % of that table for
-    every plain ViT in it. CoCa's attention poolers are not counted, so it has none.
+    8.82e9 and 5.96e9 for ViT-B-32, as in open_clip's docs/model_profile.csv; within 0.25 % of that table for every
+    plain ViT in it. None for CoCa, whose attention poolers are not counted.
 
     Args:
         config: open_clip's config of the model; tower: `vision` or `text`.

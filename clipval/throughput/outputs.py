@@ -1,7 +1,7 @@
-"""Whether a backend computed what it was timed for: the outputs of the timed calls, and what they took.
+"""Whether a backend really computed in the timed calls, by their outputs and times.
 
-A backend that does not compute, hands out an earlier result or returns before it is done is fast, and its figure means
-nothing.
+A backend that does not compute, returns an earlier result, or returns before it is done is fast, but its figure is
+meaningless.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from clipval.throughput.calls import Calls
 from clipval.throughput.feed import FRESH, Feed
 from clipval.throughput.machine import Clock
 
-ONE = 1e-6  # |difference| of one element below which two embeddings are one: a constant output, by the reference too
-CHECKED_ROWS = 8  # of a batch that are compared with the reference
-# Outputs for one batch may differ from call to call by less than the bound on their cosine allows. That is seen on a
-# random direction, where a difference of length d is one of d times a normal value.
+ONE = 1e-6  # |difference| of one element below which two embeddings are equal: a constant output
+CHECKED_ROWS = 8  # rows of a batch that are compared with the reference
+# Outputs for one batch may differ between calls by less than the bound on their cosine. This is checked on a random
+# direction, on which a difference of length d projects to d times a normally distributed value.
 DEVIATIONS = 5.0
-LOOSE = 0.999  # cosine where no bound is known
-CACHED = 1.25  # a fresh batch may take so many times as long as one seen before
-CHANCE = 1e-6  # that so many of the pairs are beyond it by chance
+LOOSE = 0.999  # cosine if no bound is known
+CACHED = 1.25  # a fresh batch may take this many times as long as one seen before
+CHANCE = 1e-6  # probability that as many pairs are above it by chance
 MOST_PAIRS = 60
 
 
 class Expected(NamedTuple):
-    """What outputs are held to.
+    """What outputs are compared with.
 
     Attributes:
         embed: a batch -> the reference's embeddings of it.
-        cosine_min: least cosine of an embedding; max_abs: largest difference of one element.
-        ids: of all the rows that batches are made of.
+        cosine_min: smallest allowed cosine of an embedding; max_abs: largest allowed difference of one element.
+        ids: of all the rows that batches are made from.
     """
 
     embed: Callable[[np.ndarray], np.ndarray]
@@ -45,20 +45,20 @@ class Expected(NamedTuple):
 
 
 def wrong_outputs(calls: Calls, feed: Feed, expected: Optional[Expected]) -> str:
-    """What is wrong with the outputs of timed calls, empty for nothing.
+    """What is wrong with the outputs of timed calls; empty for nothing.
 
-    Every output is finite, of its shape, and what other calls gave for the same batch; the last one for each batch is
-    the reference's, the fresh batch included; and the inputs are what they were.
+    Every output must be finite, have the right shape and equal other calls' output for the same batch; the last output
+    of each batch, including the fresh one, must be the reference's; and the inputs must be unchanged.
 
     Args:
-        expected: None where no reference is at hand.
+        expected: None without a reference.
     """
     if calls.misshapen:
-        return f"gave {calls.misshapen} for a batch of {feed.batch_size}"
+        return f"returned {calls.misshapen} for a batch of {feed.batch_size}"
     prints = {slot: np.stack(rows) for slot, rows in calls.prints.items()}
     bad = sum(int((~np.isfinite(rows)).any(axis=1).sum()) for rows in prints.values())
     if bad:
-        return f"{bad} of {len(calls.times)} timed calls gave NaN or infinity"
+        return f"{bad} of {len(calls.times)} timed calls returned NaN or infinity"
     return (
         _unlike_others(prints, expected.cosine_min if expected else LOOSE)
         or _changed_inputs(feed)
@@ -76,14 +76,14 @@ def _unlike_others(prints: Dict[int, np.ndarray], cosine_min: float) -> str:
         if off.any():
             call, row = np.argwhere(off)[0]
             calls = int(off.any(axis=1).sum())
-            found = f"{calls} of {len(rows)} timed calls gave other embeddings for one batch than the rest"
-            return f"{found}, as in row {row} of call {call + 1}"
+            found = f"{calls} of {len(rows)} timed calls returned other embeddings for one batch than the rest"
+            return f"{found}, e.g. in row {row} of call {call + 1}"
     return ""
 
 
 def _changed_inputs(feed: Feed) -> str:
     changed = feed.changed()
-    return f"the input was overwritten: {changed[0]} is not what it was before the timed calls" if changed else ""
+    return f"the input was overwritten: {changed[0]} changed during the timed calls" if changed else ""
 
 
 def _off_reference(calls: Calls, feed: Feed, expected: Expected) -> str:
@@ -99,7 +99,7 @@ def _off_reference(calls: Calls, feed: Feed, expected: Expected) -> str:
             worst = compared.worst(1)[0]
             said = f"cosine {worst['cosine']:.7f}, at least {expected.cosine_min}"
             said += f", and |difference| {worst['max_abs']:.1e}, at most {expected.max_abs:g}"
-            return f"after the last timed call {worst['id']} is off pytorch's embedding: {said}"
+            return f"after the last timed call {worst['id']} differs from pytorch's embedding: {said}"
     return ""
 
 
@@ -107,15 +107,15 @@ def _one_for_two(calls: Calls, feed: Feed) -> str:
     if not {0, 1} <= set(calls.last) or np.array_equal(feed.batches[0][0], feed.batches[1][0]):
         return ""
     same = np.abs(calls.last[0][0] - calls.last[1][0]).max() <= ONE
-    return "two different inputs give one embedding" if same else ""
+    return "two different inputs have the same embedding" if same else ""
 
 
 def cached_results(calls: Calls, backend: Backend, feed: Feed, clock: Clock) -> str:
-    """Whether batches that came before take less time than fresh ones, empty where they do not.
+    """Why results appear to be cached: repeated batches take less time than fresh ones; empty if they do not.
 
-    Calls were made in pairs, seen and fresh in an order drawn by chance, so other load falls on either alike: where the
-    backend computes both, the fresh one is the slower in half of the pairs at most. More pairs are made only while the
-    fresh one is slower in most of them.
+    Calls are made in pairs, seen and fresh in random order, so other load affects both alike: if the backend computes
+    both, the fresh one is slower in at most half of the pairs. More pairs are measured only while the fresh one is
+    slower in most of them.
     """
     from scipy.stats import binom
 

@@ -1,4 +1,4 @@
-"""What timed calls do to this process: memory that they keep, and threads that they use."""
+"""What timed calls do to this process: memory that they leak, and threads that they use."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-LOOKS = 5  # at the memory, least for a median of what lies between them
-LEAK = 2**19  # bytes a call; allocators take memory in steps, so that a clean call shows 0 in most looks
-AGAIN = 12  # calls with garbage collected after each, before memory is called lost
-A_SHARE = 0.25  # a thread that waits spins for milliseconds at most; one that works takes nearly as much as the others
+LOOKS = 5  # samples of the memory needed for a median growth
+LEAK = 2**19  # bytes per call; allocators take memory in steps, so a clean call shows 0 in most samples
+AGAIN = 12  # calls with garbage collection after each, before memory counts as leaked
+A_SHARE = 0.25  # a waiting thread spins for milliseconds at most; a working one takes nearly as much time as the others
 LARGE_BATCH = 64  # rows that keep every thread busy
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
-Look = Tuple[int, "Memory"]  # calls made so far, and the memory then
+Look = Tuple[int, "Memory"]  # calls so far, and the memory then
 
 
 class Memory(NamedTuple):
-    """Bytes of this process: its address space, what of it is resident, and what malloc has given out.
+    """Bytes of this process: its address space, its resident memory, and what malloc has handed out.
 
-    What is lost may come from memory that was freed before, so that only the last one grows; where Python's or a
-    runtime's own allocator takes it, only the others do. Zeros where this system does not tell.
+    A leak may reuse memory that was freed before, so that only the last one grows; with Python's or a runtime's own
+    allocator only the others do. Zeros if unknown.
     """
 
     size: int
@@ -55,7 +55,7 @@ class _MallInfo(ctypes.Structure):
 
 @lru_cache(maxsize=None)
 def _mallinfo() -> Optional[Callable[[], _MallInfo]]:
-    """glibc's own account of malloc, which it has since 2.33; None elsewhere."""
+    """glibc's malloc statistics, since 2.33; None elsewhere."""
     found: Any = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if found is not None:
         found.restype = _MallInfo
@@ -71,9 +71,9 @@ def _allocated() -> int:
 
 
 def growth(looks: Sequence[Look]) -> float:
-    """Bytes that this process grew by with each call, as the median between looks; 0 for fewer than `LOOKS`.
+    """Bytes by which this process grew per call, as the median between samples; 0 for fewer than `LOOKS` samples.
 
-    A median, since an allocator takes memory in steps: a call that keeps some of it does so every time.
+    A median, since allocators take memory in steps while a leaking call leaks every time.
     """
     if len(looks) < LOOKS:
         return 0.0
@@ -82,11 +82,11 @@ def growth(looks: Sequence[Look]) -> float:
 
 
 def thread_seconds() -> Dict[str, float]:
-    """Processor seconds of each thread of this process so far; empty where this system does not tell."""
+    """CPU seconds of each thread of this process so far; empty if unknown."""
     found: Dict[str, float] = {}
     try:
         for thread in os.listdir("/proc/self/task"):
-            with suppress(OSError, ValueError, IndexError):  # it has ended meanwhile
+            with suppress(OSError, ValueError, IndexError):  # it has ended in the meantime
                 text = Path(f"/proc/self/task/{thread}/schedstat").read_text(encoding="ascii")
                 found[thread] = int(text.split()[0]) / 1e9
     except OSError:
@@ -95,7 +95,7 @@ def thread_seconds() -> Dict[str, float]:
 
 
 def threads_used(call: Callable[[], Any]) -> Optional[int]:
-    """Threads that compute during a call: that take at least `A_SHARE` of the time of the one that takes most."""
+    """Threads that compute during a call: those with at least `A_SHARE` of the busiest thread's CPU time."""
     before = thread_seconds()
     call()
     spent = [seconds - before.get(thread, 0.0) for thread, seconds in thread_seconds().items()]
@@ -105,10 +105,10 @@ def threads_used(call: Callable[[], Any]) -> Optional[int]:
 
 
 def leak(looks: Sequence[Look], call: Callable[[], Any]) -> str:
-    """Whether each call keeps memory, empty where it does not.
+    """A message if each call leaks memory, else empty.
 
     Args:
-        looks: during the timed calls; call: one more of them, made where memory grew, with garbage collected after it.
+        looks: samples during the timed calls; call: makes another call, used if memory grew, with garbage collection.
     """
     if growth(looks) < LEAK:
         return ""
@@ -122,16 +122,16 @@ def leak(looks: Sequence[Look], call: Callable[[], Any]) -> str:
 
 
 def idle_threads(asked: int, used: Optional[int], call: Callable[[], Any]) -> str:
-    """Whether a backend leaves the threads idle that were asked for, empty where it does not.
+    """A message if a backend leaves requested threads idle, else empty.
 
-    Small batches do not keep many threads busy, so the square root of their number is enough.
+    Small batches do not keep many threads busy, so the square root of the requested number is enough.
 
     Args:
-        asked: threads that a call should take; used: those that computed during the timed calls, None where this system
-            does not tell; call: one of a large batch, which has work for all.
+        asked: threads that a call should use; used: those that computed during the timed calls, None if unknown; call:
+            makes a call with a large batch, which has work for all.
     """
     least = math.ceil(math.sqrt(asked))
     if used is None or used >= least:
         return ""
     used = threads_used(call) or used
-    return "" if used >= least else f"{asked} threads were asked for (--threads), and {used} computed"
+    return "" if used >= least else f"{asked} threads were requested (--threads), but only {used} computed"

@@ -1,6 +1,6 @@
-"""The measuring protocol: warm up, time calls, judge, and measure again where the figure is doubtful.
+"""The measuring protocol: warm up, time calls, judge, and repeat if the figure is doubtful.
 
-One path for every caller. The loop around the timed calls is handed in, so that pytest-benchmark can be that loop.
+One path for every caller. The loop around the timed calls is an argument, so that pytest-benchmark can be that loop.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from clipval.throughput.statistics import summarise
 from clipval.throughput.timing import Loop, plain_loop, quiet, rounds_for, warm_up, warm_up_seconds
 from clipval.throughput.verdict import BAD_CLOCK, BAD_OUTPUT, BUSY, FAULTS, IDLE_THREADS, LEAKING, VALID, Fault, verdict
 
-# Attempts at a row that lost speed. Other processes that use the memory slow rows down by 5 to 15 % for a minute or
-# more, which the machine's own products do not show: six attempts of `--perf-max-time` go beyond that.
+# Attempts at a row below its baseline. Other processes that use much memory bandwidth slow rows down by 5 to 15 % for a
+# minute or more, which the machine's own products do not show: six attempts of `--perf-max-time` outlast that.
 PATIENCE = 6
 
 
@@ -36,10 +36,10 @@ class Plan:
     """How a row is measured.
 
     Attributes:
-        seconds: of timed calls at a time; cap: of all of one attempt; rounds: a number of calls instead.
+        seconds: of timed calls at a time; cap: of one whole attempt; rounds: a number of calls instead.
         noise: allowed half-width of the median's interval, see `verdict`.
-        insist: measure once more where the row is not VALID.
-        settled: for a baseline: spend all of `cap`, and measure until the machine was at its speed meanwhile.
+        insist: measure again if the row is not VALID.
+        settled: for a baseline: use all of `cap`, and repeat until the machine ran at full speed.
     """
 
     seconds: float
@@ -52,16 +52,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and what it is held to.
+    """What is measured, and what it is compared with.
 
     Attributes:
-        busy: what else uses the device, empty for nothing; asked before and after.
-        expected: the reference's embeddings and the bounds for them; None where there are none.
-        operations: of one sample; None where they cannot be counted. peaks: of the runtimes on this machine.
-        threads: of the processor that were asked for; None for none, and on another device.
-        pace: of the processor that the backend computes on, None for another device.
-        standing: of the clocks of a row against a baseline; None where there is none.
-        clock: times the calls; other_clock: what it is held to.
+        busy: what else uses the device, empty for nothing; called before and after.
+        expected: the reference's embeddings and their bounds; None if there are none.
+        operations: per sample; None if they cannot be counted. peaks: of the runtimes on this machine.
+        threads: requested CPU threads; None if not set, and on another device.
+        pace: of the CPU that the backend computes on; None for another device.
+        standing: compares a row's clocks with a baseline; None without one.
+        clock: times the calls; other_clock: the clock it is compared with.
     """
 
     backend: Backend
@@ -78,10 +78,10 @@ class Subject:
 
 
 class Attempt(NamedTuple):
-    """One attempt at a row: `seconds` of each call by clock, `shares` of the machine's speed, in the order seen.
+    """One attempt at a row: `seconds` of each call by clock, `shares` of the machine's speed over time.
 
     Attributes:
-        jumped: the host's clock did meanwhile.
+        jumped: whether the host's clock jumped.
     """
 
     clocks: Clocks
@@ -101,9 +101,9 @@ class Attempt(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The machine's share of its speed: the lower one of two looks in a row, where it was highest.
+        """The machine's share of its speed: the highest lower value of two consecutive samples.
 
-        Between those two looks it was that fast all the time, which one look alone does not say.
+        Between those two samples the machine was at least that fast, which one sample alone does not show.
         """
         return max(map(min, self.shares, self.shares[1:] or self.shares))
 
@@ -111,20 +111,20 @@ class Attempt(NamedTuple):
 def measure(subject: Subject, plan: Plan, loop: Optional[Loop] = None) -> Tuple[Row, List[float]]:
     """Measure one row.
 
-    The first attempt is a short one of `plan.seconds`. A row that is not VALID gets a second one that goes on until it
-    is, or for `plan.cap`. A loss against the baseline is only believed if it is there in each of `PATIENCE` attempts
-    more, and of a machine that was at its speed in one; another device has no such disturbance, and one attempt more.
-    A fault of the row itself ends it.
+    The first attempt is a short one of `plan.seconds`. A row that is not VALID gets a second one that continues until
+    it is, or for `plan.cap`. A regression must show in each of `PATIENCE` further attempts, with the machine at full
+    speed in one of them; other devices are not disturbed this way and get one further attempt. A fault of the row
+    itself ends the measurement.
 
     Args:
-        loop: calls so often in the first attempt; None for a plain loop.
+        loop: makes the calls of the first attempt; None for a plain loop.
 
     Returns:
         The row of the last attempt, and the seconds of each call of it by the clock that decides.
     """
     backend = subject.backend
     if backend.execute_seconds() is not None:
-        backend.refresh()  # a fresh session's clock, so that none is opened inside the timed calls
+        backend.refresh()  # now, so that no session is reopened inside the timed calls
     warm = warm_up(
         lambda: backend.run(subject.feed.next()[1]),
         seconds=warm_up_seconds(plan.seconds),
@@ -135,7 +135,7 @@ def measure(subject: Subject, plan: Plan, loop: Optional[Loop] = None) -> Tuple[
     attempts, best = 1, found.share
     while _again(found, plan, attempts, subject.pace):
         if attempts == 1 and not plan.settled:
-            best = 0.0  # a short attempt has one look at the machine
+            best = 0.0  # a short attempt has only one sample of the machine's speed
         found = _attempt(subject, plan, warm.estimate, plain_loop, short=False)
         attempts, best = attempts + 1, max(best, found.share)
     speed = found.clocks[deciding(found.clocks)].timing.samples_per_second
@@ -161,7 +161,7 @@ def measure(subject: Subject, plan: Plan, loop: Optional[Loop] = None) -> Tuple[
 
 
 def _again(found: Attempt, plan: Plan, attempts: int, pace: Optional[Pace]) -> bool:
-    """Another attempt is needed."""
+    """Whether another attempt is needed."""
     if found.jumped and attempts == 1:
         return True  # a clock may be set once
     if set(found.verdicts) & set(FAULTS):

@@ -1,4 +1,4 @@
-"""A row of throughput as it is handed on: one backend, tower and batch size."""
+"""A measured row of throughput: one backend, tower and batch size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXECUTE, INFERENCE = "execute", "inference"
 
 
 class Judged(msgspec.Struct, frozen=True):
-    """The calls of a row by one clock, whether that figure can be believed, and why not."""
+    """The calls of a row by one clock, with the verdict on that figure and its reason."""
 
     timing: Timing
     verdict: str
@@ -28,7 +28,7 @@ Clocks = Dict[str, Judged]  # scope -> figures
 
 
 class EndToEnd(NamedTuple):
-    """From JPEGs or captions to embeddings: median seconds of a batch, batches, and the threads that decoded."""
+    """From JPEGs or captions to embeddings: median seconds per batch, batches, and decoding threads."""
 
     seconds: float
     samples_per_second: float
@@ -37,19 +37,20 @@ class EndToEnd(NamedTuple):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured of one backend, tower and batch size.
+    """The measurements of one backend, tower and batch size.
 
     Attributes:
         made_by: the backend; tower: its name.
-        clocks: by scope, `inference`, and `execute` where the device has a clock of its own.
-        warm_up: untimed calls before; attempts: how often the row was measured; figures are of the last time.
-        cores: busy with this process meanwhile; threads: of the processor that a call takes; None where unknown.
+        clocks: by scope, `inference`, and `execute` if the device has its own clock.
+        warm_up: the untimed calls; attempts: how often the row was measured; figures are from the last attempt.
+        cores: kept busy by this process; threads: CPU threads that a call uses; None if unknown.
         machine_share: of the machine's best speed, see `machine.Pace`; None on another device.
-        standing: against the baseline; None where none was given.
-        cold_start, end_to_end: measured besides; None where they were not.
-        flops_per_second: floating-point operations that the speed amounts to; peak_share: of what a matrix product of
-            the same runtime reaches. None where they cannot be told.
-        copies: median seconds of a call's copies, `to_device` and `from_device`; None where the runtime does not tell.
+        standing: the comparison with the baseline; None without one.
+        cold_start, end_to_end: None if not measured.
+        flops_per_second: corresponding to the speed; peak_share: of the speed of a matrix product in the same runtime;
+        None if unknown.
+        copies: median seconds of a call's copies, `to_device` and `from_device`; None if the runtime does not report
+        them.
     """
 
     made_by: Identity
@@ -70,17 +71,17 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def scope(self) -> str:
-        """The clock that decides: the device's own where there is one, as the recipe's figure is made of it."""
+        """The clock that decides: the device's own if there is one, since the recipe's figure is based on it."""
         return deciding(self.clocks)
 
     @property
     def decided(self) -> Judged:
-        """The figures of the clock that decides."""
+        """The figures by the clock that decides."""
         return self.clocks[self.scope]
 
     @property
     def valid(self) -> bool:
-        """Every clock of the row is VALID."""
+        """Whether every clock of the row is VALID."""
         return all(one.verdict == VALID for one in self.clocks.values())
 
 

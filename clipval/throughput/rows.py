@@ -1,4 +1,4 @@
-"""Rows of one run: what the protocol needs of the chain, put together once for pytest and for the command line."""
+"""Rows of one run: what the protocol needs from the chain, for pytest and for the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clipval.throughput.protocol import Subject
 from clipval.throughput.row import EXECUTE, INFERENCE, Clocks, EndToEnd
 from clipval.towers import Tower
 
-PEAKS = Peaks()  # of this machine, whichever run asks
+PEAKS = Peaks()  # of this machine, shared by all runs
 
 
 def subject(
@@ -32,10 +32,10 @@ def subject(
     known: Optional[baseline.Baseline] = None,
     checked: bool = True,
 ) -> Subject:
-    """A backend of the chain, its outputs held to PyTorch's where the spec has bounds for them.
+    """A backend of the chain, with PyTorch's outputs to compare with if the spec has bounds for them.
 
     Args:
-        pace: of this machine's processors; known: what `--baseline` gives; checked: the model is the spec's.
+        pace: of this machine's CPUs; known: the baseline of `--baseline`; checked: the model is the spec's.
     """
     name, tower = backend.identity.name, backend.tower
     key = baseline_key(chain, {name: str(backend.identity)}) if known else {}
@@ -64,21 +64,21 @@ def subject(
 
 
 def baseline_key(chain: Chain, backends: Dict[str, str]) -> Dict[str, str]:
-    """What must be equal for this run's throughput to be compared; `backends` is name -> identity."""
+    """What must be equal to compare this run's throughput; `backends` is name -> identity."""
     model = f"{chain.weights.sha256} opset {chain.settings.opset_version}"
     origins = {base_name(name): kind(name).origin(chain.settings) for name in backends}
     return baseline.key_of(environment.describe(), model, chain.settings.threads, backends, origins)
 
 
 def operations(chain: Chain, tower: Tower) -> float:
-    """Floating-point operations of one sample: of the architecture where it is a plain ViT, else of the graph."""
+    """Floating-point operations per sample: of the architecture if it is a plain ViT, else of the graph."""
     return flops_per_sample(chain.model_key["config"], tower.name) or export.operations(chain.onnx(tower))
 
 
 def end_to_end(chain: Chain, backend: Backend, batch_size: int) -> EndToEnd:
     """From JPEGs or captions to embeddings, by the host's clock, decoding in threads.
 
-    Other images or captions in each batch, for half the time that a row's timed calls have, at least one batch.
+    Each batch has other images or captions; takes half the time of a row's timed calls, at least one batch.
     """
     name, data = backend.tower.name, chain.dataset
     items: Sequence[Any] = data.image_paths if name == "vision" else data.captions

@@ -1,8 +1,8 @@
 """Statistics of timed calls. Seconds everywhere.
 
 Scopes, never compared with each other: `inference` is one call of the backend by the host's clock, transfers included;
-`execute` is the device's own execute time, which is what ais_bench calls throughput; `end_to_end` goes from JPEG or
-caption to embedding; `load` and `first_inference` are single times.
+`execute` is the device's own execute time, on which ais_bench bases throughput; `end_to_end` is from JPEG or caption to
+embedding; `load` and `first_inference` are single times.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 PROTOCOL = 5  # figures of another protocol are never compared
 MIN_ROUNDS = 5  # the range of five is a 94 % interval of the median
-DRIFT_BLOCKS = 8  # least points of a trend
+DRIFT_BLOCKS = 8  # least number of points of a trend
 PERCENTILES = {"p90": (90, 100), "p95": (95, 100), "p99": (99, 300)}  # name: (percentile, least rounds)
 
 
@@ -24,15 +24,15 @@ class Timing(msgspec.Struct, frozen=True):
     Attributes:
         samples_per_second: batch size / median seconds of a call; interval: of it, 95 %.
         samples_per_second_mean: batch size * rounds / sum of seconds, which is 1000 * batch / mean milliseconds.
-        p90, p95, p99: of the seconds of a call; None where there are too few rounds for them.
-        undisturbed: batch size / fifth percentile of the seconds of a call, what baselines compare. Others on the
-            machine only add time, for seconds on end: on a shared host that is 1.0 to 1.5 % (standard deviation) off
-            where calls are timed for 10 s, 1.8 to 8.2 % for 1 s; the median is 1.4 to 5.3 % off even for 10 s.
+        p90, p95, p99: of the seconds of a call; None with too few rounds.
+        undisturbed: batch size / fifth percentile of the seconds of a call, which baselines compare. Other processes
+        only add time, for seconds on end: on a shared host this figure varies by 1.0 to 1.5 % (standard deviation)
+        if calls are timed for 10 s, 1.8 to 8.2 % for 1 s; the median by 1.4 to 5.3 % even for 10 s.
         median_seconds, mean_seconds, min_seconds, max_seconds: of a call; stdev_seconds and cv: of single calls, n - 1;
         mad_seconds: median distance from the median, not scaled.
         autocorrelation: of successive calls; effective_rounds: see `effective_rounds`.
-        drift: change over the run as a share of the median, slower is positive; 0 where it may be chance.
-        outliers: calls beyond the quartiles by 1.5 times their distance; none is dropped.
+        drift: change over the run as a share of the median, positive is slower; 0 if it may be chance.
+        outliers: calls more than 1.5 interquartile ranges outside the quartiles; none is dropped.
     """
 
     scope: str
@@ -100,7 +100,7 @@ def summarise(times: Sequence[float], batch_size: int, scope: str) -> Timing:
 
 
 def autocorrelation(seconds: np.ndarray) -> float:
-    """Correlation of successive calls, on ranks so that one outlier does not decide; 0 where it is undefined."""
+    """Correlation of successive calls, on ranks so that one outlier does not decide; 0 if undefined."""
     from scipy.stats import rankdata
 
     ranks = rankdata(seconds)
@@ -110,7 +110,7 @@ def autocorrelation(seconds: np.ndarray) -> float:
 
 
 def effective_rounds(seconds: np.ndarray) -> int:
-    """How many independent calls would know the median as well as these.
+    """How many independent calls would determine the median as well as these.
 
     Calls are not independent (clocks, temperature, other processes). n is divided by the larger of two inflations: that
     of a first-order process, (1 + r) / (1 - r), which sees short memory in few calls, and the initial monotone sequence
@@ -137,7 +137,7 @@ def median_interval(seconds: np.ndarray) -> Tuple[float, float]:
     """95 % interval of the median from order statistics, at the binomial ranks of the effective number of calls.
 
     Simulated coverage of 200 calls: independent 0.97; first-order with r = 0.7, 0.98; a slow wave under jitter, 0.80.
-    Of 5 calls: 0.94 where they are independent, 0.65 at r = 0.7: so few do not show how they hang together.
+    Of 5 calls: 0.94 if independent, 0.65 at r = 0.7: five calls are too few to estimate autocorrelation.
     """
     from scipy.stats import binom
 
@@ -149,7 +149,7 @@ def median_interval(seconds: np.ndarray) -> Tuple[float, float]:
 
 
 def _drift(seconds: np.ndarray) -> float:
-    """Theil-Sen slope over medians of as many blocks as there are effective calls: memory alone is no trend."""
+    """Theil-Sen slope over medians of as many blocks as effective calls: autocorrelation alone is no trend."""
     from scipy.stats import theilslopes
 
     if len(seconds) < DRIFT_BLOCKS:

@@ -14,16 +14,16 @@ from clipval.throughput.machine import Clock
 from clipval.throughput.verdict import GOOD_ROUNDS
 
 MAX_ROUNDS = 2000
-OVERRUN = 2  # times the cap that `GOOD_ROUNDS` may take; what cannot even have `MIN_ROUNDS` in that is INSUFFICIENT
+OVERRUN = 2  # times the cap that `GOOD_ROUNDS` may take; a row without even `MIN_ROUNDS` in that time is INSUFFICIENT
 WARM_UP_CALLS = 3
 WARM_UP_SECONDS = 1.0  # longer only until the calls are stable
 STABLE = 0.02  # warm when the median of the last calls is within 2 % of the calls before
 
-Loop = Callable[[Callable[[], Any], int], Any]  # calls a function so many times
+Loop = Callable[[Callable[[], Any], int], Any]  # calls a function a number of times
 
 
 class WarmUp(msgspec.Struct, frozen=True):
-    """Untimed calls: how many, seconds in all, of the first, the estimate for planning, and whether they settled."""
+    """Untimed calls: how many, total seconds, seconds of the first, the estimate for planning, whether they settled."""
 
     calls: int
     seconds: float
@@ -33,10 +33,10 @@ class WarmUp(msgspec.Struct, frozen=True):
 
 
 def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock) -> WarmUp:
-    """Call until it is warm: by count, by time, and until the time of a call is stable.
+    """Call until warm: a minimum count, a minimum time, and until the time of a call is stable.
 
     Args:
-        seconds: least time in all; cap: most, after which it stops though it is not stable.
+        seconds: minimum total time; cap: maximum, after which it stops even if not stable.
     """
     times: List[float] = []
     while True:
@@ -51,15 +51,15 @@ def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock
 
 
 def warm_up_seconds(seconds: float) -> float:
-    """Least warm-up before `seconds` of timed calls."""
+    """Minimum warm-up before `seconds` of timed calls."""
     return min(seconds / 4, WARM_UP_SECONDS)
 
 
 def rounds_for(estimate: float, *, seconds: float, cap: float) -> int:
-    """Timed calls for a time budget.
+    """Number of timed calls for a time budget.
 
-    As many as fill `seconds`, at most what `cap` has time for. `GOOD_ROUNDS` are granted up to `OVERRUN` times the cap;
-    slower calls get fewer, at least one, and the verdict says so.
+    As many as fill `seconds`, at most as many as fit into `cap`. `GOOD_ROUNDS` may take up to `OVERRUN` times the cap;
+    slower calls get fewer, at least one, which the verdict reports.
     """
     estimate = max(estimate, 1e-9)
     wanted = max(GOOD_ROUNDS, min(math.ceil(seconds / estimate), MAX_ROUNDS))
@@ -69,7 +69,7 @@ def rounds_for(estimate: float, *, seconds: float, cap: float) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Collect garbage now and not while calls are timed."""
+    """Collect garbage now, and not while calls are timed."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -81,6 +81,6 @@ def quiet() -> Iterator[None]:
 
 
 def plain_loop(call: Callable[[], Any], rounds: int) -> None:
-    """Call so many times, as pytest-benchmark does where it is at hand."""
+    """Call `rounds` times; pytest-benchmark replaces this if available."""
     for _ in range(rounds):
         call()

@@ -1,4 +1,4 @@
-"""Whether a row can be believed: its verdict and the reason."""
+"""The validity of a row: its verdict and the reason."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from clipval.throughput.statistics import MIN_ROUNDS, Timing
 VALID, NOISY, THROTTLED, BUSY = "VALID", "NOISY", "THROTTLED", "BUSY"
 INSUFFICIENT, BAD_OUTPUT, BAD_CLOCK = "INSUFFICIENT", "BAD_OUTPUT", "BAD_CLOCK"
 LEAKING, IDLE_THREADS = "LEAKING", "IDLE_THREADS"
-# These fail a row in every run: it was measured, and is not what it says. The others are of the machine or the time.
+# These fail a row in every run: it is not what it claims to be. The others concern the machine or the time allowed.
 FAULTS = (BAD_OUTPUT, BAD_CLOCK, LEAKING, IDLE_THREADS)
 
-GOOD_ROUNDS = 9  # the least whose interval leaves out the slowest call and the fastest
-DRIFT = 0.05  # rise of the time of a call over the whole run, as a share of the median
+GOOD_ROUNDS = 9  # the fewest whose interval excludes the slowest and the fastest call
+DRIFT = 0.05  # increase of the call time over the whole run, as a share of the median
 
 
 class Fault(NamedTuple):
@@ -27,10 +27,10 @@ class Fault(NamedTuple):
 def verdict(
     found: Timing, *, busy: str = "", fault: Optional[Fault] = None, noise: Optional[float] = None
 ) -> Tuple[str, str]:
-    """Whether a row can be believed, and why not.
+    """The verdict on a row, and the reason.
 
     Args:
-        noise: allowed half-width of the median's interval, as a share, and no less of drift; None is `NOISE`.
+        noise: allowed half-width of the median's interval, as a share, and allowed drift if larger; None is `NOISE`.
         busy: what else ran on the device or the host, empty for nothing; fault: what is wrong with the row itself.
     """
     half_width = (found.interval[1] - found.interval[0]) / 2 / found.samples_per_second
@@ -39,7 +39,7 @@ def verdict(
     if fault:
         return fault
     if found.rounds < MIN_ROUNDS:
-        return INSUFFICIENT, f"{found.rounds} rounds, at least {MIN_ROUNDS} are needed; raise --perf-max-time"
+        return INSUFFICIENT, f"{found.rounds} rounds, at least {MIN_ROUNDS} required; raise --perf-max-time"
     if busy:
         return BUSY, busy
     if found.drift > drift:

@@ -129,7 +129,7 @@ def test_faster_never_fails_and_asks_for_a_new_baseline():
     base = made(rng)
     found = baseline.judge(base, KEY, NAMES[0], SPEEDS[0] * 1.3)
     assert found.status == "improved"
-    assert "make a new baseline" in found.reason
+    assert "recording a new baseline" in found.reason
 
 
 @pytest.mark.parametrize("measured", [float("nan"), 0.0, -1.0])
@@ -205,7 +205,7 @@ def test_a_loss_that_the_machine_shows_too_is_no_comparison():
     assert found.status == "regressed"
     slow = baseline.on_slow_machine(found, 0.5)
     assert slow.status == "slow_machine"
-    assert "the machine itself ran at 50% of its speed" in slow.reason
+    assert "the machine itself reached only 50% of its speed" in slow.reason
     assert baseline.on_slow_machine(found, 0.95) == found
     fine = baseline.judge(made(np.random.default_rng(0)), KEY, NAMES[0], 1e9)
     assert baseline.on_slow_machine(fine, 0.5) == fine
@@ -218,7 +218,7 @@ def test_sessions_keep_the_machines_best():
 
 def test_a_session_of_a_slow_machine_is_not_merged():
     sessions = [baseline.Baseline(KEY, {"a": [1.0]}, machine) for machine in (6e4, 3.6e4, 6e4)]
-    with pytest.raises(InputError, match="slow in session 2; make it when"):
+    with pytest.raises(InputError, match="slow in session 2; record it when"):
         baseline.merge(sessions)
 
 

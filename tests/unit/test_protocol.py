@@ -131,7 +131,7 @@ def test_garbage_collection_is_off_while_timing_and_on_again():
             1.0,
             {"expected": Expected(lambda rows: np.eye(len(rows), 512), 0.9, 0.1, ["x"] * 8)},
             "BAD_OUTPUT",
-            "off pytorch's embedding",
+            "from pytorch's embedding",
         ),
         (0.0, {"busy": lambda: "process 7 uses the NPU"}, "BUSY", "process 7"),
         (0.0, {"rounds": 3}, "INSUFFICIENT", "3 rounds"),
