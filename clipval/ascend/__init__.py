@@ -1,1 +1,1 @@
-"""What belongs to an Ascend NPU host: npu-smi, atc, the ACL runtime's words, and a check of the whole host."""
+"""An Ascend NPU host: npu-smi, atc, the ACL runtimes and their messages, and a check of the host."""

@@ -1,4 +1,4 @@
-"""What every user of ACL in this process shares: its owner, its words on file descriptor 1, its codes and dtypes.
+"""Common to all users of ACL in this process: its owner, its messages on file descriptor 1, its codes and dtypes.
 
 Source: aclError of the public ACL headers and documents (CANN 8 and 9), and what the public aclruntime prints.
 """
@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 from clipval.ascend import atc, process
 from clipval.errors import BackendUnavailable, one_line
 
-# ACL data type ids, as tensor_desc.datatype counts them.
+# ACL data type ids, as in tensor_desc.datatype.
 DTYPES = {
     0: "float32",
     1: "float16",
@@ -35,14 +35,14 @@ DTYPES = {
     12: "bool",
 }
 MEMORY = (
-    "the device has no memory left; `npu-smi info` shows who uses it. Free it, take another --device-id or smaller "
+    "the device has no memory left; `npu-smi info` shows who uses it. Free it, use another --device-id or smaller "
     "--batch-sizes"
 )
 HDC = (
-    "the driver's channel to the device does not open; in a container pass in /dev/davinci_manager, /dev/devmm_svm and "
+    "the driver's channel to the device cannot be opened; in a container pass /dev/davinci_manager, /dev/devmm_svm and "
     "/dev/hisi_hdc, else restart the driver"
 )
-# Words that tell more than the code beside them, which may be that of a layer above.
+# Words that are more specific than the code next to them, which may be from a higher layer.
 WORDS = (
     (re.compile(r"EL0004|failed to allocate memory|out of memory", re.IGNORECASE), MEMORY),
     (re.compile(r"\bHDC\b", re.IGNORECASE), HDC),
@@ -50,7 +50,7 @@ WORDS = (
 )
 ADVICE = {
     "100000": "an argument is not valid",
-    "100001": "ACL is not initialised, or was finalised already; one process uses it once, start a new one",
+    "100001": "ACL is not initialised, or already finalised; a process can use it only once, start a new one",
     "100002": "ACL was initialised twice; do not use torch_npu or pyACL in the same process",
     "107001": "there is no such device id; see `npu-smi info -m` and ASCEND_RT_VISIBLE_DEVICES",
     "107002": "no ACL context in this thread; use a backend in the thread that opened it",
@@ -65,7 +65,7 @@ ADVICE = {
     "507033": "the device cannot be opened; driver and firmware do not match, or the container lacks the device",
     "507899": "the driver failed; see the log in ~/ascend/log and dmesg, and restart the driver",
 }
-# Codes that speak of the file, not of the machine.
+# Codes about the file, not the machine.
 MODEL_CODES = ("500002",)
 STAMP = re.compile(r"\[PID: \d+\] [\d.:-]+ ")
 
@@ -76,7 +76,7 @@ class Node(NamedTuple):
     """An input or output of a model.
 
     Attributes:
-        size: bytes that the runtime wants.
+        size: bytes that the runtime expects.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Failed(Exception):
     """A call of the runtime failed.
 
     Attributes:
-        words: all that it said, of which the message is an extract.
+        words: its whole output, of which the message is an excerpt.
     """
 
     def __init__(self, message: str, words: str = "") -> None:
@@ -98,12 +98,12 @@ class Failed(Exception):
 
 
 def begin(finalize: Callable[[], None], natives: Callable[[], List[Any]]) -> None:
-    """Note that this process is about to initialise ACL; only the first call counts.
+    """Record that this process is about to initialise ACL; only the first call counts.
 
     Args:
         finalize: called once, at this process's exit; never in a forked child.
-        natives: gives the objects whose destructors call ACL. A forked child has no device, and a call of ACL there
-            hangs or crashes, so it runs no destructor of theirs, nor those of the C++ libraries at its exit.
+        natives: returns the objects whose destructors call ACL. A forked child has no device, and ACL calls there hang
+            or crash, so it runs neither these destructors nor those of the C++ libraries at its exit.
     """
     global _owner
     if _owner is None:
@@ -113,7 +113,7 @@ def begin(finalize: Callable[[], None], natives: Callable[[], List[Any]]) -> Non
 
 
 def mine() -> bool:
-    """ACL belongs to this process."""
+    """Whether ACL belongs to this process."""
     return _owner == os.getpid()
 
 
@@ -126,7 +126,7 @@ def refuse_fork() -> None:
 
 
 def refuse_others(*modules: str) -> None:
-    """Make ACL the om backend's. Raises: BackendUnavailable: another user of ACL is in this process."""
+    """Claim ACL for the om backend. Raises: BackendUnavailable: another user of ACL is in this process."""
     process.claim("om backend", *(name for name in process.MODULES if name not in modules))
 
 
@@ -136,11 +136,11 @@ def _at_exit(finalize: Callable[[], None]) -> None:
 
 
 def _spare(natives: List[Any]) -> None:
-    """In a forked child: let nothing of ACL be destroyed. Its exit ends with `_exit` of the same status."""
+    """In a forked child: run no ACL destructors. It exits through `_exit` with the same status."""
     for native in natives:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
     library = ctypes.CDLL(None)
-    with suppress(AttributeError):  # glibc has on_exit, and CANN needs glibc
+    with suppress(AttributeError):  # on_exit is glibc's, which CANN needs
         library.on_exit(library._exit, None)
 
 
@@ -151,7 +151,7 @@ def stack_version(runtime: str, root: Path = Path("/")) -> str:
 
 
 def driver_version(root: Path = Path("/")) -> str:
-    """Version of the NPU driver from its version.info; empty where there is none."""
+    """Version of the NPU driver from its version.info; empty if there is none."""
     return atc.read_value(root / "usr/local/Ascend/driver/version.info", "Version")
 
 
@@ -169,7 +169,7 @@ def dtype_name(value: Any) -> str:
 
 
 def advice(text: str) -> str:
-    """What to do about an error of ACL, by its words and codes; empty where it names none that is known."""
+    """What to do about an ACL error, by its words and codes; empty if none of them is known."""
     for pattern, found in WORDS:
         if pattern.search(text):
             return found
@@ -180,7 +180,7 @@ def advice(text: str) -> str:
 
 
 def failure(said: str, words: str) -> Failed:
-    """A failed call, of what it returned or raised and what the runtime wrote besides."""
+    """A failed call: what it returned or raised, and what the runtime wrote."""
     captured = Captured()
     captured.text = words
     message = "; ".join(part for part in (captured.errors(), said) if part)
@@ -188,18 +188,18 @@ def failure(said: str, words: str) -> Failed:
 
 
 class Captured:
-    """What was written to file descriptor 1; `text` is filled when the capture ends."""
+    """Output on file descriptor 1; `text` is set when the capture ends."""
 
     text = ""
 
     def errors(self) -> str:
-        """The lines that tell of an error, else the last ones; one line for a message."""
+        """The error lines, else the last ones, on one line."""
         lines = [" ".join(STAMP.sub("", line).split()) for line in self.text.splitlines() if line.strip()]
         telling = [line for line in lines if re.search(r"error|fail|\bE[A-Z0-9]\d{4}\b", line, re.IGNORECASE)]
         return "; ".join(dict.fromkeys(telling or lines[-3:]))[:500]
 
     def pass_on(self) -> None:
-        """Write what was no error to file descriptor 2, less what only tells of progress."""
+        """Write everything but errors and progress lines to file descriptor 2."""
         lines = [line for line in self.text.splitlines() if not re.match(r"\[(info|debug)\]|\s*$", line, re.IGNORECASE)]
         if lines:
             os.write(2, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
@@ -207,9 +207,9 @@ class Captured:
 
 @contextmanager
 def telling() -> Iterator[None]:
-    """Run calls of the runtime; of one that fails, tell what it wrote to file descriptor 1.
+    """Run calls of the runtime; if one fails, include what it wrote to file descriptor 1.
 
-    There it says why: its exceptions name a general failure (`[-1]`) or an invalid parameter (`[1]`) for any cause.
+    The reason is there: its exceptions only report a general failure (`[-1]`) or an invalid parameter (`[1]`).
 
     Raises:
         Failed: a call raised.
@@ -226,7 +226,7 @@ def telling() -> Iterator[None]:
 
 @contextmanager
 def captured() -> Iterator[Captured]:
-    """Keep what C++ code prints on file descriptor 1, which is C's stdio and no `sys.stdout`.
+    """Capture what C++ code prints on file descriptor 1, which is C's stdio, not `sys.stdout`.
 
     Costs some 10 microseconds.
     """
@@ -246,14 +246,14 @@ def captured() -> Iterator[Captured]:
 
 @functools.lru_cache(maxsize=1)
 def _scratch(pid: int) -> int:
-    """Descriptor of an unnamed file of this process, whose offset a forked child must not share."""
+    """Descriptor of this process's unnamed file, whose offset a forked child must not share."""
     descriptor, name = tempfile.mkstemp(prefix="clipval-acl-")
     os.unlink(name)
     return descriptor
 
 
 def _redirect(target: int) -> int:
-    """Descriptor that keeps the old stdout; -1 where there is none, as in a daemon."""
+    """Descriptor of the previous stdout; -1 if there is none, e.g. in a daemon."""
     _flush()
     try:
         saved = os.dup(1)
@@ -276,7 +276,7 @@ def _stdio() -> Any:
 
 
 def _flush() -> None:
-    """Empty Python's and C's buffers: C's printf keeps text back as soon as stdout is a file."""
+    """Flush Python's and C's buffers: C's printf buffers text when stdout is a file."""
     with suppress(AttributeError, OSError, ValueError):  # no stdout, or a closed one
         sys.stdout.flush()
     _stdio().fflush(None)

@@ -1,7 +1,7 @@
 """aclruntime: one OM file, loaded on a device and run. The only module that imports aclruntime.
 
 Source: aclruntime of Ascend/tools at 9d6da90 (generation A), of sync-ait at 7348f67 (B-early) and c432ed5 (B), and of
-Yanguan619/aclruntime at df1f9a4 (C), `backend/src`; each was compiled and run over an ACL that enforces contexts.
+Yanguan619/aclruntime at df1f9a4 (C), `backend/src`; each was compiled and run with an ACL that enforces contexts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 from clipval.ascend import acl, atc
 from clipval.errors import BackendUnavailable
 
-LOG_WARNINGS = 3  # errors are printed too, the line for every loaded model is not
+LOG_WARNINGS = 3  # prints errors, but not the line for every loaded model
 # Pythons that the wheels of aclruntime 0.0.2 were made for, first and last
 WHEELS = ((3, 7), (3, 12))
 
-_open: Dict[int, Session] = {}  # sessions of this process that ACL knows, by their id()
+_open: Dict[int, Session] = {}  # sessions of this process known to ACL, by id()
 _entered = threading.local()
 
 
@@ -31,7 +31,7 @@ def load() -> Any:
     """The aclruntime module.
 
     Raises:
-        BackendUnavailable: it does not import, with the loader's words; or another ACL user is in this process.
+        BackendUnavailable: it does not import, with the loader's message; or another ACL user is in this process.
     """
     acl.refuse_others("torch_npu", "acl")
     try:
@@ -43,7 +43,7 @@ def load() -> Any:
 def _import_advice(error: ImportError) -> str:
     if getattr(error, "name", None) == "aclruntime" and isinstance(error, ModuleNotFoundError):
         advice = wheel_advice()
-        return advice if "pyACL" in advice else f"{advice}, or take --om-runtime pyacl, which comes with CANN"
+        return advice if "pyACL" in advice else f"{advice}, or use --om-runtime pyacl, which comes with CANN"
     if "undefined symbol" in str(error):
         return (
             "the wheel is newer than this host's CANN; install the wheel of its release, or a newer CANN "
@@ -55,18 +55,18 @@ def _import_advice(error: ImportError) -> str:
 
 
 def wheel_advice(python: Tuple[int, int] = sys.version_info[:2]) -> str:
-    """Where aclruntime comes from, for a version of Python; where it has no wheel, what does the same."""
+    """Where to get aclruntime for a version of Python, or the alternatives if there is no wheel."""
     if WHEELS[0] <= python <= WHEELS[1]:
         return "install its wheel (not on PyPI, see requirements-npu.txt)"
     first, last, asked = (".".join(map(str, version)) for version in (*WHEELS, python))
     return (
-        f"it has wheels for Python {first} to {last}, none for {asked}: use one of these, build it from its source "
+        f"it has wheels for Python {first} to {last}, not for {asked}: use one of these, build it from source "
         "(requirements-npu.txt), or run OM files with pyACL, which comes with CANN: --om-runtime pyacl"
     )
 
 
 def version(runtime: Any) -> str:
-    """`aclruntime 0.0.2`, by the installed distribution, else by the module's own word."""
+    """`aclruntime 0.0.2`, from the installed distribution, else from the module."""
     try:
         found = importlib.metadata.version("aclruntime")
     except importlib.metadata.PackageNotFoundError:
@@ -78,13 +78,13 @@ class Session:
     """An OM file on a device.
 
     Args:
-        file: the OM file, no link.
+        file: the OM file, not a link.
         device: ACL's device id.
-        acl_json: ACL's configuration, which only the first session of a process can set; empty for none.
+        acl_json: ACL configuration, which only a process's first session can set; empty for none.
 
     Raises:
         BackendUnavailable: aclruntime cannot be used in this process.
-        acl.Failed: it does not load; with the runtime's words.
+        acl.Failed: it does not load; with the runtime's message.
     """
 
     def __init__(self, file: Path, device: int, acl_json: str = "") -> None:
@@ -101,7 +101,7 @@ class Session:
         with acl.telling():
             # All three arguments are required, and must be positional.
             self._native = self._runtime.InferenceSession(str(file), device, options)
-            # B and C give each session a context of its own. A and B-early have one a device.
+            # In B and C each session has its own context. A and B-early have one per device.
             self._own_context = hasattr(self._native, "free_resource")
             if not self._own_context:
                 self._spare = self._runtime.Tensor(np.zeros(1, np.uint8))
@@ -111,7 +111,7 @@ class Session:
         self.outputs = [_node(one) for one in self._native.get_outputs()]
 
     def run(self, rows: np.ndarray, output: str) -> np.ndarray:
-        """Run on one batch, contiguous and of the bytes that the input takes; the named output, as the OM has it.
+        """Run one batch, contiguous and of the input's byte size; returns the named output as the OM has it.
 
         Raises:
             acl.Failed: with the runtime's words.
@@ -123,19 +123,19 @@ class Session:
                 (found,) = self._native.run([output], [feed])
                 found.to_host()
                 return np.array(found)
-            finally:  # device memory must go before the session does, also where somebody keeps a traceback
+            finally:  # device memory must be freed before the session, even if someone keeps a traceback
                 del feed, found
 
     def _feed(self, rows: np.ndarray) -> Any:
-        """The rows as this generation takes them in every session, whichever was open before.
+        """The rows in the form that this generation accepts in every session, whichever was open before.
 
         In B and C `to_device` uses the context of the device's first session, which ends with that session, while
-        `BaseTensor` is copied in the session's own. In A and B-early `BaseTensor` is copied in whatever context the
-        thread has, while `to_device` makes the device's current.
+        `BaseTensor` is copied in the session's own. In A and B-early `BaseTensor` is copied in the thread's current
+        context, while `to_device` makes the device's current.
         """
         if self._own_context:
             return self._runtime.BaseTensor(rows.__array_interface__["data"][0], rows.nbytes)
-        if not getattr(_entered, "here", False):  # a Tensor takes pinned memory, for which a thread needs a context
+        if not getattr(_entered, "here", False):  # a Tensor allocates pinned memory, for which a thread needs a context
             self._spare.to_device(self._device)
             self._spare.to_host()
             _entered.here = True
@@ -144,21 +144,21 @@ class Session:
         return tensor
 
     def seconds(self) -> List[float]:
-        """Seconds inside aclmdlExecute, one entry a run.
+        """Seconds inside aclmdlExecute, one entry per run.
 
         Raises:
-            acl.Failed: the runtime does not tell.
+            acl.Failed: the runtime does not report them.
         """
         return [_milliseconds(entry) / 1000 for entry in self._recorded()]
 
     def copies(self) -> None:
-        """The runtime keeps times of copies for the whole process only."""
+        """None: the runtime records copy times only for the whole process."""
         return None
 
     def clock_step(self, age: float) -> float:
-        """Seconds by which the clock of `seconds` steps in a session of this age, in seconds.
+        """Resolution of the clock of `seconds` in a session of this age; both in seconds.
 
-        B and C keep start and end of each call as float32 milliseconds since the session was opened; A its length.
+        B and C record start and end of each call as float32 milliseconds since the session was opened; A its duration.
         """
         recorded = self._recorded()
         return float(np.spacing(np.float32(age * 1000))) / 1000 if recorded and _is_pair(recorded[0]) else 0.0
@@ -169,10 +169,10 @@ class Session:
             summary = getattr(self._native, "summary", None) or self._native.sumary
             return list(summary().exec_time_list)
         except (AttributeError, RuntimeError, TypeError) as error:
-            raise acl.Failed(f"aclruntime does not tell execute times ({error})") from error
+            raise acl.Failed(f"aclruntime reports no execute times ({error})") from error
 
     def free(self) -> None:
-        """Give the device's memory back. What a lost device says to that is dropped; what lost it was raised before."""
+        """Free the device's memory. Errors of a lost device are ignored; the one that lost it was raised before."""
         native, self._native, self._spare = self._native, None, None
         if _open.pop(id(self), None) is None or not acl.mine():
             return
@@ -183,12 +183,12 @@ class Session:
 
 
 def _natives() -> List[Any]:
-    """What has a destructor that calls ACL."""
+    """Objects whose destructor calls ACL."""
     return [one for session in _open.values() for one in (session._native, session._spare)]
 
 
 def _finalize() -> None:
-    """B and C have a static method that wants all sessions freed first; A and B-early a method of a session.
+    """B and C have a static method that requires all sessions to be freed; A and B-early a method of a session.
 
     Without a session A and B-early finalise in a static destructor of their own.
     """
@@ -217,5 +217,5 @@ def _is_pair(entry: Any) -> bool:
 
 
 def _milliseconds(entry: Any) -> float:
-    """One call: generation A records its length, the others its start and end."""
+    """One call's duration: generation A records it, the others record start and end."""
     return float(entry[1]) - float(entry[0]) if _is_pair(entry) else float(entry)

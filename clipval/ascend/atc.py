@@ -24,7 +24,7 @@ from clipval.errors import BackendUnavailable, InputError, ToolFailed, UsageErro
 from clipval.store import once
 from clipval.towers import Tower
 
-DEFAULT_MODE = "force_fp16"  # atc's own, where no precision flag is given; source: GE atc_flags
+DEFAULT_MODE = "force_fp16"  # atc's default without a precision flag; source: GE atc_flags
 MODES = (
     "force_fp16",
     "force_fp32",
@@ -46,31 +46,31 @@ OURS_BY_OPTION = {
     "precision_mode_v2": "--precision-mode",
     "keep_dtype": "--keep-dtype",
 }
-# They make an OM that is not of one static batch size, or none at all.
+# These do not produce an OM of one static batch size.
 REFUSED = ("mode", "om", "json", "singleop", "help", "h", "dynamic_batch_size", "dynamic_image_size", "dynamic_dims",
            "input_shape_range")  # fmt: skip
 
 _running: Set[subprocess.Popen[bytes]] = set()
-_starting = threading.Lock()  # held while an atc is started, so that `stop` misses none
+_starting = threading.Lock()  # held while starting an atc, so that `stop` misses none
 _ended = threading.Event()
 
 
-FUSION_RESULT = "fusion_result.json"  # in atc's working directory: the fusion passes and how often each took effect
+FUSION_RESULT = "fusion_result.json"  # in atc's working directory: the fusion passes and how often each was applied
 
 
 @dataclass(frozen=True)
 class AtcOptions:
-    """What atc is asked for besides tower and batch size.
+    """atc's options besides tower and batch size.
 
     Attributes:
-        soc_version: the chip, `Ascend910B4`; must be the one that the OM will run on.
-        precision_mode: a value of `--precision_mode` or of `--precision_mode_v2`; empty is atc's own, fp16.
+        soc_version: the chip that the OM will run on, e.g. `Ascend910B4`.
+        precision_mode: a value of `--precision_mode` or `--precision_mode_v2`; empty for atc's default, fp16.
         keep_dtype: file of operators that keep their dtype; empty for none.
-        extra: more flags, as atc takes them: `("--op_select_implmode=high_precision",)`.
-        timeout_seconds: after which atc is killed; minutes a model are normal, more on aarch64 hosts.
+        extra: further atc flags, e.g. `("--op_select_implmode=high_precision",)`.
+        timeout_seconds: after which atc is killed; minutes per model are normal, more on aarch64 hosts.
 
     Raises:
-        UsageError: an unknown precision mode, or an extra flag that this suite sets itself.
+        UsageError: an unknown precision mode, or an extra flag that clipval sets itself.
         InputError: the keep_dtype file is missing.
     """
 
@@ -95,7 +95,7 @@ def _check_extra(extra: Iterable[str]) -> None:
     for position, token in enumerate(extra):
         name = token.lstrip("-").split("=", 1)[0]
         if not token.startswith("-") and position == 0:
-            raise UsageError(f"atc flags: {token!r} is no flag; expected --name=value")
+            raise UsageError(f"atc flags: {token!r} is not a flag; expected --name=value")
         if not token.startswith("-"):
             continue
         if name in OURS:
@@ -103,11 +103,13 @@ def _check_extra(extra: Iterable[str]) -> None:
         if name in OURS_BY_OPTION:
             raise UsageError(f"atc flag --{name}: give it as {OURS_BY_OPTION[name]}, not in --atc-flags")
         if name in REFUSED:
-            raise UsageError(f"atc flag --{name}: makes no OM of one static batch size; drop it from --atc-flags")
+            raise UsageError(
+                f"atc flag --{name}: does not produce an OM of one static batch size; drop it from --atc-flags"
+            )
 
 
 def precision_class(precision_mode: str) -> str:
-    """`fp16` or `fp32`: which tolerance holds for a precision mode.
+    """`fp16` or `fp32`: which tolerance applies to a precision mode.
 
     A mode that may round an operand of a product to 16 bits is `fp16`, bf16 and mixed modes included.
 
@@ -123,7 +125,7 @@ def command(onnx: Path, output: Path, tower: Tower, batch_size: int, options: At
     """atc's command line, with the recipe's flags.
 
     Args:
-        output: where the OM goes, without its suffix.
+        output: path of the OM, without its suffix.
     """
     shape = ",".join(str(size) for size in tower.shape(batch_size))
     return [
@@ -149,13 +151,13 @@ def _precision_flags(options: AtcOptions) -> Iterator[str]:
 
 
 def _absolute(token: str) -> str:
-    """A file named in an extra flag, made absolute: atc runs in a directory of its own."""
+    """A file named in an extra flag, made absolute: atc runs in its own directory."""
     flag, equals, value = token.partition("=") if token.startswith("-") else ("", "", token)
     return f"{flag}{equals}{Path(value).absolute()}" if value and Path(value).is_file() else token
 
 
 def key(tower: Tower, batch_size: int, options: AtcOptions) -> Dict[str, Any]:
-    """Everything that an OM depends on besides the ONNX file: flags, files that they name, chip, atc."""
+    """Everything that an OM depends on besides the ONNX file: flags, the files they name, chip, atc."""
     flags = command(Path("model.onnx"), Path("model"), tower, batch_size, options)
     flags = [flag for flag in flags[1:] if not flag.startswith(("--model=", "--output="))]
     program = shutil.which("atc")
@@ -185,11 +187,11 @@ def compile_om(
 ) -> Path:
     """Compile one OM.
 
-    atc runs in a scratch directory below `output_folder`, as it litters its working directory with `kernel_meta`.
+    atc runs in a scratch directory below `output_folder`, since it leaves `kernel_meta` in its working directory.
 
     Args:
         name: of the OM, without suffix; also of its log.
-        logs_folder: where `<name>.log` is kept, on success and on failure; None is `output_folder`.
+        logs_folder: where `<name>.log` is kept, on success and on failure; None for `output_folder`.
 
     Returns:
         `output_folder/<name>.om`.
@@ -197,7 +199,7 @@ def compile_om(
     Raises:
         BackendUnavailable: there is no atc on PATH.
         InputError: the ONNX file is missing.
-        ToolFailed: atc failed, took too long, or made no OM; the message holds advice and the log's path.
+        ToolFailed: atc failed, took too long, or wrote no OM; the message has advice and the log's path.
     """
     program = _program(onnx)
     logs = logs_folder or output_folder
@@ -214,7 +216,7 @@ def compile_om(
         passes = scratch / FUSION_RESULT
         if passes.is_file():
             passes.replace(output_folder / f"{name}.{FUSION_RESULT}")
-        made.chmod(0o640)  # ais_bench refuses an OM that others can write to
+        made.chmod(0o640)  # ais_bench rejects an OM that others can write to
         return made.replace(output_folder / f"{name}.om")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -230,13 +232,13 @@ def _program(onnx: Path) -> str:
 
 
 def _execute(arguments: List[str], folder: Path, log: Path, timeout_seconds: float) -> Optional[int]:
-    """Exit code; None when time ran out. The log gets the command line, then the output."""
+    """Exit code; None on timeout. The log gets the command line, then the output."""
     with open(log, "wb") as stream:
         stream.write((" ".join(arguments) + "\n").encode())
         stream.flush()
         with _starting:
             if _ended.is_set():
-                raise ToolFailed("atc: not started, as the run was interrupted")
+                raise ToolFailed("atc: not started, since the run was interrupted")
             process = subprocess.Popen(
                 arguments,
                 cwd=str(folder),
@@ -257,7 +259,7 @@ def _execute(arguments: List[str], folder: Path, log: Path, timeout_seconds: flo
 
 
 def stop() -> None:
-    """End every atc that other threads run or are about to start, as an interrupted run must.
+    """End every atc that other threads run or are about to start, for an interrupted run.
 
     Their `compile_om` then raises ToolFailed, until `resume`.
     """
@@ -269,37 +271,37 @@ def stop() -> None:
 
 
 def resume() -> None:
-    """Let atc be started again."""
+    """Allow atc to be started again."""
     _ended.clear()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End atc with its compile workers; also when the run was interrupted."""
+    """End atc with its compile workers, also if the run was interrupted."""
     if process.returncode is not None:
         return
-    with suppress(ProcessLookupError):  # it ended by itself just now
+    with suppress(ProcessLookupError):  # it has just ended by itself
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _verdict(code: Optional[int], folder: Path, name: str, log: Path, where: str, timeout_seconds: float) -> Path:
-    """The new OM. Exit code, success marker and file must all be there: each alone has been seen to lie."""
+    """The new OM. Exit code, success marker and file must all be right: each alone can be misleading."""
     _, _, text = log.read_text(encoding="utf-8", errors="replace").partition("\n")  # without the command line
     if code is None:
         raise ToolFailed(
-            f"{where}: killed after {timeout_seconds:g} s without an end; give it more time, or set "
+            f"{where}: killed after {timeout_seconds:g} s; give it more time, or set "
             f"TE_PARALLEL_COMPILER to the number of free cores. Log: {log}"
         )
     if code != 0 or SUCCESS not in text:
         found = f"exit code {code}" if code else f"exit code 0, but no {SUCCESS!r} in its output"
         raise ToolFailed(f"{where}: {found}; {atc_advice.advice(text, how_to_source())}. Log: {log}")
-    # With an operator library inside, atc adds system and architecture: NAME_linux_x86_64.om.
+    # If it embeds an operator library, atc adds system and architecture: NAME_linux_x86_64.om.
     made = [path for path in folder.glob("*.om") if re.fullmatch(re.escape(name) + r"(_[a-z]+_\w+)?\.om", path.name)]
     if len(made) != 1 or made[0].stat().st_size == 0:
         listed = (
             ", ".join(f"{path.name} ({path.stat().st_size} bytes)" for path in sorted(folder.iterdir())) or "nothing"
         )
-        raise ToolFailed(f"{where}: says success, but made {listed} where {name}.om was expected. Log: {log}")
+        raise ToolFailed(f"{where}: reports success, but wrote {listed} instead of {name}.om. Log: {log}")
     notes = atc_advice.notes(text)
     if notes:
         with open(log, "a", encoding="utf-8") as stream:
@@ -308,19 +310,19 @@ def _verdict(code: Optional[int], folder: Path, name: str, log: Path, where: str
 
 
 def toolkit_folders(root: Path = Path("/")) -> List[Path]:
-    """Where CANN may lie: what `set_env.sh` set, else the usual places, newest first."""
+    """Possible CANN folders: the one set by `set_env.sh`, else the usual places, newest first."""
     sourced = [os.environ.get(name, "") for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")]
     folders = [under(root, Path(value)) for value in dict.fromkeys(sourced) if value]
     return folders or [path / "latest" if path.name == "ascend-toolkit" else path for path in _install_folders(root)]
 
 
 def set_env_files(root: Path = Path("/")) -> List[Path]:
-    """The set_env.sh files of this host, best first."""
+    """The set_env.sh files of this host, preferred first."""
     return [path / "set_env.sh" for path in _install_folders(root) if (path / "set_env.sh").is_file()]
 
 
 def _install_folders(root: Path) -> List[Path]:
-    """From CANN 8.5 on `cann`, a link to one `cann-9.1.0`; up to 8.3 `ascend-toolkit`. Of the system or of the user."""
+    """From CANN 8.5 on `cann`, a link to e.g. `cann-9.1.0`; up to 8.3 `ascend-toolkit`; system-wide or the user's."""
     found = []
     for base in (Path("/usr/local/Ascend"), Path(os.path.expanduser("~")) / "Ascend"):
         folder = under(root, base)
@@ -330,17 +332,17 @@ def _install_folders(root: Path) -> List[Path]:
 
 
 def _numbers(version: str) -> List[int]:
-    """`cann-9.1.0` as [9, 1, 0], to compare."""
+    """`cann-9.1.0` as [9, 1, 0], for comparison."""
     return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def under(root: Path, path: Path) -> Path:
-    """An absolute path of the host, below another root."""
+    """An absolute path, relative to another root."""
     return root / path.relative_to(path.anchor) if path.is_absolute() else root / path
 
 
 def how_to_source(root: Path = Path("/")) -> str:
-    """What to type so that CANN is found; one clause."""
+    """The command that makes CANN available; one clause."""
     found = set_env_files(root)
     if found:
         return f"run `source {found[0]}` first, in the same shell"
@@ -348,7 +350,7 @@ def how_to_source(root: Path = Path("/")) -> str:
 
 
 def version(root: Path = Path("/")) -> str:
-    """Version of the CANN toolkit, `8.0.RC3` or the like; `unknown` where no file tells.
+    """Version of the CANN toolkit, e.g. `8.0.RC3`; `unknown` if no file states it.
 
     Source: ascend_toolkit_install.info (`version=`), version.cfg (`toolkit_running_version=[7.6.0.1.220:8.0.0]`), and
     share/info/runtime/version.info (`Version=`), which ACL itself reads from CANN 8.5 on.
@@ -369,10 +371,10 @@ def version(root: Path = Path("/")) -> str:
 
 
 def operators(root: Path = Path("/")) -> str:
-    """Which operator package CANN has beside its toolkit, as `Ascend-cann-910b-ops 9.1.0`; empty for none.
+    """CANN's operator package besides the toolkit, e.g. `Ascend-cann-910b-ops 9.1.0`; empty for none.
 
-    Up to CANN 8.3 operators are part of the toolkit or of a kernels package; from 8.5 on atc compiles nothing without
-    the package of the chip. Source: ascend_ops_install.info of CANN 8.5 to 9.1.
+    Up to CANN 8.3 operators are part of the toolkit or of a kernels package; from 8.5 on atc needs the chip's
+    package to compile anything. Source: ascend_ops_install.info of CANN 8.5 to 9.1.
     """
     for folder in toolkit_folders(root):
         for path in _info_files(folder, "ascend_ops_install.info"):
@@ -382,19 +384,19 @@ def operators(root: Path = Path("/")) -> str:
 
 
 def needs_operators(toolkit: str) -> bool:
-    """The toolkit of this version compiles with a separate operator package only."""
+    """Whether this version of the toolkit needs a separate operator package to compile."""
     return _numbers(toolkit)[:2] >= [8, 5]
 
 
 def _info_files(folder: Path, name: str) -> List[Path]:
-    """Where a package of CANN writes what it is: per architecture, this machine's first."""
+    """Where a CANN package stores its version: per architecture, this machine's first."""
     machine = platform.machine()
     arches = sorted(folder.glob("*-linux"), key=lambda path: not path.name.startswith(machine))
     return [place / name for place in (*arches, folder)]
 
 
 def read_value(path: Path, name: str) -> str:
-    """Value of a `name=value` line, compared without regard to case; empty where file or line is missing."""
+    """Value of a `name=value` line, ignoring case; empty if file or line is missing."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

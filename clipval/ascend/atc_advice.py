@@ -13,19 +13,19 @@ _KERNEL = (
     "this chip has no kernel for an operator or its dtype; check --soc-version, and that the ops package is installed"
 )
 _PARSER = "an operator has no ONNX parser in this CANN; export with an older opset (11 to 18), or install a newer CANN"
-_INNER = "an inner error; read the lines above it in the log, and try it with this host's CANN and driver updated"
+_INNER = "an internal error; read the lines above it in the log, and try a newer CANN and driver"
 _FILE = "a file or folder cannot be found or read; check paths, rights and free space"
 
 ADVICE = {
-    "E10001": "a flag has a value that this atc does not take; check --soc-version, --precision-mode and --atc-flags",
+    "E10001": "a flag has a value that this atc does not accept; check --soc-version, --precision-mode and --atc-flags",
     "E10002": "--input_shape cannot be read; the tower's input name and row shape must be right",
     "E10005": "a flag takes only true or false; check --atc-flags",
     "E10007": "a required flag is missing; check --atc-flags and the version of CANN",
     "E10016": "the input name is not in the ONNX file; export it again, its input must be `image` or `text`",
     "E10041": "the ONNX file cannot be loaded; it is damaged or not an ONNX file, export it again",
     "E10049": "the input has another number of dimensions than the ONNX file says; export it again",
-    "E10054": "a required value is empty, mostly for want of quotes; check --atc-flags",
-    "E10501": "an operator is not registered, mostly for want of ASCEND_OPP_PATH; source set_env.sh",
+    "E10054": "a required value is empty, usually because of missing quotes; check --atc-flags",
+    "E10501": "an operator is not registered, usually because ASCEND_OPP_PATH is not set; source set_env.sh",
     "E13001": _FILE,
     "E13003": _FILE,
     "E13005": _FILE,
@@ -41,17 +41,17 @@ ADVICE = {
     "EZ9999": _INNER,
     "E39999": _INNER,
 }
-INNER = ("E19999", "EZ9999", "E39999")  # they come along with the code that tells the cause
+INNER = ("E19999", "EZ9999", "E39999")  # they accompany the code of the cause
 _CODE = re.compile(r"\b(?:E[0-9]{5}|E[A-Z][0-9]{4})\b")
 _MISSING_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file")
 _MISSING_PACKAGE = re.compile(r"No module named '?([\w.]+)")
 
 
 def advice(log: str, how_to_source: str) -> str:
-    """Why atc failed and what to do, from what it printed; one clause, with atc's own words.
+    """Why atc failed and what to do, from its output; one clause, with atc's own words.
 
     Args:
-        how_to_source: what to type to have CANN in the environment.
+        how_to_source: the command that puts CANN into the environment.
     """
     library = _MISSING_LIBRARY.search(log)
     if library and library.group(1).startswith("libascend_hal"):
@@ -80,9 +80,9 @@ def advice(log: str, how_to_source: str) -> str:
 
 
 def notes(log: str) -> List[str]:
-    """Warnings that a successful run should be known for."""
+    """Warnings of a successful run that the user should know."""
     if "W11001" in log:
-        return ["W11001: an operator runs on the AICPU (mostly for int64); it costs speed, not accuracy"]
+        return ["W11001: an operator runs on the AICPU (usually because of int64); this costs speed, not accuracy"]
     return []
 
 

@@ -1,7 +1,7 @@
-"""One inference of an OM with CANN's dump switched on, in a process of its own.
+"""One inference of an OM with CANN's dump enabled, in its own process.
 
-The configuration goes to aclInit, which a process does once. It is `python -m clipval.ascend.dumping OM ROWS.npy DEVICE
-ACL.json OUT.npy`. Dump files are complete only when the process has finalised ACL, which aclruntime does at its end.
+The configuration is passed to aclInit, which a process calls once. The process is `python -m clipval.ascend.dumping OM
+ROWS.npy DEVICE ACL.json OUT.npy`. Dump files are complete only after ACL is finalised, which aclruntime does at exit.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CONTAINER = "dumping is not supported inside containers (CANN 8.5 to 9.2); run i
 def configuration(
     model: str, folder: Path, *, stats: bool = False, layers: Optional[Sequence[str]] = None
 ) -> Dict[str, Any]:
-    """The content of acl.json: outputs of all operators of a model, or of some layers.
+    """The content of acl.json: dump outputs of all operators of a model, or of some layers.
 
     Args:
         model: file name of the OM up to its last dot.
-        stats: figures instead of tensors.
+        stats: statistics instead of tensors.
         layers: names of operators of the OM or of ONNX nodes; None for all (an empty list is refused by CANN).
     """
     listed: Dict[str, Any] = {"model_name": model, **({"layer": list(layers)} if layers else {})}
@@ -45,13 +45,13 @@ def configuration(
 
 
 def dump(om: Path, rows: np.ndarray, device: int, folder: Path, **what: Any) -> np.ndarray:
-    """Run an OM once in a fresh process and leave its dump in a folder; the embeddings.
+    """Run an OM once in a new process and leave its dump in a folder; returns the embeddings.
 
     Args:
-        rows: a whole batch; folder: empty, made here; what: see `configuration`.
+        rows: a full batch; folder: created here; what: see `configuration`.
 
     Raises:
-        BackendUnavailable: the process failed, with its last words.
+        BackendUnavailable: the process failed, with its last output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, fed, made = folder.with_suffix(".json"), folder.with_suffix(".in.npy"), folder.with_suffix(".out.npy")
@@ -86,12 +86,12 @@ def as_json(om: Path, target: Path) -> Path:
 
 
 def in_container() -> bool:
-    """Whether this process runs in a container, as far as files tell."""
+    """Whether this process runs in a container, judged by files."""
     return any(Path(name).exists() for name in ("/.dockerenv", "/run/.containerenv"))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The fresh process: one session with the configuration, one run, one output."""
+    """The new process: one session with the configuration, one run, one output."""
     om, fed, device, config, made = arguments
     session = aclruntime.Session(Path(om).resolve(), int(device), config)
     np.save(made, session.run(np.ascontiguousarray(np.load(fed)), session.outputs[0].name))

@@ -1,4 +1,4 @@
-"""What an NPU host has and lacks, line by line. Each line stands alone: a missing piece hides no other one."""
+"""What an NPU host has and lacks, line by line. Lines are independent: a missing piece hides no other one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from clipval import environment
 from clipval.ascend import acl, aclruntime, atc, npu_smi
 from clipval.errors import ClipvalError
 
-# Distribution whose module is called `ais_bench` too; source: setup.py of github.com/AISBench/benchmark.
+# Distribution with another module named `ais_bench`; source: setup.py of github.com/AISBench/benchmark.
 LANGUAGE_EVALUATOR = "ais_bench_benchmark"
-# Packages that CANN's operator compiler imports; without them atc ends with E40000 or E40021.
+# Packages that CANN's operator compiler imports; without them atc fails with E40000 or E40021.
 TBE_PACKAGES = ("decorator", "attr", "psutil", "numpy", "scipy", "sympy", "cffi")
 
 
@@ -23,8 +23,8 @@ class Finding(NamedTuple):
 
     Attributes:
         name: of the piece.
-        ok: it is there and usable.
-        required: without it no OM can be made or run here.
+        ok: it is present and usable.
+        required: without it no OM can be compiled or run here.
         detail: what was found.
         advice: what to do; empty when ok.
     """
@@ -37,18 +37,18 @@ class Finding(NamedTuple):
 
 
 class _Missing(Exception):
-    """A piece that is not as it must be: what was found, and what to do."""
+    """A missing or unusable piece: what was found, and what to do."""
 
 
 _Check = Callable[[int, Path], str]
 
 
 def check_host(device_id: int = 0, root: Path = Path("/")) -> List[Finding]:
-    """Look at every piece of an NPU host. Raises nothing.
+    """Check every piece of an NPU host. Raises nothing.
 
     Args:
-        device_id: ACL's device id of the NPU to look at.
-        root: the host's file system; programs and modules are always those of this process.
+        device_id: ACL's device id of the NPU to check.
+        root: the host's file system; programs and modules are always this process's.
     """
     return [_look(name, required, check, device_id, root) for name, required, check in _CHECKS]
 
@@ -85,7 +85,7 @@ def _device_files(device_id: int, root: Path) -> str:
         raise _Missing(f"{', '.join(found)}, but no {root / 'dev'}/davinci_manager", advice)
     locked = [name for name in found if not os.access(str(root / "dev" / name), os.R_OK | os.W_OK)]
     if len(locked) == len(found):
-        raise _Missing(f"no right to use {', '.join(locked)}", "add this user to the group HwHiAiUser")
+        raise _Missing(f"no permission to use {', '.join(locked)}", "add this user to the group HwHiAiUser")
     return ", ".join(found)
 
 
@@ -101,8 +101,8 @@ def _operators(device_id: int, root: Path) -> str:
     found, toolkit = atc.operators(root), atc.version(root)
     if not found and atc.needs_operators(toolkit):
         raise _Missing(
-            f"no operator package beside CANN {toolkit}, and atc compiles nothing without one",
-            "install the Ascend-cann-<chip>-ops package of the same version, or run OM files of another host",
+            f"CANN {toolkit} has no operator package, without which atc cannot compile",
+            "install the Ascend-cann-<chip>-ops package of the same version, or use OM files compiled on another host",
         )
     return found or "part of the toolkit"
 
@@ -148,23 +148,27 @@ def _pyacl(device_id: int, root: Path) -> str:
 
 
 def _ais_bench(device_id: int, root: Path) -> str:
-    """Two projects share this module's name: the inference tool, and AISBench's evaluator of language models."""
+    """Two projects share this module name: the inference tool, and AISBench's evaluator of language models."""
     spec = importlib.util.find_spec("ais_bench")
     if spec is None:
         return "not installed; clipval does not need it"
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     evaluator = environment.version(LANGUAGE_EVALUATOR)
     if evaluator or any((folder / "benchmark").is_dir() for folder in folders):
-        also = ", laid over the inference tool" if any((folder / "infer").is_dir() for folder in folders) else ""
+        also = (
+            ", which has overwritten the inference tool"
+            if any((folder / "infer").is_dir() for folder in folders)
+            else ""
+        )
         raise _Missing(
             f"this is {LANGUAGE_EVALUATOR} {evaluator or ''}".rstrip() + f", which evaluates language models{also}",
-            f"keep {LANGUAGE_EVALUATOR} in an environment of its own; the inference tool is the wheel ais_bench 0.0.2 "
+            f"keep {LANGUAGE_EVALUATOR} in a separate environment; the inference tool is the wheel ais_bench 0.0.2 "
             "(requirements-npu.txt)",
         )
     if not any((folder / "infer").is_dir() for folder in folders):
         where = ", ".join(map(str, folders)) or spec.origin
         advice = "install the wheel ais_bench 0.0.2 (requirements-npu.txt)"
-        raise _Missing(f"a module of this name, but no inference tool, in {where}", advice)
+        raise _Missing(f"a module of this name without the inference tool, in {where}", advice)
     return f"the inference tool, {environment.version('ais_bench') or 'of unknown version'}"
 
 
@@ -175,7 +179,7 @@ def _npu_smi(device_id: int, root: Path) -> str:
 def _chip(device_id: int, root: Path) -> str:
     npu = npu_smi.npu(device_id)
     detail = f"{npu.soc_version}, NPU {npu.npu_id} chip {npu.chip_id} is device {device_id}, health {npu.health}"
-    if npu.health.lower() not in ("ok", "warning", "alarm"):  # boards of 310B show Alarm and work
+    if npu.health.lower() not in ("ok", "warning", "alarm"):  # 310B boards report Alarm and work
         raise _Missing(detail, "see `npu-smi info -t health`, then reset or replace the NPU")
     return detail
 
@@ -184,7 +188,7 @@ def _idle(device_id: int, root: Path) -> str:
     npu = npu_smi.npu(device_id)
     why = npu.why_busy()
     if why:
-        raise _Missing(why, "stop what uses it before throughput is measured, or take another --device-id")
+        raise _Missing(why, "stop what uses it before throughput is measured, or use another --device-id")
     return f"{npu.memory_used_mb} of {npu.memory_total_mb} MB in use, no process"
 
 

@@ -1,4 +1,4 @@
-"""What npu-smi says of the NPUs: chip, soc_version, device ids, idle or busy. The only module that runs npu-smi.
+"""npu-smi's information on the NPUs: chip, soc_version, device ids, idle or busy. The only module that runs npu-smi.
 
 Source: npu_info_print.c of the Ascend driver (npu-smi), and outputs that users posted; see `npu_tables`.
 """
@@ -25,11 +25,11 @@ from clipval.errors import BackendUnavailable, ToolFailed
 
 TIMEOUT_SECONDS = 60
 VISIBLE_DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
-# An idle NPU holds about 2900 of 32768 MB (910B4) or 3400 of 65536 MB (910B). The limit is 750 to 900 MB above both;
-# a smaller model beside ours is seen by its process row only.
+# An idle NPU uses about 2900 of 32768 MB (910B4) or 3400 of 65536 MB (910B). The limit is 750 to 900 MB above both; a
+# smaller model of another process is detected only by its process row.
 IDLE_BASE_MB = 3000
 IDLE_SHARE = 0.02
-# Families whose table shows one name for several chips; `-t board` tells them apart.
+# Families whose table shows one name for several chips; `-t board` distinguishes them.
 _SHARED_NAME = re.compile(r"Ascend\s*910$|(?:Ascend\s*)?950\w*$", re.IGNORECASE)
 
 
@@ -38,15 +38,15 @@ class Npu:
     """One chip.
 
     Attributes:
-        npu_id: of the card; not contiguous (0, 32, 32768 are all seen).
+        npu_id: of the card; not contiguous (0, 32, 32768 all occur).
         chip_id: on its card.
-        logic_id: what ACL calls the device id, before `ASCEND_RT_VISIBLE_DEVICES`.
-        name: as the table shows it: `310P3`, `910B4`, `Ascend910`.
-        board: `<Chip Name>_<NPU Name>` of `-t board`; asked only where `name` does not tell the chip, else empty.
+        logic_id: ACL's device id, before `ASCEND_RT_VISIBLE_DEVICES`.
+        name: from the table: `310P3`, `910B4`, `Ascend910`.
+        board: `<Chip Name>_<NPU Name>` of `-t board`; only if `name` does not identify the chip, else empty.
         health: `OK`, `Warning`, `Alarm`, ...
-        memory_used_mb, memory_total_mb: HBM where the chip has it, else DDR; None where the table shows no number.
-        processes: that hold the chip.
-        container_pids: pid in `processes` -> pid inside its container, where npu-smi (26 on) shows it.
+        memory_used_mb, memory_total_mb: HBM if the chip has it, else DDR; None if the table shows no number.
+        processes: that use the chip.
+        container_pids: pid in `processes` -> pid inside its container, if npu-smi (26 on) shows it.
     """
 
     npu_id: int
@@ -62,27 +62,27 @@ class Npu:
 
     @property
     def soc_version(self) -> str:
-        """What atc's `--soc_version` wants: `Ascend` + name, or `<Chip Name>_<NPU Name>` on A3 and 950.
+        """The value for atc's `--soc_version`: `Ascend` + name, or `<Chip Name>_<NPU Name>` on A3 and 950.
 
         Raises:
-            ToolFailed: the table's name is shared by several chips and `-t board` did not tell which.
+            ToolFailed: several chips share the table's name and `-t board` did not identify the chip.
         """
         if not _SHARED_NAME.match(self.name):
             return with_prefix(self.name)
         if not self.board:
             raise ToolFailed(
                 f"npu-smi info -t board -i {self.npu_id}: no Chip Name and NPU Name of chip {self.chip_id}, and "
-                f"{self.name!r} alone does not tell the chip; give --soc-version"
+                f"{self.name!r} alone does not identify the chip; give --soc-version"
             )
         return self.board
 
     def why_busy(self, ignore_pids: Iterable[int] = ()) -> str:
-        """Why the chip is not idle, in words; empty when it is.
+        """Why the chip is not idle; empty if it is.
 
         Judged by process rows and memory in use, never by AICore(%), which is 0 between two kernels.
 
         Args:
-            ignore_pids: processes that do not count, with their memory: our own. In a container npu-smi shows the
+            ignore_pids: our own processes, which do not count, nor does their memory. In a container npu-smi shows the
                 host's pids; see `appeared`.
         """
         ignored = set(ignore_pids)
@@ -93,10 +93,12 @@ class Npu:
             rows = ", ".join(f"{one.pid} ({one.name or 'no name'}, {_megabytes(one)})" for one in others[:3])
             return f"{where}: {len(others)} process(es) on it: {rows}"
         if self.memory_used_mb is None or self.memory_total_mb is None:
-            return f"{where}: npu-smi shows no memory in use, so nobody can say that it is idle"
+            return f"{where}: npu-smi shows no memory in use, so it is not known to be idle"
         unknown = [process.pid for process in own if process.memory_mb is None]
         if unknown:
-            return f"{where}: npu-smi shows no memory of our own process {unknown[0]}, so the rest is not known"
+            return (
+                f"{where}: npu-smi shows no memory of our own process {unknown[0]}, so the memory of others is unknown"
+            )
         limit = int(IDLE_BASE_MB + IDLE_SHARE * self.memory_total_mb)
         used = self.memory_used_mb - sum(process.memory_mb or 0 for process in own)
         if used > limit:
@@ -109,12 +111,12 @@ def _megabytes(process: Process) -> str:
 
 
 def appeared(before: Npu, after: Npu) -> FrozenSet[int]:
-    """Pids on the chip, as npu-smi shows them, that are this process; for `why_busy`.
+    """This process's pids on the chip, as npu-smi shows them; for `why_busy`.
 
-    They came between just before and just after opening our first session. In a container npu-smi shows the host's
-    pids, so `os.getpid()` alone tells nothing there: it can even be the number of somebody else's process. The pid
-    inside the container decides where it is shown, then our own number, then that only one process came. Empty where
-    several came and none of these tells which is ours: then all count as others.
+    They appeared while our first session was opened. In a container npu-smi shows the host's pids, so `os.getpid()`
+    alone is not enough: another process may have that number. The pid inside the container decides if it is shown, then
+    our own pid, then that only one process appeared. Empty if several appeared and none of these identifies ours: then
+    all count as others.
     """
     came = frozenset(one.pid for one in after.processes) - frozenset(one.pid for one in before.processes)
     inside = frozenset(pid for pid in came if after.container_pids.get(pid) == os.getpid())
@@ -129,7 +131,7 @@ def list_npus() -> List[Npu]:
     """Every chip of this host, by logic id.
 
     Raises:
-        BackendUnavailable: npu-smi is not there, or there is no NPU.
+        BackendUnavailable: there is no npu-smi or no NPU.
         ToolFailed: npu-smi hangs, fails, or its output cannot be read.
     """
     text = _run("info")
@@ -144,7 +146,7 @@ def list_npus() -> List[Npu]:
 def _logic_ids(chips: List[Chip]) -> List[int]:
     """ACL's device id of each chip: by `npu-smi info -m`, else by the table's Device column, else by its order.
 
-    950 has neither column; cards are in the order of their ids, which is ACL's as far as can be read in the driver.
+    950 has neither column; cards are in the order of their ids, which is ACL's order according to the driver's source.
     """
     try:
         mapping = parse_mapping(_run("info", "-m"))
@@ -162,7 +164,7 @@ def _logic_ids(chips: List[Chip]) -> List[int]:
 
 
 def npu(device_id: int) -> Npu:
-    """The chip that ACL calls device `device_id` in this process.
+    """The chip that is ACL's device `device_id` in this process.
 
     Raises:
         BackendUnavailable: no such device, or see `list_npus`.
@@ -184,7 +186,7 @@ def npu(device_id: int) -> Npu:
 
 
 def visible_devices() -> Optional[List[int]]:
-    """Logic ids that `ASCEND_RT_VISIBLE_DEVICES` leaves, in their new order; None where it is not set.
+    """Logic ids in `ASCEND_RT_VISIBLE_DEVICES`, in their new order; None if it is not set.
 
     Raises:
         BackendUnavailable: the variable is not a list of numbers.
@@ -194,14 +196,12 @@ def visible_devices() -> Optional[List[int]]:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
-        raise BackendUnavailable(
-            f"{VISIBLE_DEVICES}={text!r}: expected logic ids such as 2,3; set it right or unset it"
-        )
+        raise BackendUnavailable(f"{VISIBLE_DEVICES}={text!r}: expected logic ids such as 2,3; correct or unset it")
     return [int(part) for part in parts]
 
 
 def version() -> str:
-    """Version of npu-smi, which is the driver's. Raises as `list_npus` does."""
+    """Version of npu-smi, which is the driver's. Raises like `list_npus`."""
     match = re.search(r"version:\s*(\S+)", _run("-v"), re.IGNORECASE)
     if match is None:
         match = re.search(r"\bVersion:\s*(\S+)", _run("info"))
@@ -224,13 +224,13 @@ def _npu(chip: Chip, logic_id: int, inside: Dict[int, int]) -> Npu:
 
 
 def _board(chip: Chip) -> str:
-    """What `-t board` says of a chip. On 950 it takes no `-c`, elsewhere it reports no chip without it."""
+    """Output of `-t board` for a chip. On 950 it accepts no `-c`, elsewhere it needs it."""
     card = ("info", "-t", "board", "-i", str(chip.npu_id))
     for arguments in ((*card, "-c", str(chip.chip_id)), card):
         try:
             board = parse_board(_run(*arguments))
         except ToolFailed:
-            board = ""  # told when somebody asks for the soc_version
+            board = ""  # reported when the soc_version is needed
         if board:
             return board
     return ""
@@ -267,7 +267,7 @@ def _run(*arguments: str) -> str:
         raise ToolFailed(f"{command}: no answer in {TIMEOUT_SECONDS} s; the driver hangs, reset the NPU") from error
     except OSError as error:
         raise BackendUnavailable(
-            f"{command}: {program} does not start ({error.strerror}); repair the driver"
+            f"{command}: {program} cannot be started ({error.strerror}); repair the driver"
         ) from error
     text = done.stdout.decode("utf-8", "replace")
     if done.returncode != 0 and "|" not in text and not re.search("no NPU card|dcmi", text, re.IGNORECASE):

@@ -1,8 +1,8 @@
-"""Reading the tables of npu-smi: text in, values out.
+"""Parse the tables of npu-smi.
 
-They differ by chip family and driver, so every column is found by its heading, never by its width or its place. A line
-that does not fit the headings above it is an error that shows the line: a chip or a process that is left out would make
-a busy NPU look idle.
+They differ by chip family and driver, so every column is found by its heading, never by width or position. A line that
+does not fit the headings above it is an error that shows the line: a missed chip or process would make a busy NPU look
+idle.
 Source: npu_info_print.c of the Ascend driver (hicann/driver, 2026-07), and outputs of drivers 21.0 to 26.0 that users
 posted.
 """
@@ -14,10 +14,10 @@ from typing import Dict, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
 from clipval.errors import ToolFailed
 
-_UNKNOWN = r"NA|N/A|-+"  # where npu-smi has no value
+_UNKNOWN = r"NA|N/A|-+"  # for npu-smi's missing values
 _PAIR = re.compile(rf"(\d+|{_UNKNOWN})\s*/\s*(\d+|{_UNKNOWN})", re.IGNORECASE)
 _VALUE = re.compile(rf"{_PAIR.pattern}|\S+", re.IGNORECASE)
-# A heading has a unit, or is one of these words; a cell can hold several: `NPU     Name`, `AICore(%)  HBM-Usage(MB)`.
+# A heading has a unit or is one of these words; a cell can hold several: `NPU     Name`, `AICore(%)  HBM-Usage(MB)`.
 _HEADING = re.compile(
     r"[A-Za-z][\w-]*(?: [A-Za-z][\w-]*)?\s?\([^)]*\)"
     r"|NPU ID|Process id in container|Process id|Process name|NPU|Name|Health|Chip|Device|Phy-?ID|Bus-Id",
@@ -31,8 +31,8 @@ _Header = List[Tuple[str, ...]]
 
 
 class Process(NamedTuple):
-    """One row of the process table: at most 8 a chip. `name` is empty in a container, where `pid` is the host's;
-    `memory_mb` is None where the table has no number."""
+    """One row of the process table: at most 8 per chip. `name` is empty in a container, where `pid` is the host's;
+    `memory_mb` is None if the table has no number."""
 
     pid: int
     name: str
@@ -54,7 +54,7 @@ class Chip(NamedTuple):
 
 
 class _Owned(NamedTuple):
-    """A process with the chip it holds, and its pid inside its container where the table has that column."""
+    """A process with its chip, and its pid inside its container if the table has that column."""
 
     npu_id: int
     chip_id: Optional[int]
@@ -64,10 +64,10 @@ class _Owned(NamedTuple):
 
 
 def parse_info(text: str) -> List[Chip]:
-    """Chips and their processes from `npu-smi info`, in the order of the table; empty where it has none.
+    """Chips and their processes from `npu-smi info`, in the order of the table; empty if there are none.
 
     Raises:
-        ToolFailed: a line of the table has another layout than its headings, or a process is on no chip of the table.
+        ToolFailed: a line of the table has another layout than its headings, or a process's chip is not in the table.
     """
     chips, owned = _read(text)
     places: Dict[Tuple[int, int], List[Process]] = {(chip.npu_id, chip.chip_id): [] for chip in chips}
@@ -80,7 +80,7 @@ def parse_info(text: str) -> List[Chip]:
 
 
 def parse_container_pids(text: str) -> Dict[int, int]:
-    """Pid in the table -> pid inside the container, for the rows of npu-smi 26 that have the second one."""
+    """Pid in the table -> pid inside the container, for rows that have both (npu-smi 26)."""
     return {row.process.pid: row.container_pid for row in _read(text)[1] if row.container_pid is not None}
 
 
@@ -104,7 +104,7 @@ def _read(text: str) -> Tuple[List[Chip], List[_Owned]]:
         elif _has(header, "process id"):
             _add_process(cells, header, line, owned)
         elif not _has(header, "bus-id"):
-            _refuse(line, "it stands under no heading that is known")
+            _refuse(line, "no known heading is above it")
         elif upper is None:
             upper = _upper(_fields(cells, upper_header, line), line)
         else:
@@ -123,7 +123,7 @@ def _table_rows(text: str) -> Iterator[Tuple[str, List[str]]]:
 
 
 def _cells(line: str, bar: str = r"\|") -> List[str]:
-    """The cells of a row; a long process name can push the last bar away."""
+    """The cells of a row; a long process name can overwrite the last bar."""
     inner = line[1:-1] if line.endswith("|") and len(line) > 1 else line[1:]
     return [cell.strip() for cell in re.split(bar, inner)]
 
@@ -139,13 +139,13 @@ def _has(header: _Header, heading: str) -> bool:
 
 def _headings(cell: str, line: str) -> Tuple[str, ...]:
     if _HEADING.sub("", cell).strip() and len(_HEADING.findall(cell)) > 0:
-        _refuse(line, f"{cell!r} holds a heading that is not known")
+        _refuse(line, f"{cell!r} has an unknown heading")
     found = tuple(re.sub(r"\s+", " ", heading).lower() for heading in _HEADING.findall(cell))
     return tuple(name.replace("phyid", "phy-id") for name in found) or (cell.lower(),)
 
 
 def _fields(cells: List[str], header: _Header, line: str) -> _Row:
-    """Heading -> value. Cells beside the headings that are needed may be of any form."""
+    """Heading -> value. Other cells may have any content."""
     if len(cells) != len(header):
         _refuse(line, f"it has {len(cells)} cells under {len(header)} headings")
     row: _Row = {}
@@ -154,7 +154,7 @@ def _fields(cells: List[str], header: _Header, line: str) -> _Row:
             _refuse(line, f"{cell!r} has no heading")
         if len(headings) == 1:
             row[headings[0]] = cell
-        elif "name" in headings:  # the last one; it may hold blanks
+        elif "name" in headings:  # the last one, which may contain blanks
             row.update(zip(headings, cell.split(None, len(headings) - 1)))
         else:
             values = [match.group() for match in _VALUE.finditer(cell)]
@@ -174,7 +174,7 @@ def _upper(row: _Row, line: str) -> _Row:
 
 
 def _chip(upper: _Row, row: _Row, line: str) -> Chip:
-    """A chip from its two rows. Its second row has a blank instead of a chip id where a card has one chip (950)."""
+    """A chip from its two rows. If a card has one chip (950), the second row has a blank instead of a chip id."""
     chip = row.get("chip", "0")
     device = row.get("device", "")
     if not chip.isdigit() or ("device" in row and not device.isdigit()):
@@ -188,7 +188,7 @@ def _chip(upper: _Row, row: _Row, line: str) -> Chip:
 
 
 def _memory(row: _Row, line: str) -> Tuple[Optional[int], Optional[int]]:
-    """Used and total MB: of HBM where the table has it and the chip fills it in, else of DDR."""
+    """Used and total MB: of HBM if the table has a value, else of DDR."""
     columns = [name for name in ("hbm-usage(mb)", "memory-usage(mb)") if name in row]
     if not columns:
         _refuse(line, "expected memory in use as Memory-Usage(MB) or HBM-Usage(MB)")
@@ -202,12 +202,12 @@ def _memory(row: _Row, line: str) -> Tuple[Optional[int], Optional[int]]:
 
 
 def _add_process(cells: List[str], header: _Header, line: str, owned: List[_Owned]) -> None:
-    """One row of the process table. A name can go on in the next row, whose other cells are blank."""
+    """One row of the process table. A name can continue in the next row, whose other cells are blank."""
     name = next((n for n, headings in enumerate(header) if "process name" in headings), -1)
     if name < 0:
         _refuse(line, "its table has no Process name")
     if len(cells) > len(header):
-        cells = _cells(line, r"\|(?=\s|$)")  # a bar inside a name has no blank behind it
+        cells = _cells(line, r"\|(?=\s|$)")  # a bar inside a name has no blank after it
     if owned and cells[name:] and not "".join(cells[:name] + cells[name + 1 :]):
         last = owned[-1].process
         owned[-1] = owned[-1]._replace(process=last._replace(name=last.name + cells[name]))
@@ -230,13 +230,13 @@ def _refuse(line: str, why: str = "") -> NoReturn:
     """Raise for a line that cannot be read."""
     reason = f" ({why})" if why else ""
     raise ToolFailed(
-        f"npu-smi info: cannot read the line {' '.join(line.split())!r}{reason}; this layout is not known, report it "
+        f"npu-smi info: cannot read the line {' '.join(line.split())!r}{reason}; this layout is unknown; report it "
         "with the output of `npu-smi -v`"
     )
 
 
 def parse_mapping(text: str) -> Dict[Tuple[int, int], int]:
-    """(npu id, chip id) -> logic id from `npu-smi info -m`; rows of the Mcu, without a logic id, are left out.
+    """(npu id, chip id) -> logic id from `npu-smi info -m`; rows of the Mcu, which have no logic id, are skipped.
 
     Empty on 950, whose mapping has a Slot ID and a Chip Phy-ID, but no logic id.
     """
@@ -255,7 +255,7 @@ def parse_mapping(text: str) -> Dict[Tuple[int, int], int]:
 
 
 def _mapping_cells(line: str, columns: List[str]) -> List[str]:
-    """Cells of a row. The chip name holds a blank (`Ascend 310P3`), every other cell is one word."""
+    """Cells of a row. The chip name may contain a blank (`Ascend 310P3`), every other cell is one word."""
     words = line.split()
     if "chip name" not in columns or len(words) < len(columns):
         return words
@@ -266,7 +266,7 @@ def _mapping_cells(line: str, columns: List[str]) -> List[str]:
 
 
 def parse_board(text: str) -> str:
-    """`<Chip Name>_<NPU Name>` from `npu-smi info -t board`; empty where one of them is missing."""
+    """`<Chip Name>_<NPU Name>` from `npu-smi info -t board`; empty if one of them is missing."""
     values = dict(_pairs(text))
     chip, npu_name = values.get("chip name", ""), values.get("npu name", "")
     if not chip or not npu_name or {chip, npu_name} & {"-", "NA", "N/A"}:
@@ -282,6 +282,6 @@ def _pairs(text: str) -> Iterator[Tuple[str, str]]:
 
 
 def with_prefix(name: str) -> str:
-    """A chip's name with `Ascend` in front, once, and without blanks."""
+    """A chip's name with the prefix `Ascend` and without blanks."""
     plain = name.replace(" ", "")
     return plain if plain.lower().startswith("ascend") else f"Ascend{plain}"

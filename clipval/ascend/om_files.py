@@ -1,4 +1,4 @@
-"""Where OM files come from: a folder of ready ones, or atc through the store."""
+"""Sources of OM files: a folder of ready ones, or atc, cached in the store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ready(folder: Path, tower: Tower, batch_size: int) -> Path:
 
 
 def sizes(folder: Path, towers: Sequence[Tower]) -> Tuple[int, ...]:
-    """Batch sizes for which a folder of ready files has one of every tower.
+    """Batch sizes for which a folder of ready files has every tower.
 
     Raises:
         InputError: there is none.
@@ -46,7 +46,7 @@ def sizes(folder: Path, towers: Sequence[Tower]) -> Tuple[int, ...]:
 
 
 def _ready(folder: Path, tower: Tower) -> Dict[int, List[Path]]:
-    """Files of a tower by batch size. atc itself adds system and machine to some names: `..._linux_x86_64.om`."""
+    """Files of a tower by batch size. atc adds system and machine to some names: `..._linux_x86_64.om`."""
     if not folder.is_dir():
         raise InputError(f"--om-dir {folder}: no such folder")
     found: Dict[int, List[Path]] = {}
@@ -61,10 +61,10 @@ def _ready(folder: Path, tower: Tower) -> Dict[int, List[Path]]:
 def options(
     soc_version: Optional[str], device_id: int, precision_mode: str, keep_dtype: Optional[Path], flags: Tuple[str, ...]
 ) -> atc.AtcOptions:
-    """What atc is asked for.
+    """atc's options.
 
     Args:
-        soc_version: the chip; None asks npu-smi, once, for that of the device.
+        soc_version: the chip; None for the device's, from npu-smi.
 
     Raises:
         UsageError, InputError: see `clipval.ascend.atc.AtcOptions`.
@@ -79,7 +79,7 @@ def options(
 
 
 def compiled(kept: store.Store, onnx: Path, tower: Tower, batch_size: int, options: atc.AtcOptions) -> Path:
-    """The OM file that atc makes of an ONNX file, once; its log is `<work>/logs/<tower>_bs<n>.log`.
+    """The OM file compiled from an ONNX file, cached; its log is `<work>/logs/<tower>_bs<n>.log`.
 
     Args:
         onnx: a file of the store.
@@ -96,11 +96,11 @@ def compiled(kept: store.Store, onnx: Path, tower: Tower, batch_size: int, optio
 def side_by_side(
     compilations: Sequence[Callable[[], Path]], jobs: Optional[int] = None
 ) -> List[Union[Path, ClipvalError]]:
-    """Compile several files at a time; what each made, or why it failed, which stops no other one.
+    """Compile several files in parallel; returns each result or error. A failure does not stop the others.
 
     Args:
-        jobs: how many at a time; None is an eighth of the cores, at least one: each atc starts 8 compilers itself
-            (TE_PARALLEL_COMPILER of the CANN user guide).
+        jobs: how many at a time; None for an eighth of the cores, at least one: each atc starts 8 compilers itself
+            (TE_PARALLEL_COMPILER in the CANN user guide).
     """
 
     def attempt(compilation: Callable[[], Path]) -> Union[Path, ClipvalError]:

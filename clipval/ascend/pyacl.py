@@ -1,6 +1,6 @@
-"""pyACL, the module `acl` of CANN itself: one OM file, loaded on a device and run. The only module that imports acl.
+"""pyACL, CANN's own module `acl`: one OM file, loaded on a device and run. The only module that imports acl.
 
-Calls are positional and take Python's own ints; getters give a bare value, the others a code, alone or after a value.
+Calls are positional and take Python ints; getters return a bare value, the others a code, alone or after a value.
 Source: the C source of the module (hicann/runtime, python/pyACL), its documents for CANN 8 and 9, and the examples of
 hicann/ge. None of them was run on a device here.
 """
@@ -19,13 +19,13 @@ import numpy as np
 from clipval.ascend import acl, atc
 from clipval.errors import BackendUnavailable
 
-REPEATED = 100002  # acl.init was called before; "you may ignore it", and finalising is the first caller's
+REPEATED = 100002  # acl.init was called before; "you may ignore it", and the first caller finalises
 TO_DEVICE, FROM_DEVICE = 1, 2
 HUGE_PAGES_FIRST = 0
 
-_open: Dict[int, Session] = {}  # sessions of this process by their id()
+_open: Dict[int, Session] = {}  # sessions of this process by id()
 _devices: Set[int] = set()
-_initialised_in = 0  # the process whose acl.init was the first
+_initialised_in = 0  # the process that called acl.init first
 _module: Any = None
 
 
@@ -33,7 +33,7 @@ def load() -> Any:
     """The acl module.
 
     Raises:
-        BackendUnavailable: it does not import, with the loader's words; or another ACL user is in this process.
+        BackendUnavailable: it does not import, with the loader's message; or another ACL user is in this process.
     """
     acl.refuse_others("torch_npu", "aclruntime")
     try:
@@ -44,10 +44,10 @@ def load() -> Any:
 
 
 class Session:
-    """An OM file on a device, with a context, a stream and buffers of its own.
+    """An OM file on a device, with its own context, stream and buffers.
 
     Args:
-        file: the OM file, no link.
+        file: the OM file, not a link.
         device: ACL's device id.
 
     Raises:
@@ -60,7 +60,7 @@ class Session:
     def __init__(self, file: Path, device: int) -> None:
         self._acl = load()
         self.simulated = getattr(self._acl, "__simulated__", False) is True
-        self._undo = ExitStack()  # in the order that the documents ask for: buffers, model, stream, context
+        self._undo = ExitStack()  # in the documented order: buffers, model, stream, context
         self._times: Dict[str, List[float]] = {"to_device": [], "execute": [], "from_device": []}
         acl.begin(_finalize, list)
         self._start(device)
@@ -101,14 +101,14 @@ class Session:
         def ask(what: str) -> Any:
             return getattr(self._acl.mdl, what.format(kind))(desc, number)
 
-        # the name beside the dims is cut where it is long
+        # the name returned with the dims is truncated if it is long
         dims = self._value(f"acl.mdl.get_{kind}_dims", ask("get_{}_dims"))
         shape = tuple(int(size) for size in dims["dims"])
         size = int(ask("get_{}_size_by_index"))
         return acl.Node(ask("get_{}_name_by_index"), acl.dtype_name(ask("get_{}_data_type")), shape, size)
 
     def _buffers(self, nodes: List[acl.Node]) -> Tuple[List[int], int]:
-        """Addresses on the device, and the data set that holds them."""
+        """Device addresses, and the ACL dataset that holds them."""
         rt, mdl = self._acl.rt, self._acl.mdl
         whole = mdl.create_dataset()
         self._undo.callback(mdl.destroy_dataset, whole)
@@ -123,15 +123,15 @@ class Session:
         return addresses, whole
 
     def run(self, rows: np.ndarray, output: str) -> np.ndarray:
-        """Run on one batch, contiguous and of the bytes that the input takes; the named output, as the OM has it.
+        """Run one batch, contiguous and of the input's byte size; returns the named output as the OM has it.
 
-        The device is waited for in `synchronize_stream`, which lets other threads run, as `execute` does not.
+        Waits for the device in `synchronize_stream`, which lets other threads run, unlike `execute`.
 
         Raises:
             acl.Failed: with the code and the runtime's words.
         """
         rt, mdl = self._acl.rt, self._acl.mdl
-        if rows.nbytes != self.inputs[0].size:  # ACL itself takes other sizes, and leaves the last batch's rows behind
+        if rows.nbytes != self.inputs[0].size:  # ACL accepts other sizes, and then reuses rows of the previous batch
             raise acl.Failed(f"the batch has {rows.nbytes} bytes, the model takes {self.inputs[0].size}")
         number = [node.name for node in self.outputs].index(output)
         node = self.outputs[number]
@@ -160,15 +160,15 @@ class Session:
         return list(self._times["execute"])
 
     def copies(self) -> Dict[str, List[float]]:
-        """Seconds of each run's copy `to_device` and `from_device`."""
+        """Seconds of each run's copies `to_device` and `from_device`."""
         return {name: list(times) for name, times in self._times.items() if name != "execute"}
 
     def clock_step(self, age: float) -> float:
-        """Times are this process's own, whose clock does not age."""
+        """Resolution of the clock: times are Python's, so the session's age does not matter."""
         return 0.0
 
     def free(self) -> None:
-        """Give everything back. What a lost device says to that is dropped; what lost it was raised before."""
+        """Free everything. Errors of a lost device are ignored; the one that lost it was raised before."""
         undo, self._undo = self._undo, ExitStack()
         if _open.pop(id(self), None) is None or not acl.mine():
             return
@@ -177,7 +177,7 @@ class Session:
 
     def _check(self, call: str, code: int) -> None:
         if code:
-            words = self._acl.get_recent_err_msg() or ""  # of this thread, and forgotten by this call
+            words = self._acl.get_recent_err_msg() or ""  # of this thread; this call clears it
             raise acl.failure(f"{call} returned {code}", words)
 
     def _value(self, call: str, pair: Tuple[Any, int]) -> Any:
@@ -187,7 +187,7 @@ class Session:
 
 
 def _finalize() -> None:
-    """Close what is open, give the devices back, then finalise; nothing where another user initialised ACL."""
+    """Close what is open, reset the devices, then finalise; does nothing if another user initialised ACL."""
     for session in list(_open.values()):
         session.free()
     if _initialised_in != os.getpid():

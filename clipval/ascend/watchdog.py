@@ -1,7 +1,7 @@
-"""Device calls that do not come back: a process beside this one ends it, says why and records the run as failed.
+"""Device calls that hang: a second process ends this one, reports why and records the run as failed.
 
-aclruntime keeps Python's lock for the whole of a call (no `gil_scoped_release` in its source), so while a call hangs no
-thread of this process can do anything. Both processes share a page of memory: a call costs two writes to it.
+aclruntime holds the GIL during a call (no `gil_scoped_release` in its source), so while a call hangs no thread of this
+process can run. Both processes share a page of memory: a call costs two writes to it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
 SIZE = 1 << 14
-DEADLINE = struct.Struct("d")  # of the call that is under way, on the system-wide monotonic clock; 0 for none
-TICK = 0.5  # seconds between two looks
-KILL_SECONDS = 10.0  # a process that waits in the driver is not ended by a signal
+DEADLINE = struct.Struct("d")  # of the current call, on the system-wide monotonic clock; 0 for none
+TICK = 0.5  # seconds between two checks
+KILL_SECONDS = 10.0  # a process that hangs in the driver may survive a signal
 
 _page: Optional[mmap.mmap] = None
 _owner = 0
@@ -30,11 +30,11 @@ _context: Dict[str, Any] = {}
 
 
 def tell(**context: Any) -> None:
-    """Say what to do besides ending this process; each value stays until it is replaced.
+    """Set what to do besides ending this process; each value stays until it is replaced.
 
     Args:
-        context: `results`, a file that gets the failed figure; `gate`, its id; `also`, the pid of a process that waits
-            for this one; `say`, the descriptor for the message (2 by default).
+        context: `results`, a file to append the failed figure to; `gate`, its id; `also`, the pid of a process that
+            waits for this one; `say`, the descriptor for the message (2 by default).
     """
     _context.update(context)
     if _page is not None and _owner == os.getpid():
@@ -43,10 +43,10 @@ def tell(**context: Any) -> None:
 
 @contextmanager
 def limit(seconds: Optional[float], device: int, what: str) -> Iterator[None]:
-    """End this process where the body takes longer than `seconds`; None is no limit.
+    """End this process if the body takes longer than `seconds`; None means no limit.
 
     Args:
-        device: ACL's device id, of which npu-smi is asked then; what: the call in words, for the message.
+        device: ACL's device id, whose state npu-smi then reports; what: description of the call, for the message.
     """
     if seconds is None:
         yield
@@ -62,7 +62,7 @@ def limit(seconds: Optional[float], device: int, what: str) -> Iterator[None]:
 
 
 def _started() -> mmap.mmap:
-    """The page of this process's watcher, which is started first where there is none."""
+    """The page shared with this process's watcher, which is started on first use."""
     global _page, _owner
     if _page is not None and _owner == os.getpid():
         return _page
@@ -79,7 +79,7 @@ def _started() -> mmap.mmap:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the run
+            start_new_session=True,  # so that Ctrl-C reaches only the run
         )
         os.close(say)
     _write(_page)
@@ -92,7 +92,7 @@ def _write(page: mmap.mmap) -> None:
 
 
 def watch(descriptor: int, pid: int, say: int) -> None:
-    """The watcher's whole life: until the process ends, or one of its calls takes too long."""
+    """The watcher's main loop, until the process ends or one of its calls takes too long."""
     page = mmap.mmap(descriptor, SIZE)
     os.close(descriptor)
     while os.getppid() == pid:
@@ -106,8 +106,8 @@ def watch(descriptor: int, pid: int, say: int) -> None:
 
 def _end(pid: int, say: int, context: Dict[str, Any]) -> None:
     message = (
-        f"{context['what']}: device {context['device']} did not come back within {context['seconds']:g} s "
-        f"(--device-timeout); npu-smi then: {_state(context['device'])}"
+        f"{context['what']}: device {context['device']} did not return within {context['seconds']:g} s "
+        f"(--device-timeout); npu-smi reports: {_state(context['device'])}"
     )
     with suppress(OSError):
         os.write(say, f"\nclipval: FAIL: {message}; the run is ended\n".encode("utf-8", "replace"))
@@ -122,7 +122,7 @@ def _end(pid: int, say: int, context: Dict[str, Any]) -> None:
 
 
 def _state(device: int) -> str:
-    """What npu-smi shows of the chip, in a line; its own error where it does not come back either."""
+    """npu-smi's state of the chip on one line, or npu-smi's own error."""
     from clipval.ascend import npu_smi
     from clipval.errors import ClipvalError
 
@@ -136,7 +136,7 @@ def _state(device: int) -> str:
 
 
 def _record(file: Path, gate: str, message: str) -> None:
-    """Append a failed figure, in the form that `clipval.results.read` takes."""
+    """Append a failed figure, in the format of `clipval.results.read`."""
     figure = {"gate": gate, "metric": "device call", "unit": "", "verdict": "fail"}
     figure.update({"failure": "environment", "message": message})
     with suppress(OSError):

@@ -1,7 +1,7 @@
-"""What every backend looks like from outside, and the registry of them. Imports no runtime.
+"""The interface of every backend, and their registry. Imports no runtime.
 
 A backend is one file and one line of `MODULES`. The file is the only one that imports its runtime, and holds a class
-with the face of `Backend` and a `KIND` that says what the rest of clipval must know of it.
+derived from `Backend` and a `KIND` that states what the rest of clipval must know about it.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from clipval.towers import Tower
 if TYPE_CHECKING:
     from clipval.ascend.host import Finding
 
-# By name, the reference first; a backend's module is imported when it is asked for.
+# By name, the reference first; a backend's module is imported on first use.
 MODULES: Dict[str, str] = {
     "pytorch": "clipval.backends.pytorch",
     "onnx": "clipval.backends.onnx",
     "om": "clipval.backends.om",
 }
 REFERENCE = "pytorch"
-# of a file of the recipe's own export, by its kind
+# note on a file of the recipe's own export
 EXTRA = "{} files give more than the embedding (the recipe's own export adds exp(logit_scale)); it is picked by name"
 
 
 class Identity(NamedTuple):
-    """What made a result; printed and stored beside every figure.
+    """What made a result; printed and stored with every figure.
 
     Attributes:
         name: of the backend; with several devices `om:<device>`.
-        version: of the runtime, and of its driver stack where it tells.
+        version: of the runtime, and of its driver stack if known.
         device: `cpu`, `cuda:0`, `Ascend910B4:0`, ...
-        precision: what it computes in: `fp32`, or for OM the precision mode.
-        simulated: True for the simulated NPU of the tests; never passes a gate unless that was allowed.
+        precision: that it computes in: `fp32`, or for OM the precision mode.
+        simulated: True for the tests' simulated NPU; passes no gate unless that is allowed.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Identity(NamedTuple):
 
     @property
     def on_host(self) -> bool:
-        """It computes on this machine's processor."""
+        """Whether it computes on this machine's CPU."""
         return self.device == "cpu"
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Identity(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Products of square matrices: floating-point operations of one call, and the call."""
+    """Products of square matrices: a call, and its floating-point operations."""
 
     operations: float
     call: Callable[[], Any]
@@ -69,16 +69,16 @@ class Backend(Protocol):
     """One tower, loaded: a batch of inputs in, a batch of embeddings out.
 
     It does not pad, normalise or check values: `clipval.embeddings` does that once, for every backend. It holds a
-    session or a device, so it has one owner, which closes it. A class that derives from this one has to bring
-    `identity`, `tower` and `run`; the rest is right for a runtime on the processor.
+    session or a device, so it has one owner, which closes it. A derived class must provide `identity`, `tower` and
+    `run`; the defaults of the rest suit a runtime on the CPU.
 
     Attributes:
         identity: what it is.
         tower: the tower that was loaded.
-        batch_size: rows that `run` insists on (an OM file has one); None takes any number.
-        load_seconds: what opening it took, from its file to ready, the libraries imported already.
-        threads: of the processor that a call takes; None on another device, or where the system does not tell.
-        notes: what a person should know of its file, one line each, the same for every file of the kind.
+        batch_size: rows that `run` requires (an OM file has one batch size); None for any number.
+        load_seconds: time to open it, from its file to ready, with libraries already imported.
+        threads: CPU threads that a call uses; None on another device, or if unknown.
+        notes: what the user should know about its file, one line each, the same for every file of the kind.
     """
 
     identity: Identity
@@ -92,7 +92,7 @@ class Backend(Protocol):
         """Embed one batch.
 
         Args:
-            rows: [batch, *tower.row_shape], the tower's dtype, C-contiguous. Is not written to.
+            rows: [batch, *tower.row_shape], the tower's dtype, C-contiguous. Not modified.
 
         Returns:
             float32 [batch, width], owned by the caller.
@@ -105,22 +105,22 @@ class Backend(Protocol):
     def execute_seconds(self) -> Optional[List[float]]:
         """Seconds inside the device's own execute call, one entry per `run` so far, without host-device copies.
 
-        None where the runtime does not tell (pytorch, onnx).
+        None if the runtime does not report them (pytorch, onnx).
         """
         return None
 
     def copy_seconds(self) -> Optional[Dict[str, List[float]]]:
-        """Seconds of the copies `to_device` and `from_device`, one entry a `run` since `refresh`, or None."""
+        """Seconds of the copies `to_device` and `from_device`, one entry per `run` since `refresh`, or None."""
         return None
 
     def refresh(self) -> None:
-        """Make the clock of `execute_seconds` as fine as it can be, before calls are timed; its times so far stay."""
+        """Before timed calls, restore the full resolution of the clock of `execute_seconds`; earlier times stay."""
         return None
 
     def product(self, side: int) -> Optional[Product]:
         """A matrix product in the same runtime, on the same threads and in the same precision.
 
-        None where the runtime offers none.
+        None if the runtime offers none.
 
         Args:
             side: of the square matrices.
@@ -128,7 +128,7 @@ class Backend(Protocol):
         return None
 
     def busy(self) -> str:
-        """What else uses the device, in words; empty for nothing, and for the processor."""
+        """What else uses the device, as text; empty for nothing, and for the CPU."""
         return ""
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class BackendSettings:
-    """What a backend is asked for; the part of `clipval.options.Settings` that backends read."""
+    """The options that backends read; a part of `clipval.options.Settings`."""
 
     onnx_providers: Tuple[str, ...] = ("CPUExecutionProvider",)
     onnx_provider_options: Tuple[Tuple[str, str], ...] = ()
@@ -159,18 +159,18 @@ class BackendSettings:
 
 
 class Encoder(NamedTuple):
-    """A tower as a torch module, inputs to unit-length embeddings, and the seconds that loading its model took."""
+    """A tower as a torch module, inputs to unit-length embeddings, and the seconds it took to load its model."""
 
     module: Any
     load_seconds: float
 
 
 class Materials(Protocol):
-    """What the chain has at hand for a backend that builds its artifact or opens it."""
+    """What the chain provides to a backend to build and open its artifact."""
 
     @property
     def settings(self) -> BackendSettings:
-        """What was asked for."""
+        """The options."""
         ...
 
     @property
@@ -188,17 +188,17 @@ class Materials(Protocol):
         ...
 
     def encoder(self, tower: Tower) -> Encoder:
-        """The tower as the model has it."""
+        """The model's tower as a torch module."""
         ...
 
 
 class Opening(NamedTuple):
-    """What is opened: a tower in a file, for one batch size, on a device.
+    """What to open: a tower in a file, for one batch size, on a device.
 
     Attributes:
-        file: the artifact; None for a backend that has none.
-        device: number of `om:3`, else of `--device-id`; means nothing to a backend without numbered devices.
-        ready: the file is somebody's own, which need not look as clipval's does.
+        file: the artifact; None for a backend without one.
+        device: number from `om:3`, else from `--device-id`; ignored by backends without numbered devices.
+        ready: the file was provided by the user and need not follow clipval's contract.
     """
 
     tower: Tower
@@ -226,23 +226,23 @@ def _no_host(_: int) -> List[Finding]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a backend is to the rest of clipval.
+    """What the rest of clipval must know about a backend.
 
     Attributes:
-        open: gives an open backend.
-        suffix: ending of the artifact's file; empty for a backend that opens the model itself.
-        artifact: builds or finds the file for a tower and batch size; None beside an empty suffix.
-        ahead: builds the artifacts of several towers and batch sizes side by side; what fails, fails again when it is
-            asked for. None: each is built when it is asked for.
+        open: returns an open backend.
+        suffix: of the artifact's file; empty for a backend that opens the model itself.
+        artifact: builds or finds the file for a tower and batch size; None if the suffix is empty.
+        ahead: builds the artifacts of several towers and batch sizes in parallel; a failed one fails again when it is
+        needed. None: each is built when it is needed.
         fixed_batch: the artifact takes one batch size only.
-        sizes: batch sizes of ready files that were given, for which every tower has one, and None where none were;
-            None for a kind that takes no ready files.
-        one_session: a device holds one session at a time, and `--device-id` says which devices are validated.
-        dumped: the device dumps the inner tensors of its artifact, which diagnosis reads.
-        precision: which of a spec's parity bounds hold for an identity: `fp32`, `fp16`, or a ready file's own.
-        host: what a host of this backend has and lacks, by the number of the device.
-        judged_as: the backend whose parity bounds hold for an identity; empty for its own.
-        origin: what artifacts depend on besides model, device and precision, in words that differ where they do.
+        sizes: batch sizes of given ready files that every tower has, None if no files were given; None for a kind that
+            takes no ready files.
+            one_session: a device holds one session at a time, and `--device-id` selects the devices to validate.
+            dumped: the device can dump the artifact's inner tensors, which diagnosis reads.
+            precision: which of a spec's parity bounds apply to an identity: `fp32`, `fp16`, or a ready file's own.
+            host: what a host of this backend has and lacks, for a device number.
+            judged_as: the backend whose parity bounds apply to an identity; empty for its own.
+            origin: text for what artifacts depend on besides model, device and precision.
     """
 
     open: Callable[[Materials, Opening], Backend]
@@ -260,7 +260,7 @@ class Kind:
 
     @property
     def takes_onnx(self) -> bool:
-        """The artifact is the exported ONNX file itself."""
+        """Whether the artifact is the exported ONNX file itself."""
         return self.suffix == ".onnx"
 
 
@@ -270,15 +270,15 @@ def names() -> Tuple[str, ...]:
 
 
 def base_name(name: str) -> str:
-    """`om` of `om:3`: which backend it is, whichever device it runs on."""
+    """The backend's name without its device: `om` for `om:3`."""
     return name.partition(":")[0]
 
 
 def kind(name: str) -> Kind:
-    """The backend of a name such as `onnx` or `om:3`.
+    """The backend with a name such as `onnx` or `om:3`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such backend.
     """
     module = MODULES.get(base_name(name))
     if module is None:
@@ -288,5 +288,5 @@ def kind(name: str) -> Kind:
 
 
 def of_file(file: Path) -> Optional[str]:
-    """The backend that opens a file, by its ending; None for none."""
+    """The backend that opens a file, by its suffix; None if there is none."""
     return next((name for name in MODULES if file.suffix and kind(name).suffix == file.suffix), None)

@@ -1,7 +1,7 @@
-"""Ready ONNX files of anybody: another exporter, simplified, quantised, fp16, of one batch size, with more outputs.
+"""The user's own ONNX files: another exporter, simplified, quantised, fp16, one batch size, more outputs.
 
-They are held to what the tower computes, not to how clipval's own export looks: names may differ, tokens may be int32,
-pixels float16.
+They must compute what the tower computes, but need not look like clipval's export: names may differ, tokens may be
+int32, pixels float16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Optional, Sequence, Tuple
 from clipval.errors import InputError, lfs_pointer, one_line
 from clipval.towers import Tower
 
-# Operators that compute with activations of 8 bits; a DequantizeLinear without them is of weights alone.
+# Operators with 8-bit activations; DequantizeLinear without them means that only weights are quantised.
 INTEGER = (
     *("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"),
     *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "QAttention"),
@@ -34,10 +34,10 @@ def file(prefix: Path, tower: Tower) -> Path:
 
 
 def sizes(prefix: Path, towers: Sequence[Tower]) -> Optional[Tuple[int, ...]]:
-    """The batch size that the files were exported with; None where they take any.
+    """The batch size that the files were exported with; None if they take any.
 
     Raises:
-        InputError: the two towers are of different ones.
+        InputError: the two towers have different ones.
     """
     found = {batch for tower in towers if (batch := batch_size(file(prefix, tower))) is not None}
     if len(found) > 1:
@@ -47,16 +47,16 @@ def sizes(prefix: Path, towers: Sequence[Tower]) -> Optional[Tuple[int, ...]]:
 
 @lru_cache(maxsize=None)
 def batch_size(path: Path) -> Optional[int]:
-    """The batch size that a file insists on; None for any."""
+    """The batch size that a file requires; None for any."""
     first = _graph(path).input[0].type.tensor_type.shape.dim[0]
     return first.dim_value or None
 
 
 @lru_cache(maxsize=None)
 def precision(path: Path) -> str:
-    """What a file computes in by its operators and weights: `fp32`, `fp16`, `bf16`, `w8a16` or `w8a8`.
+    """The precision of a file by its operators and weights: `fp32`, `fp16`, `bf16`, `w8a16` or `w8a8`.
 
-    `w8a16` is any file whose weights alone are of fewer bits.
+    `w8a16` is any file in which only weights have fewer bits.
     """
     from onnx import TensorProto
 

@@ -1,7 +1,7 @@
 """The OM backend: an Ascend OM file of one static batch size, run through aclruntime or pyACL.
 
-One session is alive per device: opening another one closes the former, whose later use is an error. ACL is
-finalised once, at the exit of the process that opened it, and is refused in a forked child.
+One session is alive per device: opening another one closes the earlier one, and using that one later is an error. ACL
+is finalised once, when the process that opened it exits, and is refused in a forked child.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from clipval.backends import EXTRA, Backend, BackendSettings, Identity, Kind, Ma
 from clipval.errors import BackendUnavailable, ClipvalError, InputError
 from clipval.towers import Tower
 
-# The clock of some runtimes gets coarser as a session ages. It is opened again before that costs more than this share
-# of a call; looked at from the age on at which float32 milliseconds step by 0.002 ms, and when the age has doubled.
+# The clock of some runtimes gets coarser as a session ages. The session is reopened before that costs more than this
+# share of a call; checked from the age at which float32 milliseconds step by 0.002 ms, and when the age has doubled.
 COARSEST = 0.01
 FIRST_CHECK_SECONDS = 16.384
 
 Session = Union[aclruntime.Session, pyacl.Session]
-# What runs an OM file, by its name in `--om-runtime`.
+# The runtimes of OM files, by name in `--om-runtime`.
 SESSIONS: Dict[str, Callable[[Path, int], Session]] = {"aclruntime": aclruntime.Session, "pyacl": pyacl.Session}
 
 _lock = threading.RLock()
@@ -37,13 +37,13 @@ class OmBackend(Backend):
     """See `clipval.backends.Backend`.
 
     Args:
-        tower: the tower's contract; the file's input and output are held to it.
+        tower: the tower's contract; the file's input and output are checked against it.
         om: the OM file.
-        batch_size: rows of a batch; must be what the OM was compiled for.
+        batch_size: rows per batch; must be the one that the OM was compiled for.
         device_id: ACL's device id, a logic id after `ASCEND_RT_VISIBLE_DEVICES`.
-        precision: atc's precision mode that the OM was compiled with; a label, the file does not tell.
+        precision: atc's precision mode that the OM was compiled with; only a label, since the file does not record it.
         device_timeout: seconds after which a device call ends the process; see `clipval.ascend.watchdog`.
-        runtime: of `SESSIONS`.
+        runtime: a name in `SESSIONS`.
 
     Raises:
         BackendUnavailable: the runtime, the driver or the device cannot be used.
@@ -69,7 +69,7 @@ class OmBackend(Backend):
         self._where = f"om backend, {tower.name} tower, {self._file}"
         self._device_timeout = device_timeout
         self._runtime = runtime
-        self._times: List[float] = []  # of sessions that were closed
+        self._times: List[float] = []  # of closed sessions
         self._closed = ""
         self._session: Optional[Session] = None
         with _lock:
@@ -82,7 +82,7 @@ class OmBackend(Backend):
         self.identity = Identity("om", version, f"{_chip(device_id)}:{device_id}", precision, session.simulated)
 
     def _open(self) -> Session:
-        """A fresh session that keeps the contract."""
+        """A new session whose inputs and outputs match the contract."""
         started = time.perf_counter()
         try:
             with self._limited("loading"):
@@ -108,11 +108,11 @@ class OmBackend(Backend):
             return BackendUnavailable(f"{self._where}: device {self._device_id}: {advice} ({failed})")
         return InputError(
             f"{self._where}: cannot be loaded on device {self._device_id} ({failed}); "
-            f"{advice or 'damaged or cut short, compiled for another chip, or by a newer CANN'}; compile it again"
+            f"{advice or 'damaged or truncated, compiled for another chip, or by a newer CANN'}; compile it again"
         )
 
     def _check_input(self, inputs: List[acl.Node]) -> None:
-        """The runtime itself compares byte counts only, and reads the rest as garbage."""
+        """Check the inputs: the runtime itself only compares byte counts, and misreads anything else."""
         tower = self.tower
         wanted = _node(tower.input_name, tower.dtype, tower.shape(self._rows))
         found = inputs[0] if len(inputs) == 1 else None
@@ -130,7 +130,7 @@ class OmBackend(Backend):
             )
 
     def _check_outputs(self, outputs: List[acl.Node]) -> acl.Node:
-        """The embedding, by its name: ATC names outputs `producer:index:onnx_name`, and only the last part is ours.
+        """The embedding, by name: ATC names outputs `producer:index:onnx_name`, of which only the last part is ours.
 
         The recipe's own export has exp(logit_scale) as a second output, first or last.
         """
@@ -169,14 +169,14 @@ class OmBackend(Backend):
         return self._embedding(found)
 
     def _exact(self, rows: np.ndarray) -> np.ndarray:
-        """The rows as a runtime reads them right: contiguous, and of the very C type."""
+        """The rows as the runtime needs them: contiguous, and of exactly the C type."""
         wanted = np.dtype(self.tower.dtype)
         if rows.shape != self.tower.shape(self._rows) or rows.dtype != wanted:
             raise InputError(
                 f"{self._where}: input is {_say([_node(self.tower.input_name, str(rows.dtype), rows.shape)])}, this "
                 f"OM takes {_say([_node(self.tower.input_name, str(wanted), self.tower.shape(self._rows))])}"
             )
-        # aclruntime ignores strides, and takes C's `long long` for uint8, though numpy has it equal to int64.
+        # aclruntime ignores strides, and takes C's `long long` for uint8, though for numpy it equals int64.
         return np.ascontiguousarray(rows).view(wanted)
 
     def _embedding(self, found: np.ndarray) -> np.ndarray:
@@ -188,12 +188,12 @@ class OmBackend(Backend):
         return np.array(found, dtype=np.float32, order="C")
 
     def execute_seconds(self) -> Optional[List[float]]:
-        """Seconds inside the device's execute call alone, one entry per `run` so far; copies are excluded."""
+        """Seconds inside the device's execute call only, one entry per `run` so far; copies are excluded."""
         with _lock:
             return self._times + self._session_times()
 
     def copy_seconds(self) -> Optional[Dict[str, List[float]]]:
-        """Seconds of the copies `to_device` and `from_device`, one entry a run of the open session; see `Backend`."""
+        """Seconds of the copies `to_device` and `from_device`, one entry per run of the open session; see `Backend`."""
         with _lock:
             return None if self._session is None else self._session.copies()
 
@@ -207,13 +207,13 @@ class OmBackend(Backend):
             raise BackendUnavailable(f"{self._where}: {failed}") from failed
         if len(found) != self._runs:
             raise BackendUnavailable(
-                f"{self._where}: {session.version} recorded {len(found)} times for {self._runs} runs; this version of "
-                f"it is not known to clipval"
+                f"{self._where}: {session.version} recorded {len(found)} times for {self._runs} runs; clipval does "
+                f"not know this version of it"
             )
         return found
 
     def refresh(self) -> None:
-        """Open the session again, so that the clock is as fine as it can be; times so far are kept."""
+        """Reopen the session to restore the clock's resolution; times so far are kept."""
         with _lock:
             session = self._require_open()
             self._times += self._session_times()
@@ -222,11 +222,11 @@ class OmBackend(Backend):
             try:
                 self._open()
             except ClipvalError:
-                self._closed = "it could not be opened again"
+                self._closed = "it could not be reopened"
                 raise
 
     def _renew_when_stale(self) -> None:
-        """Open a session again whose clock is too coarse."""
+        """Reopen a session whose clock is too coarse."""
         session = self._require_open()
         age = time.monotonic() - self._opened_at
         if age < self._check_at or not self._runs:
@@ -240,7 +240,7 @@ class OmBackend(Backend):
     def _require_open(self) -> Session:
         acl.refuse_fork()
         if self._session is None:
-            raise BackendUnavailable(f"{self._where}: closed, as {self._closed}; open it again")
+            raise BackendUnavailable(f"{self._where}: closed, because {self._closed}; open it again")
         return self._session
 
     def busy(self) -> str:
@@ -248,7 +248,7 @@ class OmBackend(Backend):
         return occupancy.others(self._device_id)
 
     def close(self) -> None:
-        """Free the session; its times stay readable. Calling it twice is allowed."""
+        """Free the session; its times stay readable. May be called twice."""
         with _lock:
             if _alive.get(self._device_id) is self:
                 del _alive[self._device_id]
@@ -258,7 +258,7 @@ class OmBackend(Backend):
         if self._session is None:
             return
         self._closed = reason
-        with suppress(BackendUnavailable):  # after a failed run, whose own error was raised
+        with suppress(BackendUnavailable):  # after a failed run, whose error was raised
             self._times += self._session_times()
         session, self._session = self._session, None
         self._free(session)
@@ -272,7 +272,7 @@ class OmBackend(Backend):
 
 
 def _readable(om: Path) -> Path:
-    """The file without links: the runtime's own checks refuse a link."""
+    """The file with links resolved: the runtime's own checks reject a link."""
     if not om.is_file() or om.stat().st_size == 0:
         raise InputError(f"OM {om}: {'empty' if om.is_file() else 'no such file'}; compile it with clipval compile")
     return om.resolve()
@@ -280,7 +280,7 @@ def _readable(om: Path) -> Path:
 
 @functools.lru_cache(maxsize=None)
 def _chip(device_id: int) -> str:
-    """The chip's name for people; inference itself needs no npu-smi, so its absence is no error here."""
+    """The chip's name for display; inference itself needs no npu-smi, so its absence is no error."""
     try:
         return npu_smi.npu(device_id).soc_version
     except ClipvalError:
@@ -296,7 +296,7 @@ def _say(nodes: List[acl.Node]) -> str:
 
 
 def atc_options(asked: BackendSettings) -> atc.AtcOptions:
-    """What atc is asked for by the options of a run; see `clipval.ascend.om_files.options` for errors."""
+    """atc's options for a run; see `clipval.ascend.om_files.options` for errors."""
     first, keep = asked.device_id[0], asked.keep_dtype
     return om_files.options(asked.soc_version, first, asked.precision_mode, keep, asked.atc_flags)
 
@@ -315,7 +315,7 @@ def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
 def _ahead(made: Materials, needed: Sequence[Tuple[Tower, int]]) -> None:
     if made.settings.om_dir is None and len(needed) > 1:
         for tower, _ in needed:
-            made.onnx(tower)  # exported one after the other, as torch's exporter is not safe in threads
+            made.onnx(tower)  # exported one after the other, since torch's exporter is not thread-safe
         om_files.side_by_side([functools.partial(_artifact, made, *one) for one in needed], made.settings.jobs)
 
 
@@ -333,19 +333,19 @@ def _open_file(made: Materials, asked: Opening) -> Backend:
 
 
 def _health(device_id: int, allowed: bool) -> Tuple[str, ...]:
-    """What to say of a chip's health; a warning is for the figures to judge, worse fails before anything is measured.
+    """A note on the chip's health; anything worse than a warning fails before anything is measured.
 
     Raises:
-        BackendUnavailable: Alarm, Critical or a word that is not known, and not `allowed`.
+        BackendUnavailable: Alarm, Critical or an unknown word, and not `allowed`.
     """
     npu = npu_smi.npu(device_id)
     if npu.health.lower() == "ok":
         return ()
-    said = f"device {device_id} ({npu.soc_version}) has health {npu.health}, says npu-smi"
+    said = f"device {device_id} ({npu.soc_version}) has health {npu.health} according to npu-smi"
     if npu.health.lower() != "warning" and not allowed:
         raise BackendUnavailable(
-            f"om backend: {said}; see `npu-smi info -t health -i {npu.npu_id}`, reset or replace it. Boards of 310B "
-            f"show Alarm and work: --allow-health takes it"
+            f"om backend: {said}; see `npu-smi info -t health -i {npu.npu_id}`, reset or replace it. 310B boards "
+            f"report Alarm and work: allow it with --allow-health"
         )
     return (said,)
 

@@ -33,27 +33,27 @@ from clipval.towers import Tower
 
 PRODUCTS_IN_A_ROW = 16
 FLOATS = ("tensor(float)", "tensor(float16)")
-IR_VERSION = 8  # of a model of opset 14: every onnxruntime from 1.11 on reads it
+IR_VERSION = 8  # of a model of opset 14, which every onnxruntime from 1.11 on reads
 
 
 class OnnxBackend(Backend):
     """See `clipval.backends.Backend`.
 
     Args:
-        tower: the tower's contract; the file's input and output are held to it.
+        tower: the tower's contract; the file's input and output are checked against it.
         file: the ONNX file.
         names: execution providers in order of preference, full names.
-        threads: intra-op threads; None leaves ONNX Runtime's own choice (the physical cores).
+        threads: intra-op threads; None means ONNX Runtime's default (the physical cores).
         options: of the first provider.
-        allowed: operators that may compute on the CPU beside another provider.
-        cache: folder where the CANN provider keeps what it compiled; it writes into the working directory.
-        ready: the file is somebody's own: names and dtypes of its input and output may differ from the contract's.
+        allowed: operators that may run on the CPU next to another provider.
+        cache: folder for what the CANN provider compiles; it writes into the working directory.
+        ready: the user's own file: names and dtypes of its input and output may differ from the contract's.
 
     Attributes:
         placement: which operators run on which provider; see `clipval.backends.placement`.
 
     Raises:
-        BackendUnavailable: onnxruntime is missing, lacks the provider, refuses its options, or computes on another one.
+        BackendUnavailable: onnxruntime or the provider is missing, it rejects its options, or another one computes.
         InputError: the file does not load or is not of this tower.
     """
 
@@ -83,7 +83,7 @@ class OnnxBackend(Backend):
         started, running = time.perf_counter(), _threads_running()
         self._session: Any = self._load(self._options())
         self.load_seconds = time.perf_counter() - started
-        # the session does not tell how many it started beside the caller's own
+        # the session does not report how many it started besides the caller's own
         self.threads = threads or (1 + _threads_running() - running if running else None)
         self.placement = placement.of(self._assigned(), profile)
         if ready:
@@ -100,9 +100,7 @@ class OnnxBackend(Backend):
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        if (
-            self._half
-        ):  # onnxruntime 1.32 ends in a segmentation fault where it changes the layout of a float16 convolution
+        if self._half:  # onnxruntime 1.32 crashes when it changes the layout of a float16 convolution
             options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         if hasattr(self._runtime.InferenceSession, "get_provider_graph_assignment_info"):
             options.add_session_config_entry(placement.RECORD, "1")
@@ -114,7 +112,7 @@ class OnnxBackend(Backend):
         return None if tell is None else tell()
 
     def _new_session(self, model: Union[str, bytes], options: Any) -> Any:
-        """A session. Its own fall-back is off: it would hide what the provider said behind a session on the CPU."""
+        """A session without ONNX Runtime's own fallback, which would hide the provider's error."""
         first, *rest = self._names
         given = [(first, self._configured), *rest] if self._configured else self._names
         return self._runtime.InferenceSession(model, options, providers=given, enable_fallback=0)
@@ -128,17 +126,17 @@ class OnnxBackend(Backend):
             if first != CPU and self._loads_on_cpu():
                 shown = ",".join(f"{name}={value}" for name, value in self._configured.items()) or "no options"
                 raise BackendUnavailable(
-                    f"onnx backend: {first} with {shown} does not take {self._file} ({one_line(error, 600)}); correct "
+                    f"onnx backend: {first} with {shown} cannot load {self._file} ({one_line(error, 600)}); correct "
                     "--onnx-provider-options or the provider's installation"
                 ) from error
             said, what = one_line(error), "Export it again"
-            if "ArgMax" in said and "NOT_IMPLEMENTED" in said:  # the recipe's own export takes the end token so
-                what = f"onnxruntime {self._runtime.__version__} has no ArgMax of int64, 1.20 and newer have; {what}"
+            if "ArgMax" in said and "NOT_IMPLEMENTED" in said:  # the recipe's own export finds the end token this way
+                what = f"onnxruntime {self._runtime.__version__} has no ArgMax on int64, 1.20 and newer do; {what}"
             cause = lfs_pointer(self._file) or f"onnxruntime cannot load it ({said}). {what}"
             raise InputError(f"ONNX {self._file}: {cause}") from error
 
     def _loads_on_cpu(self) -> bool:
-        """The file is not at fault: the CPU takes it."""
+        """Whether the CPU provider loads the file, so that the file is not at fault."""
         try:
             self._runtime.InferenceSession(str(self._file), self._options(), providers=[CPU])
         except Exception:  # see _load
@@ -147,7 +145,7 @@ class OnnxBackend(Backend):
 
     @contextmanager
     def _in_cache(self, part: str = ".") -> Iterator[None]:
-        """CANN's provider writes and reads compiled models in the working directory, by name and input shape only."""
+        """CANN's provider caches compiled models in the working directory, keyed only by name and input shape."""
         if self._cache is None:
             yield
             return
@@ -160,9 +158,9 @@ class OnnxBackend(Backend):
             os.chdir(before)
 
     def _profile(self, allowed: Sequence[str]) -> Any:
-        """Events of one run of a session of its own, held to the provider that was asked for.
+        """Events of one profiled run, checked against the requested provider.
 
-        Operators on shapes may be on the CPU, and those that were allowed.
+        Shape operators and allowed operators may be on the CPU.
         """
         options = self._options()
         with TemporaryDirectory() as folder:
@@ -177,38 +175,38 @@ class OnnxBackend(Backend):
         strayed = found.beyond(allowed)
         if strayed or not any(name != CPU for name in found.operators):
             raise BackendUnavailable(self._strayed(strayed, found.witness))
-        self._compiled.clear()  # by another session
+        self._compiled.clear()  # the profile came from another session
         return events
 
     def _strayed(self, strayed: Dict[str, int], witness: str) -> str:
         most = sorted(strayed.items(), key=lambda one: -one[1])
         listed = ", ".join(f"{name} {count}" for name, count in most[:8]) + (", ..." if len(most) > 8 else "")
-        graph = "its graph mode knows no LayerNormalization and Gelu, which --opset-version 14 to 16 spell out"
+        graph = "its graph mode lacks LayerNormalization and Gelu, which --opset-version 14 to 16 decompose"
         return (
-            f"onnx backend: {self._names[0]} was asked for, but the {self.tower.name} tower fell back to {CPU} for "
+            f"onnx backend: {self._names[0]} was requested, but the {self.tower.name} tower fell back to {CPU} for "
             f"{sum(strayed.values())} operators ({listed}), as the {witness} says; "
-            f"{graph if self._names[0] == CANN else 'see whether the provider takes them in another opset'}, or allow "
+            f"{graph if self._names[0] == CANN else 'try another opset'}, or allow "
             f"them: --allow-cpu-operators {','.join(strayed)}"
         )
 
     def _device(self) -> str:
-        """The provider that computes; a silent fall-back is an error."""
+        """The provider that computes; a silent fallback is an error."""
         used = self._session.get_providers()
         if used[0] != self._names[0]:
             raise BackendUnavailable(
-                f"onnx backend: {self._names[0]} was asked for, but the session fell back to {used[0]}; "
-                f"correct --onnx-provider-options or the provider's installation, or ask for --onnx-providers {used[0]}"
+                f"onnx backend: {self._names[0]} was requested, but the session fell back to {used[0]}; "
+                f"correct --onnx-provider-options or the provider's installation, or use --onnx-providers {used[0]}"
             )
         return "cpu" if used[0] == CPU else str(used[0])
 
     def _check_contract(self) -> None:
-        """The embedding is an output among others: the recipe's own export adds exp(logit_scale)."""
+        """Find the embedding among the outputs: the recipe's own export adds exp(logit_scale)."""
         inputs = [(node.name, node.type, list(node.shape[1:])) for node in self._session.get_inputs()]
         outputs = [(node.name, node.type, list(node.shape[1:])) for node in self._session.get_outputs()]
         kind = {"float32": "tensor(float)", "int64": "tensor(int64)"}[self.tower.dtype]
         wanted_in = [(self.tower.input_name, kind, list(self.tower.row_shape))]
         wanted_out = (self.tower.output_name, "tensor(float)", [self.tower.width])
-        # torch 1.11 gives an output's axes names of its own in place of a width
+        # torch 1.11 gives an output symbolic axes instead of a width
         named = [one[:2] == wanted_out[:2] and _fits(one[2], wanted_out[2]) for one in outputs]
         if inputs != wanted_in or sum(named) != 1:
             raise InputError(
@@ -219,7 +217,7 @@ class OnnxBackend(Backend):
             self.notes = (EXTRA.format("ONNX"),)
 
     def _adapt(self) -> None:
-        """Take the input and output of a file that follows no contract of ours, if they can only be this tower's."""
+        """Accept other names and dtypes of input and output if they can only be this tower's."""
         tower, inputs, outputs = self.tower, self._session.get_inputs(), self._session.get_outputs()
         kinds = {"float32": ("float", "float16"), "int64": ("int64", "int32")}[tower.dtype]
         types = {f"tensor({kind})": np.dtype("float32" if kind == "float" else kind) for kind in kinds}
@@ -256,7 +254,7 @@ class OnnxBackend(Backend):
         return np.asarray(embedding).astype(np.float32, copy=False)
 
     def product(self, side: int) -> Optional[Product]:
-        # off the processor several in a row, so that transfers hardly count
+        # several in a row on other devices, so that transfers hardly count
         repeats = 1 if self.identity.on_host else PRODUCTS_IN_A_ROW
         square = np.full((side, side), 1 / side, np.float32)
         with self._in_cache("products"):
@@ -316,9 +314,9 @@ def _open(made: Materials, asked: Opening) -> Backend:
 
 
 def _cann_cache(made: Materials, asked: Opening, options: providers.Options) -> Path:
-    """A folder of the work directory for what CANN's provider compiles, by all that it depends on.
+    """A folder of the work directory for what CANN's provider compiles, keyed by everything it depends on.
 
-    The provider's own key is the subgraph's name and its input shapes: without precision, CANN, chip or weights.
+    The provider's own key has the subgraph's name and input shapes, but not precision, CANN, chip or weights.
     """
     assert asked.file is not None
     device = int(dict(options)["device_id"])
@@ -335,7 +333,7 @@ def _cann_cache(made: Materials, asked: Opening, options: providers.Options) -> 
 
 
 def _judged_as(where: Identity) -> str:
-    """CANN's provider is CANN's compiler on an NPU, as an OM file is, and is held to the same bounds."""
+    """CANN's provider uses CANN's compiler on an NPU, like an OM file, so the same bounds apply."""
     return "om" if where.device == CANN else "onnx"
 
 
@@ -359,7 +357,7 @@ KIND = Kind(
 
 
 def _products(square: np.ndarray, repeats: int) -> bytes:
-    """An ONNX model that multiplies its input by one matrix so many times, and gives the largest element."""
+    """An ONNX model that multiplies its input by one matrix `repeats` times and returns the largest element."""
     from onnx import TensorProto, helper, numpy_helper
 
     names = ["square", *(f"product{n}" for n in range(repeats))]
@@ -374,7 +372,7 @@ def _products(square: np.ndarray, repeats: int) -> bytes:
 
 
 def _threads_running() -> int:
-    """Threads of this process; 0 where the system does not tell."""
+    """Threads of this process; 0 if unknown."""
     try:
         return len(os.listdir("/proc/self/task"))
     except OSError:

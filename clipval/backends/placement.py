@@ -1,9 +1,9 @@
 """Which operators of an ONNX Runtime session run on which execution provider. Imports no runtime.
 
-A session takes the name of a provider that cannot compute its operators, and computes them on the CPU without a word.
-Two witnesses: the session's own graph assignment (ONNX Runtime 1.24 on), which names the operators inside a subgraph
-that a provider compiled whole, and the profile of one run, in which such a subgraph is one event, but which tells the
-types and shapes of what each operator gave.
+A session accepts a provider that cannot compute its operators, and silently computes them on the CPU. Two sources show
+it: the session's graph assignment (ONNX Runtime 1.24 on), which names the operators inside a subgraph that a provider
+compiled as a whole, and the profile of one run, in which such a subgraph is one event, but which has the types and
+shapes of each operator's outputs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 from clipval.backends.providers import CPU
 
-RECORD = "session.record_ep_graph_assignment_info"  # session option that keeps the assignment
-# They make, move and compute shapes. Providers leave them on the host on purpose, where shapes are needed to start
-# kernels (CUDA's: GetCpuPreferredNodes). On anything but a few integers they are work of the model like any other.
+RECORD = "session.record_ep_graph_assignment_info"  # session option that records the assignment
+# They produce, move and compute shapes. Providers leave them on the host on purpose, where shapes are needed to launch
+# kernels (CUDA's: GetCpuPreferredNodes). On anything but a few integers they count as operators of the model.
 SHAPE_OPERATORS = frozenset(
     (
         *("Shape", "Size", "Range", "Constant", "ConstantOfShape", "Identity", "Cast", "Equal", "Where"),
@@ -29,8 +29,8 @@ class Placement(NamedTuple):
     """Where a session computes.
 
     Attributes:
-        operators: provider -> operator -> how many of them.
-        strayed: operator -> how many compute on the CPU, those on shapes left out; empty for a session on the CPU.
+        operators: provider -> operator -> count.
+        strayed: operator -> count on the CPU, without shape operators; empty for a session on the CPU.
         witness: `graph assignment` or `profile`.
     """
 
@@ -39,17 +39,17 @@ class Placement(NamedTuple):
     witness: str
 
     def beyond(self, allowed: Iterable[str]) -> Dict[str, int]:
-        """Strayed operators that nobody allowed."""
+        """Strayed operators that were not allowed."""
         names = set(allowed)
         return {name: count for name, count in self.strayed.items() if name not in names}
 
 
 def of(assigned: Optional[Sequence[Any]], events: Sequence[Dict[str, Any]] = ()) -> Placement:
-    """Where a session computes, by its witnesses.
+    """Where a session computes, by both sources.
 
     Args:
-        assigned: what `get_provider_graph_assignment_info` gives, subgraphs of nodes; None before ONNX Runtime 1.24.
-        events: of the profile of one run; none for a session that is asked to compute on the CPU.
+        assigned: subgraphs of nodes from `get_provider_graph_assignment_info`; None before ONNX Runtime 1.24.
+        events: of the profile of one run; none for a session on the CPU.
     """
     ran = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
     profiled = Counter((one["provider"], one["op_name"]) for one in ran)
@@ -67,7 +67,7 @@ def of(assigned: Optional[Sequence[Any]], events: Sequence[Dict[str, Any]] = ())
 
 
 def _of_shapes(ran: Dict[str, Any]) -> bool:
-    """An operator of the list that gave scalars or vectors of integers only."""
+    """Whether it is an operator of the list that returned only integer scalars or vectors."""
     given: List[Dict[str, List[int]]] = ran.get("output_type_shape", [])
     small = [kind in INTEGERS and len(shape) <= 1 for one in given for kind, shape in one.items()]
     return ran["op_name"] in SHAPE_OPERATORS and bool(small) and all(small)

@@ -1,4 +1,4 @@
-"""The backends that are open: the reference and one other at most, so that no three hold both towers in memory."""
+"""The open backends: at most the reference and one other, so that no third one holds both towers in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = Tuple[str, str, Optional[int]]
 
 
 class ColdStart(NamedTuple):
-    """A backend that was opened again: seconds from its file to ready, and of its first call, at a batch size."""
+    """Cold start of a backend: seconds from its file to ready, and of its first call, at a batch size."""
 
     load_seconds: float
     first_inference_seconds: float
@@ -27,21 +27,21 @@ class Pool:
     """Open backends.
 
     Args:
-        made: what they are built of and opened from.
+        made: the chain, which provides what they are built and opened from.
     """
 
     def __init__(self, made: Materials) -> None:
         self._made = made
         self._expected: Dict[str, Set[Tuple[str, int]]] = {}
         self._backends: Dict[Key, Backend] = {}
-        self.notes: Dict[str, None] = {}  # of every backend that was opened, each once, in order
+        self.notes: Dict[str, None] = {}  # of every backend opened so far, without duplicates
         self._cold: Dict[Key, ColdStart] = {}
 
     def get(self, name: str, tower: Tower, batch_size: int) -> Backend:
-        """An open backend; where its artifact has one batch size, one that takes just this.
+        """An open backend; if its artifact has one batch size, the one for this size.
 
         Raises:
-            BackendUnavailable: the device is a simulated one, which was not allowed.
+            BackendUnavailable: the device is simulated, which was not allowed.
         """
         key = _key(name, tower, batch_size)
         if key not in self._backends:
@@ -54,20 +54,20 @@ class Pool:
         return self._backends[key]
 
     def expect(self, name: str, tower_name: str, batch_size: int) -> None:
-        """Say that a backend will be opened for a tower and batch size, so that artifacts are built side by side."""
+        """Announce that a backend will be opened for a tower and batch size, to build artifacts in parallel."""
         self._expected.setdefault(base_name(name), set()).add((tower_name, batch_size))
 
     def sizes(self, name: str) -> Tuple[int, ...]:
-        """Batch sizes of the ready files that were given for a backend; empty where its files are built."""
+        """Batch sizes of a backend's ready files; empty if its files are built."""
         found = kind(name).sizes
         return (found(self._made.settings, list(self._made.towers.values())) or ()) if found else ()
 
     def smallest_batch(self, name: str) -> int:
-        """The smallest batch size that a backend has: 1, unless ready files were given and none is of it."""
+        """The smallest batch size of a backend: 1, unless ready files were given and none has it."""
         return min(self.sizes(name), default=1)
 
     def file(self, name: str, tower: Tower, batch_size: int) -> Optional[Path]:
-        """The artifact that a backend opens; None where it opens the model itself."""
+        """The artifact that a backend opens; None if it opens the model itself."""
         found, expected = kind(name), self._expected.pop(base_name(name), None)
         if found.ahead and expected:
             found.ahead(self._made, [(self._made.towers[one], size) for one, size in sorted(expected)])
@@ -79,7 +79,7 @@ class Pool:
         """A backend on a given file, which the caller closes; one that opens the model itself needs no file.
 
         Args:
-            ready: the file is somebody's own, which need not look as clipval's does.
+            ready: the file was provided by the user and need not follow clipval's contract.
 
         Raises:
             UsageError: the backend needs a file.
@@ -91,12 +91,12 @@ class Pool:
         return found.open(self._made, Opening(tower, file, batch_size, device, ready))
 
     def cold_start(self, name: str, tower: Tower, batch: np.ndarray, forget: Callable[[], None]) -> ColdStart:
-        """How long a backend takes to open from what lies on the disk, and for its first call.
+        """How long a backend takes to open from disk, and for its first call.
 
-        Measured once for what one backend serves; its artifact is built before.
+        Measured once per open backend; its artifact is built before.
 
         Args:
-            batch: of the first call; forget: lets go of the model, for a backend that opens the model itself.
+            batch: for the first call; forget: releases the model, for a backend that opens the model itself.
         """
         key = _key(name, tower, len(batch))
         if key not in self._cold:
@@ -115,9 +115,9 @@ class Pool:
             self._backends.pop(key).close()
 
     def _make_room(self, name: str) -> None:
-        """Close the backend that was open besides the reference, and the only session that a device may hold.
+        """Close the open backend that is not the reference, and the only session that a device may hold.
 
-        The reference itself needs no room: what is measured stays open while it is held to the reference.
+        The reference closes nothing: a backend stays open while it is compared with the reference.
         """
         if name == REFERENCE:
             return
@@ -126,7 +126,7 @@ class Pool:
                 self.close(other)
 
     def require_real(self, backend: Backend) -> None:
-        """Close a backend on a simulated device, and say so, where that was not allowed."""
+        """Close a backend on a simulated device and raise, unless that was allowed."""
         if backend.identity.simulated and not self._made.settings.allow_simulated:
             backend.close()
             raise BackendUnavailable(
@@ -135,5 +135,5 @@ class Pool:
 
 
 def _key(name: str, tower: Tower, batch_size: int) -> Key:
-    """What one open backend serves: one batch size where its artifact has one, else any."""
+    """Key of an open backend: with the batch size if its artifact has one, else for any."""
     return name, tower.name, batch_size if kind(name).fixed_batch else None

@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime: their options, and what they compute in by them. Imports no runtime.
+"""Execution providers of ONNX Runtime: their options and the resulting precision. Imports no runtime.
 
 Source: ONNX Runtime's pages on execution providers, and the provider options in the source of 1.24.
 """
@@ -14,7 +14,7 @@ from clipval.errors import UsageError
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CANN, TENSORRT = "CANNExecutionProvider", "TensorrtExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
-# CUDA's rounds products to TF32 unless told otherwise (an option since ONNX Runtime 1.18); fp32 is claimed
+# CUDA's rounds products to TF32 by default (an option since ONNX Runtime 1.18); fp32 is claimed
 DEFAULTS: Dict[str, Dict[str, str]] = {CUDA: {"use_tf32": "0"}}
 SHORT = {"TF32": "tf32", "FP16": "fp16", "BF16": "bf16", "FP32": "fp32"}
 
@@ -25,7 +25,7 @@ def parse(text: str) -> Options:
     """`a=1,b="2,3"` as pairs, in the order given.
 
     Raises:
-        UsageError: a part is no NAME=VALUE, or a name is given twice.
+        UsageError: a part is not NAME=VALUE, or a name is a duplicate.
     """
     reader = shlex.shlex(text, posix=True)
     reader.whitespace, reader.whitespace_split, reader.commenters = ",", True, ""
@@ -36,21 +36,21 @@ def parse(text: str) -> Options:
     if not pairs or any(len(pair) != 2 or not pair[0] for pair in pairs):
         raise UsageError(f"provider options {text!r}: expected NAME=VALUE,NAME=VALUE")
     if len({pair[0] for pair in pairs}) < len(pairs):
-        raise UsageError(f"provider options {text!r}: a name is given twice")
+        raise UsageError(f"provider options {text!r}: a name is a duplicate")
     return tuple((pair[0], pair[1]) for pair in pairs)
 
 
 def configured(provider: str, given: Options) -> Dict[str, str]:
-    """The options that a provider gets: our defaults, then those given."""
+    """The options of a provider: our defaults, overridden by those given."""
     return {**DEFAULTS.get(provider, {}), **dict(given)}
 
 
 def precision(provider: str, options: Mapping[str, str]) -> str:
-    """What a provider computes in, by its options: `fp32`, or a word that `precision_class` knows.
+    """The precision of a provider with its options: `fp32`, or a word that `precision_class` knows.
 
-    CANN's is an atc precision mode, force_fp16 unless told otherwise. TensorRT's may round to TF32, which no option
-    of it forbids. OpenVINO's is fp32 on a CPU and fp16 elsewhere. Any other one is taken at its word for fp32: it is
-    held to the bounds of fp32, which half precision does not reach.
+    CANN's is an atc precision mode, force_fp16 by default. TensorRT may round to TF32, and no option forbids it.
+    OpenVINO's is fp32 on a CPU and fp16 elsewhere. Any other one is assumed to compute in fp32: its results must be
+    within the fp32 bounds, which half precision does not reach.
 
     Raises:
         UsageError: CANN has no such precision mode.
@@ -75,7 +75,7 @@ OWN = ("bf16", "w8a16", "w8a8")
 
 
 def precision_class(computes_in: str) -> str:
-    """Which tolerance holds: that of `fp32` or `fp16`, or of a ready file's own `bf16`, `w8a16` or `w8a8`.
+    """Which tolerance applies: `fp32`, `fp16`, or a ready file's own `bf16`, `w8a16` or `w8a8`.
 
     TF32 and a provider's int8 round operands to 10 bits or fewer, as fp16 does.
     """

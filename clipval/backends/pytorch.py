@@ -16,8 +16,8 @@ class PytorchBackend(Backend):
     Args:
         tower: the tower's contract.
         encoder: a torch module, inputs to unit-length embeddings; see `clipval.model.encoder`.
-        threads: intra-op threads; None leaves torch's own choice.
-        load_seconds: what loading the model of the encoder took.
+        threads: intra-op threads; None means torch's default.
+        load_seconds: time to load the encoder's model.
     """
 
     def __init__(self, tower: Tower, encoder: Any, threads: Optional[int] = None, *, load_seconds: float = 0.0) -> None:

@@ -114,7 +114,7 @@ def test_a_device_that_does_not_come_back_ends_the_run(small_spec, tmp_path):
     faults = simulated(fault="device_hangs")
     ended = small.run(small_spec, tmp_path / "work", *NPU, "--device-timeout", "2", **faults)
     assert ended.code == 137, ended.output[-3000:]
-    assert "did not come back within 2 s (--device-timeout); npu-smi then: Ascend910B4" in ended.output
+    assert "did not return within 2 s (--device-timeout); npu-smi reports: Ascend910B4" in ended.output
     assert [one.metric for one in ended.figures if one.verdict == "fail"] == ["device call"]
 
 

@@ -76,8 +76,8 @@ def test_precision_flags_and_files_of_extra_flags(tmp_path, monkeypatch):
         ({"extra": ("--output=x",)}, "--output: clipval sets it itself"),
         ({"extra": ("--soc_version", "Ascend310P3")}, "--soc_version: clipval sets it itself"),
         ({"extra": ("--precision_mode_v2=origin",)}, "give it as --precision-mode"),
-        ({"extra": ("--dynamic_batch_size=1,2",)}, "no OM of one static batch size"),
-        ({"extra": ("high_precision",)}, "is no flag"),
+        ({"extra": ("--dynamic_batch_size=1,2",)}, "an OM of one static batch size"),
+        ({"extra": ("high_precision",)}, "is not a flag"),
     ],
 )
 def test_options_that_cannot_be(settings, words):
@@ -140,7 +140,7 @@ def test_each_code_has_advice_that_wins_over_the_inner_error(code):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("atc_lies", "says success, but made nothing where text_bs8.om was expected"),
+        ("atc_lies", "reports success, but wrote nothing instead of text_bs8.om"),
         ("atc_no_marker", "exit code 0, but no 'ATC run success'"),
         ("atc_killed", "exit code -9"),
         ("no_hal", "add <toolkit>/<arch>-linux/devlib to LD_LIBRARY_PATH"),

@@ -95,9 +95,7 @@ def test_fp16_on_the_cpu_bounds_fails(seeded, file, tmp_path, monkeypatch):
 
 def test_an_option_that_it_does_not_know_is_told_in_its_words(file, tmp_path, monkeypatch):
     cann.install(monkeypatch)
-    with pytest.raises(
-        BackendUnavailable, match="precission_mode=x does not take .*Unknown provider option: precission"
-    ):
+    with pytest.raises(BackendUnavailable, match="precission_mode=x cannot load .*Unknown provider option: precission"):
         opened(file, tmp_path, (("precission_mode", "x"),))
 
 

@@ -170,8 +170,8 @@ def distribution(folder, name, version):
             "ais_bench_benchmark 3.0.1, which evaluates language",
         ),
         (["benchmark"], [], False, "evaluates language models"),
-        (["infer", "benchmark"], [("ais_bench_benchmark", "3.0.1")], False, "laid over the inference tool"),
-        (["other"], [], False, "no inference tool"),
+        (["infer", "benchmark"], [("ais_bench_benchmark", "3.0.1")], False, "overwritten the inference tool"),
+        (["other"], [], False, "without the inference tool"),
     ],
 )
 def test_two_projects_are_called_ais_bench(host, tmp_path, parts, packages, ok, words):

@@ -110,7 +110,7 @@ def test_frames_do_not_matter(name):
 def test_half_a_chip_is_an_error_and_no_shorter_list(name):
     lines = read(name).splitlines()
     for number in chip_rows(read(name)):
-        with pytest.raises(ToolFailed, match="cannot read the line '.*this layout is not known"):
+        with pytest.raises(ToolFailed, match="cannot read the line '.*this layout is unknown"):
             parse_info("\n".join(lines[:number] + lines[number + 1 :]))
 
 
@@ -137,7 +137,7 @@ def test_a_column_more_or_less_changes_nothing_or_is_an_error(name):
     [
         ("910b-26.0", "| pytest   ", "| py | test", "cells under 5 headings"),
         ("910b-26.0", "2874 / 32768", "2874 of 32768", "expected memory in use"),
-        ("910b-26.0", "| Chip        ", "| Chip  Die   ", "holds a heading that is not known"),
+        ("910b-26.0", "| Chip        ", "| Chip  Die   ", "has an unknown heading"),
         ("910b-26.0", "0000:C1:00.0", "somewhere   ", "expected a bus id"),
         ("910b-26.0", "| 3       0  ", "| 3          ", "expected the numbers of an NPU, its chip"),
         ("910b-26.0", "| 3       0  ", "| 4       0  ", "on no chip of the table"),
@@ -146,7 +146,7 @@ def test_a_column_more_or_less_changes_nothing_or_is_an_error(name):
         ("910b-26.0", "| No running processes found in NPU 0", "| Nobody knows what runs on NPU 0    ", "Nobody knows"),
         ("950dt-25.6", "|        |                  | NA", "| 0      |                  | NA", "has no heading"),
         ("310p-23.0", "| 24      310P3", "| x24     310P3", "cannot read the line"),
-        ("310p-23.0", "| Chip    Device ", "| Chip    Serial ", "holds a heading that is not known"),
+        ("310p-23.0", "| Chip    Device ", "| Chip    Serial ", "has an unknown heading"),
     ],
 )
 def test_what_does_not_fit_is_shown(name, old, new, words):

@@ -222,7 +222,9 @@ def test_device_errors_are_the_machines(host, build):
     with pytest.raises(BackendUnavailable, match="driver and firmware do not match"):
         om.OmBackend(TEXT, file, batch_size=4)
     host(fault="hdc_init")
-    with pytest.raises(BackendUnavailable, match="the driver's channel to the device does not open.*HDC init failed"):
+    with pytest.raises(
+        BackendUnavailable, match="the driver's channel to the device cannot be opened.*HDC init failed"
+    ):
         om.OmBackend(TEXT, file, batch_size=4)
 
 
@@ -389,7 +391,7 @@ def test_an_unknown_way_of_recording_times_is_no_figure(host, build, monkeypatch
     with pytest.raises(BackendUnavailable, match="recorded 0 times for 1 runs"):
         backend.execute_seconds()
     monkeypatch.delattr(type(backend._session._native), "sumary")
-    with pytest.raises(BackendUnavailable, match="does not tell execute times"):
+    with pytest.raises(BackendUnavailable, match="reports no execute times"):
         backend.execute_seconds()
 
 
@@ -528,11 +530,11 @@ def test_a_call_that_does_not_come_back_ends_the_run_as_failed(host, build, tmp_
         command, cwd=str(ROOT), env=variables, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == -9
-    assert f"clipval: FAIL: om backend, text tower, {file}: a run: device 0 did not come back within 1 s" in done.stderr
+    assert f"clipval: FAIL: om backend, text tower, {file}: a run: device 0 did not return within 1 s" in done.stderr
     assert "npu-smi then: Ascend910B4 NPU 0 chip 0, health Warning" in done.stderr
     (figure,) = results.read(found)
     assert (figure.gate, figure.verdict, figure.failure) == ("parity/om/text", "fail", "environment")
-    assert "did not come back" in figure.message
+    assert "did not return" in figure.message
 
 
 def test_a_call_that_comes_back_in_time_is_left_alone(host, build):
@@ -547,12 +549,10 @@ def test_a_chip_that_is_not_well_is_not_measured(host, build, health):
     host(health=health)
     made = types.SimpleNamespace(settings=BackendSettings(device_timeout=60))
     asked = Opening(TEXT, build(TEXT), 4, 0)
-    with pytest.raises(
-        BackendUnavailable, match=rf"device 0 \(Ascend910B4\) has health {health}.*--allow-health takes it"
-    ):
+    with pytest.raises(BackendUnavailable, match=rf"device 0 \(Ascend910B4\) has health {health}.*--allow-health"):
         om.KIND.open(made, asked)
     made.settings = BackendSettings(allow_health=True)
-    said = f"device 0 (Ascend910B4) has health {health}, says npu-smi"
+    said = f"device 0 (Ascend910B4) has health {health} according to npu-smi"
     assert om.KIND.open(made, asked).notes == (said,)
 
 
@@ -560,4 +560,4 @@ def test_a_warning_is_said_and_judged_by_the_figures(host, build):
     host(health="Warning")
     made = types.SimpleNamespace(settings=BackendSettings())
     (note,) = om.KIND.open(made, Opening(TEXT, build(TEXT), 4, 0)).notes
-    assert note == "device 0 (Ascend910B4) has health Warning, says npu-smi"
+    assert note == "device 0 (Ascend910B4) has health Warning according to npu-smi"

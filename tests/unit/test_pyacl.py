@@ -127,7 +127,7 @@ def test_the_embedding_is_picked_by_name(host, files, tmp_path, fault):
     ("switches", "words"),
     [
         ({"fault": "driver_mismatch"}, "driver and firmware do not match.*acl.rt.set_device returned 507033"),
-        ({"fault": "hdc_init"}, "the driver's channel to the device does not open.*acl.init returned 507899"),
+        ({"fault": "hdc_init"}, "the driver's channel to the device cannot be opened.*acl.init returned 507899"),
         ({"device_memory": 1000}, "the device has no memory left.*EL0004.*acl.mdl.load_from_file returned 207001"),
         ({"npus": 0}, "there is no such device id.*returned 107001"),
         ({"fault": "no_ascendcl"}, r"pyACL \(module acl\) does not import: libascendcl.so.*set_env.sh"),
@@ -193,7 +193,7 @@ def test_bench_tells_three_scopes_apart(host, files, tmp_path, capsys):
     cli.main(["bench", *model, *quick, "--om-runtime", "pyacl", "--allow-simulated"])
     said = capsys.readouterr().out
     assert re.search(r"om/text/4/inference +\d.*\nom/text/4/execute +\d", said), said
-    assert re.search(r"copies: to_device \d\.\d{3} ms a call, from_device \d\.\d{3} ms a call", said), said
+    assert re.search(r"copies: to_device \d\.\d{3} ms per call, from_device \d\.\d{3} ms per call", said), said
 
 
 LIFE = """
