@@ -1,6 +1,6 @@
-"""What a data set is once it is read, and the registry of kinds of data sets.
+"""The data set in memory, and the registry of kinds of data sets.
 
-A kind is one file and one line of `MODULES`; the file holds a `KIND`, which says how a folder of it is found and read.
+A kind is one file and one line of `MODULES`; the file holds a `KIND`, which defines how to find and read its folders.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODULES: Dict[str, str] = {
     "kaggle": "clipval.datasets.kaggle",
     "shapes": "clipval.datasets.shapes",
 }
-DRAWN = "shapes"  # stands in where random weights are fed and no data was given
+DRAWN = "shapes"  # used with random weights if no data was given
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class RetrievalDataset:
 
     Attributes:
         folder: where it was read from.
-        image_ids: n ids, the file names without ending; image_paths: n files.
+        image_ids: n ids, the file names without suffix; image_paths: n files.
         captions: m texts; caption_ids: `<image id>_<k>`, k counting an image's captions in annotation order.
         image_of_caption: int64 [m], index of each caption's image. Every image has a caption.
 
     Raises:
-        InputError: it is empty, or ids, captions and images do not fit together.
+        InputError: it is empty, or ids, captions and images are inconsistent.
     """
 
     folder: Path
@@ -59,9 +59,9 @@ class RetrievalDataset:
     def _problem(self) -> str:
         images, captions, owner = len(self.image_ids), len(self.captions), self.image_of_caption
         if not images or not captions:
-            return f"{images} images and {captions} captions, expected some of both"
+            return f"{images} images and {captions} captions, expected at least one of each"
         if len(self.image_paths) != images or len(self.caption_ids) != captions or owner.shape != (captions,):
-            return f"{images} images and {captions} captions, but not one path, id and image for each"
+            return f"{images} images and {captions} captions, but some lack a path, an id or an image"
         if len(set(self.image_ids)) != images or len(set(self.caption_ids)) != captions:
             return "an id is a duplicate"
         if owner.dtype != np.int64 or sorted(set(owner.tolist())) != list(range(images)):
@@ -72,11 +72,11 @@ class RetrievalDataset:
         return ""
 
     def image_path(self, image_id: str) -> Optional[Path]:
-        """File of an image; None for an id that is no image's."""
+        """File of an image; None for an unknown id."""
         return dict(zip(self.image_ids, self.image_paths)).get(image_id)
 
     def caption(self, caption_id: str) -> Optional[str]:
-        """Text of a caption; None for an id that is no caption's."""
+        """Text of a caption; None for an unknown id."""
         return dict(zip(self.caption_ids, self.captions)).get(caption_id)
 
     def captions_sha256(self) -> str:
@@ -113,11 +113,11 @@ class Kind(NamedTuple):
 
     Attributes:
         name: its key in `MODULES`.
-        holds: what a folder of it holds, for messages.
-        find: what of this kind a folder holds, by content, not by name: its annotation files; empty for none.
-        read: the data set of a folder, given it and how captions are read (`csv` or `clip_benchmark`).
-        draw: writes the first n images into a folder, where the kind is drawn and not brought; else None.
-        off: how far each picture is from what it must show, [n] as a share of what is allowed, where the kind knows.
+        holds: what such a folder holds, for messages.
+        find: annotation files of this kind in a folder, recognised by content, not by name; empty for none.
+        read: folder and captions format (`csv` or `clip_benchmark`) -> data set.
+        draw: writes the first n images into a folder, if the kind is drawn; else None.
+        off: deviation of each picture from what it must show, [n] as a share of what is allowed; None if unknown.
     """
 
     name: str
@@ -146,12 +146,12 @@ def kind(name: str) -> Kind:
 
 
 def draws(name: str) -> bool:
-    """The kind is drawn, not brought."""
+    """Whether the kind is drawn instead of given by the user."""
     return kind(name).draw is not None
 
 
 def drawn(name: str, images: int, kept: Store) -> Path:
-    """The folder of a drawn data set, made once: of the kind, or of the one that stands in for a kind that is brought.
+    """The folder of a drawn data set, created once: of this kind, or of the one that replaces missing data.
 
     Args:
         images: how many.
@@ -166,15 +166,15 @@ def drawn(name: str, images: int, kept: Store) -> Path:
 def read(
     folder: Path, *, expected: str = "karpathy", named: Optional[str] = None, captions_format: str = "csv"
 ) -> RetrievalDataset:
-    """Read a folder, as the kind that was named, or as what it holds.
+    """Read a folder, as the named kind, or as the kind that it holds.
 
     Args:
-        expected: the spec's kind, which is taken where the folder holds it, or nothing that is recognised.
-        named: as the user says; taken whatever the folder holds.
+        expected: the spec's kind, used if the folder holds it or nothing is recognised.
+        named: the user's choice, used whatever the folder holds.
 
     Raises:
         UsageError: there is no such kind or captions_format.
-        InputError: the folder holds several other kinds, or what is missing or wrong, with file and place.
+        InputError: the folder holds several other kinds, or something is missing or wrong, with file and place.
     """
     if named is None and not kind(expected).find(folder):
         others = {name: found for name in MODULES if name != expected and (found := kind(name).find(folder))}
@@ -186,14 +186,14 @@ def read(
 
 
 def expect(dataset: RetrievalDataset, *, images: int, captions: int) -> None:
-    """Hold a data set to the spec's counts; 0 takes any.
+    """Check a data set against the spec's counts; 0 allows any.
 
     Raises:
-        InputError: another split, or an incomplete copy.
+        InputError: the counts differ: another split, or an incomplete copy.
     """
     for what, found, wanted in (("images", dataset.image_ids, images), ("captions", dataset.captions, captions)):
         if wanted and len(found) != wanted:
             raise InputError(
                 f"data {dataset.folder}: {len(found)} {what}, the spec says {wanted}; "
-                f"it is another split or an incomplete copy"
+                f"it may be another split or an incomplete copy"
             )

@@ -1,7 +1,7 @@
 """COCO's captions, `captions_val2014.json` or `coco_test_karpathy.json`.
 
-With Karpathy's `dataset_coco.json` beside it, its test split alone; else every image that it lists. Source: COCO's
-format of captions (`images[].id, file_name`, `annotations[].image_id, id, caption`), cocodataset.org/#format-data.
+With Karpathy's `dataset_coco.json` next to it, only its test split; else every image that it lists. Source: COCO's
+caption format (`images[].id, file_name`, `annotations[].image_id, id, caption`), cocodataset.org/#format-data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Root(msgspec.Struct):
 
 
 def find(folder: Path) -> List[Path]:
-    """JSON files with captions of numbered images; none beside Karpathy's own file, which has its captions too."""
+    """JSON files with captions of numbered images; none next to Karpathy's own file, which has captions too."""
     return [] if karpathy_json.find(folder) else _files(folder)
 
 
@@ -48,11 +48,11 @@ def _files(folder: Path) -> List[Path]:
 
 
 def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
-    """Read the captions, an image's in the order of their ids.
+    """Read the captions; those of one image are ordered by id.
 
     Raises:
-        UsageError: a captions_format of the recipe's file.
-        InputError: what is missing or wrong, with file and place.
+        UsageError: a captions_format for the recipe's file.
+        InputError: something is missing or wrong, with file and place.
     """
     if captions_format != "csv":
         raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
@@ -75,7 +75,9 @@ def _rows(file: Path, root: _Root, names: List[str]) -> Iterator[Row]:
     for name in names:
         found = captions.get(by_name.get(name, -1), [])
         if not found:
-            raise InputError(f"annotations {file}: no caption of image {name}; it is another year's or part's file")
+            raise InputError(
+                f"annotations {file}: no caption of image {name}; it may be the file of another year or split"
+            )
         for annotation in sorted(found, key=lambda one: one.id):
             if not annotation.caption.strip():
                 raise InputError(f"annotations {file}, annotation {annotation.id}: the caption is empty")

@@ -1,6 +1,6 @@
-"""A folder of images beside one annotation file: find that file, place its images, group its captions.
+"""A folder of images with one annotation file: find that file, locate its images, group its captions.
 
-What each kind of data set has in common; how its annotation file is read stands in its own module.
+Common to all kinds of data sets; each kind's module reads its annotation file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from clipval.errors import InputError, one_line
 
 Parsed = TypeVar("Parsed")
 ENDINGS = (".txt", ".csv", ".tsv", ".token", ".json")
-ENOUGH = 1 << 16  # bytes of either end of a file by which its kind is known
+ENOUGH = 1 << 16  # bytes of either end of a file that identify its kind
 
 
 class Row(NamedTuple):
-    """One annotation: where it stands in its file (`line 3`), the image's name as written, and the caption."""
+    """One annotation: its place in the file (`line 3`), the image's name as written, and the caption."""
 
     where: str
     image: str
@@ -30,15 +30,15 @@ class Row(NamedTuple):
 
 
 def gather(folder: Path, annotations: Path, rows: Iterable[Row]) -> RetrievalDataset:
-    """The data set of some rows. Rows of one image need not be adjacent, and it may have any number of captions.
+    """The data set of these rows. Rows of one image need not be adjacent, and it may have any number of captions.
 
-    A caption may occur twice, for one image or for two (Flickr30k has one): each row is a caption with its own id.
+    A caption may occur more than once, for one image or two (as in Flickr30k): each row is a caption with its own id.
 
     Args:
-        folder: images may lie in sub-folders, linked ones too; images without a caption are not part of the set.
+        folder: images may be in sub-folders, including linked ones; images without a caption are not part of the set.
 
     Raises:
-        InputError: what is missing or wrong, with file and place.
+        InputError: something is missing or wrong, with file and place.
     """
     kept = list(rows)
     if not kept:
@@ -60,28 +60,28 @@ def gather(folder: Path, annotations: Path, rows: Iterable[Row]) -> RetrievalDat
 
 
 def annotation_files(folder: Path) -> List[Path]:
-    """Files of a folder that may be annotations, by their endings.
+    """Files of a folder that may be annotations, by suffix.
 
     Raises:
         InputError: there is no such folder, or it cannot be listed.
     """
-    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
-        raise InputError(f"data {folder}: no such folder; expected images beside one annotation file")
+    if not os.path.isdir(folder):  # Path.is_dir raises if the name is too long
+        raise InputError(f"data {folder}: no such folder; expected images and one annotation file")
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(f"data {folder}: cannot be listed ({error.strerror}); check its permissions") from error
-    # Hidden files are not meant: macOS leaves a "._x" beside each x that it copies.
+    # Skip hidden files: macOS leaves a "._x" next to each x that it copies.
     return [folder / name for name in names if name.lower().endswith(ENDINGS) and name[0] != "."]
 
 
 def recognised(folder: Path, recognises: Callable[[str], bool]) -> List[Path]:
-    """Annotation files whose content `recognises` takes: it is given both ends of a file as text."""
+    """Annotation files that `recognises` accepts, given both ends of the file as text."""
     return [path for path in annotation_files(folder) if recognises(_ends(path))]
 
 
 def one_of(folder: Path, files: List[Path], holds: str) -> Path:
-    """The only file, or the only one named as the recipe's.
+    """The only file, or the only one with the recipe's name.
 
     Raises:
         InputError: there is none, or there are several.
@@ -93,7 +93,7 @@ def one_of(folder: Path, files: List[Path], holds: str) -> Path:
         if found:
             names = ", ".join(path.name for path in found)
             raise InputError(f"data {folder}: several annotation files ({names}); keep one")
-    raise InputError(f"data {folder}: no annotation file; expected images beside {holds}")
+    raise InputError(f"data {folder}: no annotation file; expected images and {holds}")
 
 
 def _ends(path: Path) -> str:
@@ -105,7 +105,7 @@ def _ends(path: Path) -> str:
                 stream.seek(max(ENOUGH, size - ENOUGH))
                 data += stream.read(ENOUGH)
     except OSError:
-        return ""  # reading it whole will say why
+        return ""  # reading the whole file will report why
     return data.decode("utf-8-sig", errors="replace")
 
 
@@ -128,7 +128,7 @@ def text_of(file: Path) -> str:
 
 
 def parsed_json(file: Path, kind: Type[Parsed]) -> Parsed:
-    """A JSON annotation file as msgspec's struct.
+    """A JSON annotation file as a msgspec struct.
 
     Raises:
         InputError: it cannot be read, or a field is missing or of another type.
@@ -136,11 +136,11 @@ def parsed_json(file: Path, kind: Type[Parsed]) -> Parsed:
     try:
         return msgspec.json.decode(text_of(file).encode("utf-8"), type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"annotations {file}: not the JSON that is expected ({one_line(error)})") from error
+        raise InputError(f"annotations {file}: not the expected JSON ({one_line(error)})") from error
 
 
 def _place(folder: Path, annotations: Path, rows: List[Row]) -> Dict[str, Path]:
-    """The file of each image, by its name as the rows write it; no two files have one id."""
+    """The file of each image by its name in the rows; no two files may have the same id."""
     files: Dict[str, List[Path]] = {}
     for path in _walk(folder):
         files.setdefault(path.name, []).append(path)
@@ -153,21 +153,21 @@ def _place(folder: Path, annotations: Path, rows: List[Row]) -> Dict[str, Path]:
         known = owners.setdefault(path.stem, path)
         if known != path:
             where = f"annotations {annotations}, {row.where}"
-            raise InputError(f"{where}: {path} and {known} have one id, {path.stem!r}; rename one and its rows")
+            raise InputError(f"{where}: {path} and {known} have the same id, {path.stem!r}; rename one and its rows")
     return placed
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below the folder, through linked folders too: one walk, not one look-up a caption."""
+    """Every file below the folder, including linked folders: one walk instead of one look-up per caption."""
     waiting: List[Tuple[str, FrozenSet[str]]] = [(str(folder), frozenset())]
     while waiting:
         parent, above = waiting.pop()
         real = os.path.realpath(parent)
-        if real in above:  # a link back up
+        if real in above:  # a link to a parent
             continue
         try:
             entries = list(os.scandir(parent))
-        except OSError:  # such as lost+found; an image in there is reported as missing
+        except OSError:  # e.g. lost+found; an image in there is reported as missing
             continue
         for entry in entries:
             try:
@@ -183,7 +183,9 @@ def _resolve(folder: Path, files: Dict[str, List[Path]], annotations: Path, row:
     where = f"annotations {annotations}, {row.where}"
     written = Path(row.image.replace("\\", "/"))
     if not written.parts or ".." in written.parts or written.is_absolute():
-        raise InputError(f"{where}: image {row.image[:80]!r} is not below the data folder; name it relative to that")
+        raise InputError(
+            f"{where}: image {row.image[:80]!r} is not below the data folder; give its path relative to that"
+        )
     found = files.get(written.name, [])
     if folder / written in found:
         return folder / written
@@ -191,12 +193,14 @@ def _resolve(folder: Path, files: Dict[str, List[Path]], annotations: Path, row:
         return found[0]
     if len(written.parts) == 1 and found:
         one, other = sorted(found)[:2]
-        raise InputError(f"{where}: image {row.image[:80]!r} lies in several folders: {one} and {other}; name its own")
+        raise InputError(
+            f"{where}: image {row.image[:80]!r} is in several folders: {one} and {other}; give its relative path"
+        )
     raise InputError(f"{where}: image {row.image[:80]!r} is not in {folder}; {_near(written, files)}")
 
 
 def _near(written: Path, files: Dict[str, List[Path]]) -> str:
-    """What to do about an image that is missing; one that differs in case, ending or Unicode form is shown."""
+    """What to do about a missing image; shows one that differs only in case, suffix or Unicode form."""
 
     def form(name: str) -> str:
         return unicodedata.normalize("NFC", name)
@@ -204,10 +208,10 @@ def _near(written: Path, files: Dict[str, List[Path]]) -> str:
     keys: Dict[str, Callable[[str], str]] = {
         "in its Unicode form": form,
         "in case": lambda name: form(name).casefold(),
-        "in its ending": lambda name: form(os.path.splitext(name)[0]).casefold(),
+        "in its suffix": lambda name: form(os.path.splitext(name)[0]).casefold(),
     }
     for differs, key in keys.items():
         near = sorted(name for name in files if key(name) == key(written.name))
         if near:
             return f"{near[0]!r} is there, which differs {differs}: rename it, or change its rows"
-    return "copy it there or take out its rows"
+    return "copy it there or remove its rows"

@@ -1,4 +1,4 @@
-"""Open one picture as RGB, whatever it is stored as."""
+"""Open a picture as RGB, whatever its format."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image
 
 from clipval.errors import InputError, one_line
 
-MOST_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb: its MAX_IMAGE_PIXELS
-# Named, so that no file is handed to a plugin that runs an outside program (EPS runs Ghostscript).
+MOST_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb: its MAX_IMAGE_PIXELS
+# Listed explicitly, so that no plugin runs an external program (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-# Their decoders differ, or Pillow has none: a picture would not be the same pixels everywhere.
+# Decoders differ, or Pillow has none: pixels would not be the same everywhere.
 OTHERS = {
     "AVIF": rb".{4}ftyp(avif|avis|mif1.{4}avif)",
     "HEIC": rb".{4}ftyp(hei[cfmsx]|hev[cx]|mif1|msf1)",
@@ -25,7 +25,7 @@ OTHERS = {
     "a PDF": rb"%PDF",
     "PostScript": rb"%!PS",
     "a film": rb".{4}ftyp|\x1aE\xdf\xa3",
-    "packed by gzip": rb"\x1f\x8b",
+    "a gzip file": rb"\x1f\x8b",
     "a zip archive": rb"PK\x03\x04",
     "Photoshop's": rb"8BPS",
 }
@@ -34,13 +34,13 @@ _opening = threading.Lock()
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """A picture decoded to RGB, its first frame where it has several.
+    """A picture decoded to RGB; its first frame if it has several.
 
-    It is converted before it is resized, as CLIP_benchmark does: a palette image would otherwise be resized without
-    interpolation. EXIF orientation is ignored, as open_clip and CLIP_benchmark ignore it.
+    It is converted before it is resized, as in CLIP_benchmark: a palette image would otherwise be resized without
+    interpolation. EXIF orientation is ignored, as in open_clip and CLIP_benchmark.
 
     Raises:
-        InputError: not a picture, damaged, cut off, of more than 8 bits a channel, or too large to decode.
+        InputError: not a picture, damaged, truncated, more than 8 bits per channel, or too large to decode.
     """
     try:
         with _open(path) as image:
@@ -48,10 +48,10 @@ def open_rgb(path: Path) -> Image.Image:
             if width * height > MOST_PIXELS:
                 raise InputError(f"image {path}: {width} x {height} pixels, too large to decode; scale it down")
             if image.mode.split(";")[0] in WIDE_MODES:
-                raise InputError(f"image {path}: pixels are {image.mode}, expected 8 bits a channel; convert it")
+                raise InputError(f"image {path}: pixels are {image.mode}, expected 8 bits per channel; convert it")
             image.load()
-            image.info.pop("transparency", None)  # has no part in the colours, but makes convert() warn
-            return image if image.mode == "RGB" else image.convert("RGB")  # a copy costs a tenth of decoding
+            image.info.pop("transparency", None)  # does not affect the colours, but makes convert() warn
+            return image if image.mode == "RGB" else image.convert("RGB")  # copying takes a tenth of the decoding time
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -60,7 +60,7 @@ def open_rgb(path: Path) -> Image.Image:
         codec = _codec(path)
         if codec:
             raise InputError(
-                f"image {path}: is {codec}, which is not read; expected one of {', '.join(FORMATS)}"
+                f"image {path}: is {codec}, which is not supported; expected one of {', '.join(FORMATS)}"
             ) from error
         raise InputError(
             f"image {path}: cannot be read, not a picture or damaged ({one_line(error)}); replace it"
@@ -68,7 +68,7 @@ def open_rgb(path: Path) -> Image.Image:
 
 
 def _codec(path: Path) -> str:
-    """What a file is that is none of `FORMATS`, by its first bytes; an empty string for what is not known."""
+    """The format of a file that is none of `FORMATS`, by its first bytes; empty if unknown."""
     try:
         with open(path, "rb") as stream:
             start = stream.read(64)
@@ -78,7 +78,7 @@ def _codec(path: Path) -> str:
 
 
 def _open(path: Path) -> Image.Image:
-    """Read a picture's header without Pillow's warnings; one thread at a time, as all share one list of filters."""
+    """Read a picture's header without Pillow's warnings; one thread at a time, since all share one list of filters."""
     with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Image.open(path, formats=FORMATS)

@@ -18,7 +18,7 @@ from clipval.errors import InputError, UsageError
 
 HOLDS = "Kaggle's results.csv or captions.txt, or a .token file: image, number of the caption, caption"
 HEADER = re.compile(r"\s*(image|image_name|filename)\s*[|,;]\s*(comment_number|caption_number|number)\s*[|,;]", re.I)
-# A row of Kaggle's own file, 2199200615.jpg, lacks the second pipe.
+# In Kaggle's file, a row of 2199200615.jpg lacks the second pipe.
 PIPES = re.compile(r"\s*([^|]+?)\s*\|\s*([0-9]+)\s*(?:\||\s)\s*(.*?)\s*$")
 TOKEN = re.compile(r"\s*(.+?)#([0-9]+)\t\s*(.*?)\s*$")
 COMMAS = re.compile(r"[^,;\t|\"\n]+\.\w+\s*([,;])\s*[0-9]+\s*\1")
@@ -38,8 +38,8 @@ def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
     """Read a data set; an image's captions are ordered by their numbers.
 
     Raises:
-        UsageError: a captions_format of the recipe's file.
-        InputError: what is missing or wrong, with file and line.
+        UsageError: a captions_format for the recipe's file.
+        InputError: something is missing or wrong, with file and line.
     """
     if captions_format != "csv":
         raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
@@ -79,7 +79,7 @@ def _by_comma(file: Path, text: str) -> Iterator[Tuple[int, Row]]:
             if len(parts) != 3 or not parts[1].isdigit() or not parts[0] or not parts[2]:
                 raise InputError(
                     f"annotations {file}, line {line}: expected image, number and caption: "
-                    f"{separator.join(cells)[:60]!r}; put a caption that holds {separator!r} into double quotes"
+                    f"{separator.join(cells)[:60]!r}; put a caption with {separator!r} in double quotes"
                 )
             yield int(parts[1]), Row(f"line {line}", parts[0], parts[2])
     except csv.Error as error:

@@ -1,8 +1,8 @@
-"""The recipe's annotation file: one image and one caption a row, as CSV, TSV or with semicolons.
+"""The recipe's annotation file: one image and one caption per row, as CSV, TSV or with semicolons.
 
-`csv` reads real CSV, as the recipe does. `clip_benchmark` reads as CLIP_benchmark does, which published figures were
-made with: the first line is skipped, each line is split at ".jpg,", and a quoted caption keeps its quotes, which gives
-other tokens. Source: CLIP_benchmark, clip_benchmark/datasets/flickr.py.
+`csv` reads real CSV, as the recipe does. `clip_benchmark` reads as CLIP_benchmark does, with which published figures
+were made: the first line is skipped, each line is split at ".jpg,", and a quoted caption keeps its quotes, which
+changes its tokens. Source: CLIP_benchmark, clip_benchmark/datasets/flickr.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipval.errors import InputError, UsageError
 HOLDS = "one *_karpathy.txt: CSV with the columns image,caption"
 # The separator follows the first name of a file; open_clip's own training files have tabs and filepath, title.
 FIRST = re.compile(r'\s*"?(?:image|filename|file_name|filepath|[^,;\t"\n{\[|#]*\.\w+)"?\s*([,;\t])\s*([^\n]*)', re.I)
-NUMBERED = re.compile(r"[0-9]+\s*[,;\t]")  # a column that is none of ours: the caption's number
+NUMBERED = re.compile(r"[0-9]+\s*[,;\t]")  # an extra column: the caption's number
 HEADERS = ("image", "filename", "file_name", "filepath")
 
 
@@ -39,11 +39,11 @@ def read(folder: Path, captions_format: str = "csv", annotations: Optional[Path]
 
     Args:
         captions_format: `csv` or `clip_benchmark`.
-        annotations: the annotation file; None finds the folder's only one.
+        annotations: the annotation file; None for the folder's only one.
 
     Raises:
         UsageError: there is no such captions_format.
-        InputError: what is missing or wrong, with file and line.
+        InputError: something is missing or wrong, with file and line.
     """
     parsers = {"csv": _parse_csv, "clip_benchmark": _split_clip_benchmark}
     if captions_format not in parsers:
@@ -54,8 +54,8 @@ def read(folder: Path, captions_format: str = "csv", annotations: Optional[Path]
     rows = list(parsers[captions_format](annotations, text_of(annotations)))
     if captions_format != "csv" and rows and all(NUMBERED.match(row.caption) for row in rows):
         raise InputError(
-            f"annotations {annotations}: three columns, of which the second numbers the captions, and CLIP_benchmark "
-            f"would take it for their first word; leave out --captions-format"
+            f"annotations {annotations}: three columns, the second numbers the captions; CLIP_benchmark would take "
+            f"the number for the first word; leave out --captions-format"
         )
     return gather(folder, annotations, rows)
 
@@ -75,7 +75,7 @@ def _parse_csv(file: Path, text: str) -> Iterator[Row]:
                 shown = separator.join(cells)[:60]
                 raise InputError(
                     f"annotations {file}, line {line}: {len(cells)} columns, expected 2 (image,caption): {shown!r}; "
-                    f"put a caption that holds {separator!r} into double quotes"
+                    f"put a caption with {separator!r} in double quotes"
                 )
             image, caption = (cell.strip() for cell in cells)
             if header:

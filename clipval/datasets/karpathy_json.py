@@ -43,8 +43,8 @@ def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
     """Read the test split.
 
     Raises:
-        UsageError: a captions_format of the recipe's file.
-        InputError: what is missing or wrong, with file and place.
+        UsageError: a captions_format for the recipe's file.
+        InputError: something is missing or wrong, with file and place.
     """
     if captions_format != "csv":
         raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
@@ -56,13 +56,15 @@ def split(file: Path) -> List[Image]:
     """The images of the test split.
 
     Raises:
-        InputError: the file cannot be read, or has none.
+        InputError: the file cannot be read, or has no such image.
     """
     images = parsed_json(file, _Root).images
     found = [image for image in images if image.split == SPLIT]
     if not found:
         others = ", ".join(sorted({image.split for image in images})) or "no images"
-        raise InputError(f"annotations {file}: no image of the split {SPLIT!r} (it has {others}); get the whole file")
+        raise InputError(
+            f"annotations {file}: no image of the split {SPLIT!r} (it has {others}); get the complete file"
+        )
     return found
 
 

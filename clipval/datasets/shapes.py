@@ -1,7 +1,7 @@
-"""The embedded data set: drawn scenes with captions that each tell a part of the scene.
+"""The embedded data set: drawn scenes with captions that each describe a part of the scene.
 
-It needs no download and no licence, is drawn the same on every machine from a seed, and is written in
-the recipe's own folder layout, so that it goes through the very reader that real data goes through.
+It needs no download and no licence, is drawn from a seed with the same result on every machine, and is written in
+the recipe's folder layout, so that it is read like real data.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What one image shows, enough to draw it and to caption it."""
+    """The content of one image, enough to draw and caption it."""
 
     canvas: Tuple[int, int]
     background: str
@@ -100,7 +100,7 @@ def make_scene(rng: random.Random) -> Scene:
 
 
 def caption_scene(scene: Scene, rng: random.Random) -> List[str]:
-    """Five captions, each telling another part; some hold commas and double quotes."""
+    """Five captions, each describing another part; some have commas and double quotes."""
     things = list(scene.things)
     rng.shuffle(things)
     first, second = things[:2]
@@ -124,7 +124,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     pen = ImageDraw.Draw(image)
     _draw_pattern(pen, scene)
     for thing in scene.things:
-        # Both towers see the centre square only (the shorter side), so the grid lies inside it.
+        # The model sees only the centre square (the shorter side), so the grid is inside it.
         side = min(width, height)
         cell = side / 3
         x = (width - side) / 2 + (thing.column + 0.5) * cell + rng.uniform(-0.06, 0.06) * cell
@@ -146,15 +146,15 @@ def _numbered_scene(seed: int, index: int) -> Tuple[Image.Image, List[str]]:
 
 
 def off(dataset: RetrievalDataset) -> np.ndarray:
-    """How far each picture of a data set is from the one that is drawn here under its id.
+    """How far each picture of a data set is from the one drawn here for its id.
 
-    Compared in blocks of 16 x 16 pixels, whose means a JPEG coder hardly changes. Measured on 1000 scenes, in grey
-    levels: quality 90 of Pillow 13 moves a block by 3 and their mean by 0.5, quality 50 by 10 and 2; the least
-    change of one object's colour moves a block by 37, a pattern left out the mean by 2.7.
+    Compared in blocks of 16 x 16 pixels, whose means JPEG hardly changes. Measured on 1000 scenes, in grey levels:
+    quality 90 of Pillow 13 changes a block by 3 and their mean by 0.5, quality 50 by 10 and 2; the smallest change of
+    one object's colour changes a block by 37, a missing pattern the mean by 2.7.
 
     Returns:
         float64 [n], as a share of what is allowed: 16 grey levels of a block, 2 of the mean. Inf for a picture of
-        another size, and for an id that is not drawn.
+        another size, and for an unknown id.
     """
     drawn = {str(number): n for n, number in enumerate(_ids(len(dataset.image_ids)))}
 
@@ -166,7 +166,7 @@ def off(dataset: RetrievalDataset) -> np.ndarray:
         with Image.open(dataset.image_paths[n]) as stored:
             if stored.size != wanted.size:
                 return math.inf
-            stored.draft("RGB", (wanted.width // 8, wanted.height // 8))  # JPEG decodes an eighth at once
+            stored.draft("RGB", (wanted.width // 8, wanted.height // 8))  # JPEG can be decoded at an eighth of its size
             found = stored.convert("RGB")
         found = found.reduce(8) if found.size == wanted.size else found
         apart = np.abs(np.asarray(found.reduce(2), np.float64) - np.asarray(wanted.reduce(8).reduce(2), np.float64))
@@ -179,8 +179,8 @@ def off(dataset: RetrievalDataset) -> np.ndarray:
 def write(folder: Path, *, seed: int = SEED_TEST, count: int = IMAGES_TEST) -> None:
     """Write `count` JPEGs and their annotation file into `folder` in the recipe's layout.
 
-    Ids are shuffled numbers like Flickr's, so that name order, drawing order and annotation order all
-    differ and a stage that pairs by order is caught.
+    Ids are shuffled numbers like Flickr's, so that name order, drawing order and annotation order all differ, which
+    catches a stage that pairs by order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows: List[Tuple[str, str]] = []

@@ -1,7 +1,7 @@
-"""The gates, one module a family, named as the tests in `tests/acceptance/`: evidence in, judged figures out.
+"""The gates, one module per family, named like the tests in `tests/acceptance/`: evidence in, judged figures out.
 
-A gate is one `Gate` of a family's module, the function that judges its figures, and one acceptance test that names it.
-What a run promises is the ids of all of them; no test needs to be collected to know it.
+A gate is a `Gate` in its family's module, the function that judges its figures, and an acceptance test that names it.
+A run promises the ids of all gates, which are known without collecting tests.
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ CATALOGUE = tuple(found for family in FAMILIES for found in vars(family).values(
 
 
 def promised(plan: Plan) -> Dict[str, Gate]:
-    """Id -> gate of everything that a run of this plan must evaluate, if nothing narrows it."""
+    """Id -> gate for everything that a run of this plan must evaluate unless it is narrowed."""
     return {name: gate for gate in CATALOGUE for name in gate.ids(plan)}

@@ -1,4 +1,4 @@
-"""Gates of what the chain builds on the way: the prepared arrays and the ONNX files."""
+"""Gates of intermediate artifacts: the prepared arrays and the ONNX files."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ PIXELS = 1e-5  # a rounding of normalised float32 pixels; one grey level is 0.01
 def prepared_images(
     data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec, digests: np.ndarray
 ) -> List[Figure]:
-    """Prepared pixels are bit for bit the model's own transform of the images, and what the spec says they must be.
+    """Prepared pixels are bit for bit the model's own transform of the images, and follow the spec's transform.
 
-    The second comparison does not use the transform, so a wrong mean, crop, channel order or resize cannot hide in it.
+    The second comparison does not use the model's transform, so it detects a wrong mean, crop, channel order or resize.
+
     Args:
         digests: one per image, equal for equal pixels: [n].
     """
@@ -59,16 +60,14 @@ def prepared_images(
             unit="images",
             count=len(data),
             worst=f"sample {data.ids[again[0]]}" if len(again) else "",
-            because="one image under two ids has two right answers; the spec's data.duplicates allows some",
+            because="an image with two ids has two right answers; the spec's data.duplicates allows some",
             failure="input",
         ),
     ]
     known = datasets.kind(spec.data.kind).off
     if known is not None:
         apart = known(dataset)
-        figures.append(
-            _prepared(PREPARED_IMAGES, "|picture - drawn|, of what JPEG may change", apart, 1.0, dataset.image_ids)
-        )
+        figures.append(_prepared(PREPARED_IMAGES, "|picture - drawn| / JPEG tolerance", apart, 1.0, dataset.image_ids))
     if spec.data.fingerprint:
         other = np.array([dataset.fingerprint() != spec.data.fingerprint])
         figures.append(
@@ -78,7 +77,7 @@ def prepared_images(
 
 
 def prepared_texts(data: PreparedRows, dataset: RetrievalDataset, model: Model, spec: Spec) -> List[Figure]:
-    """Prepared tokens are the model's own tokenizer's for every caption, and the captions are the spec's."""
+    """Prepared tokens are those of the model's own tokenizer for every caption, and the captions are the spec's."""
     found = data[:]
     off = (found != tokens(dataset.captions, model, data.tower)).sum(axis=1)
     figures = [_prepared(PREPARED_TEXTS, "tokens that differ", off, 0.0, data.ids)]
@@ -114,12 +113,12 @@ def artifact(
     *,
     ready: bool = False,
 ) -> List[Figure]:
-    """The ONNX file keeps the contract and was made of the weights under test.
+    """The ONNX file follows the contract and was exported from the weights under test.
 
     Args:
-        placement: where the backend that opened it computes which operator; shown, as opening it already decided.
-        ready: the file is somebody's own: opening it decided that it can be this tower, and of its weights only parity
-            can tell where it does not say.
+        placement: which operators run where in the backend that opened it; only shown, since opening it checks them.
+        ready: the user's own file: opening it checked that it can be this tower; if it does not state its weights, only
+        parity can tell.
     """
     metadata = read_metadata(file)
     if ready and "clipval.weights" not in metadata:
@@ -147,7 +146,7 @@ def artifact(
 def _ready(file: Path, tower: Tower, where: Identity) -> Figure:
     return Figure(
         gate=ARTIFACT.of(where.name, tower.name),
-        metric="ready file that does not say of which weights it is",
+        metric="ready file that does not state its weights",
         unit="files",
         measured=1,
         count=1,
@@ -165,7 +164,7 @@ def _placed(placement: Placement, where: Identity, tower: Tower) -> Figure:
     )
     return Figure(
         gate=ARTIFACT.of(where.name, tower.name),
-        metric="operators on the CPU beside the provider's",
+        metric="operators on the CPU instead of the provider",
         unit="operators",
         measured=strayed,
         count=sum(sum(found.values()) for found in placement.operators.values()),

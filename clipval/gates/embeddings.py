@@ -1,4 +1,4 @@
-"""Gates of a backend's embeddings by themselves, and of PyTorch's against those that were pinned."""
+"""Gates of a backend's embeddings, and of PyTorch's against pinned ones."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ GOLDEN = Gate(
 BATCHES = Gate("batches", ACCURACY, ("backend_name", "tower_name", "batch_size"))
 PROBE = Gate("probe", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE)
 INVARIANCE_SAMPLES = 32
-SAME = 1e-7  # cosine distance below which two fp32 embeddings are one; two captions of one word more differ by 1e-4
+SAME = 1e-7  # cosine distance below which two fp32 embeddings are equal; one more word in a caption changes it by 1e-4
 
 
 def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds, ids: Sequence[str]) -> List[Figure]:
-    """Every sample has one finite embedding of the contract's width and of length one, none saturated."""
+    """Every sample has one finite, unsaturated, unit-length embedding of the contract's width."""
     gate = VALUES.of(where.name, tower.name)
     wide = found.values.astype(np.float64)
     shape_ok = found.ids == tuple(ids) and wide.shape == (len(ids), tower.width)
@@ -58,9 +58,9 @@ def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBound
 
 
 def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray) -> List[Figure]:
-    """Different inputs give different embeddings.
+    """Different inputs have different embeddings.
 
-    A text tower whose ArgMax runs in fp16 pools at the start token and gives every caption the same embedding.
+    A text tower whose ArgMax runs in fp16 pools at the start token, so every caption has the same embedding.
 
     Args:
         rows: one digest per input, equal for equal inputs: [n].
@@ -82,7 +82,7 @@ def distinct(found: Embeddings, where: Identity, tower: Tower, rows: np.ndarray)
 
 
 def _nearest(unit: np.ndarray) -> Any:
-    """How many rows have another row within `SAME`, and one such pair."""
+    """The number of rows with another row within `SAME`, and one such pair."""
     twins, example = 0, (0, 0)
     for start in range(0, len(unit), 1024):
         block = unit[start : start + 1024] @ unit.T
@@ -97,7 +97,7 @@ def _nearest(unit: np.ndarray) -> Any:
 
 
 def invariance_samples(count: int) -> np.ndarray:
-    """Indices spread over the set, the last sample among them: it is the one that padding stands behind."""
+    """Indices spread over the data set, including the last sample, after which the batch is padded."""
     return arrays.spread(count, INVARIANCE_SAMPLES)
 
 
@@ -133,7 +133,7 @@ def invariance(
 
 
 def batch_samples(count: int, batch_size: int) -> np.ndarray:
-    """Indices of two whole batches and a partial one, spread over the set; distinct where the set has that many."""
+    """Indices of two full batches and a partial one, spread over the data set; distinct if it is large enough."""
     wanted = 2 * batch_size + (batch_size // 2 or 1)
     return np.linspace(0, count - 1, wanted).round().astype(int) if wanted <= count else np.arange(wanted) % count
 
@@ -141,12 +141,12 @@ def batch_samples(count: int, batch_size: int) -> np.ndarray:
 def batches(
     reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds, batch_size: int
 ) -> List[Figure]:
-    """One batch size agrees with the reference on every row of two whole batches and a partial one.
+    """A batch size agrees with the reference on every row of two full batches and a partial one.
 
-    Each OM file holds one batch size and is compiled by itself, so that each can be wrong by itself.
+    Each OM file has one batch size and is compiled separately, so each can be wrong.
 
     Args:
-        reference, found: of the same rows in the same order.
+        reference, found: embeddings of the same rows in the same order.
     """
     gate = BATCHES.of(where.name, tower.name, batch_size)
     compared = parity.compare(found.ids, reference.values, found.values)
@@ -169,10 +169,10 @@ def batches(
 def probe(
     reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds, seed: int
 ) -> List[Figure]:
-    """Inputs that were drawn for this run get PyTorch's embeddings, finite and within the bounds of parity.
+    """Inputs drawn for this run have PyTorch's embeddings, finite and within the bounds of parity.
 
-    Token rows of every length over the whole vocabulary, and pictures at the extremes; see `clipval.probe`. A backend
-    that hands out stored results has none for them.
+    Token rows of every length over the whole vocabulary, and extreme pictures; see `clipval.probe`. A backend that
+    returns stored results has none for them.
     """
     gate = PROBE.of(where.name, tower.name)
     compared = parity.compare(found.ids, reference.values, found.values)
@@ -217,12 +217,12 @@ def probe(
 def golden(
     pinned: Golden, found: Embeddings, inputs_sha256: str, where: Identity, tower: Tower, spec: GoldenSpec
 ) -> List[Figure]:
-    """PyTorch still makes of the probe inputs of seed 0 what it once made of them.
+    """PyTorch still computes the pinned embeddings of the probe inputs of seed 0.
 
-    Parity cannot see what is wrong in every backend alike: another activation, epsilon or attention scale.
+    Parity cannot detect what is wrong in every backend alike: another activation, epsilon or attention scale.
 
     Args:
-        found: what PyTorch makes of them now; inputs_sha256: of the inputs.
+        found: PyTorch's embeddings now; inputs_sha256: of the inputs.
     """
     least = {"vision": spec.vision_min, "text": spec.text_min}[tower.name]
     gate = GOLDEN.of(where.name, tower.name)
@@ -243,7 +243,7 @@ def golden(
 def golden_of_data(
     pinned: Embeddings, reference: Embeddings, where: Identity, tower: Tower, spec: GoldenSpec
 ) -> List[Figure]:
-    """PyTorch still makes of the data set's own files what it once made of them: decoder and tokenizer stand between.
+    """PyTorch still computes the pinned embeddings of the data set's files, including decoder and tokenizer.
 
     Raises:
         InputError: a pinned sample is not in the data.

@@ -1,4 +1,4 @@
-"""What a gate is: its id, the cases that a run promises, and a figure held to its bound."""
+"""Definition of a gate: its id, the cases that a run promises, and how a figure is judged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACCURACY, PERF = "accuracy", "perf"
 
 
 class Plan(NamedTuple):
-    """What a run validates, as far as its gates depend on it.
+    """What a run validates: what its gates depend on.
 
     Attributes:
         trained: the weights are not random, so recall applies; baseline: `--baseline` was given.
@@ -37,16 +37,16 @@ def _always(plan: Plan, *case: Any) -> bool:
 
 @dataclass(frozen=True)
 class Gate:
-    """One check. Its acceptance test names it, `@pytest.mark.gate(VALUES)`, and is run once for each of its cases.
+    """One check. Its acceptance test names it, `@pytest.mark.gate(VALUES)`, and runs once for each of its cases.
 
     Attributes:
-        check: what its ids begin with: `parity` of `parity/onnx/vision`.
-        kind: `accuracy` or `perf`, which `-m` selects by.
-        params: parameters of the test; their values, in this order, are the rest of the id. Of `backend_name`,
-            `tower_name`, `batch_size` and `metric`.
-        also_in_batches_of: sizes that its test opens a backend for, besides `batch_size` or that of the accuracy path.
+        check: first part of its ids: `parity` of `parity/onnx/vision`.
+        kind: `accuracy` or `perf`, for `-m`.
+        params: the test's parameters, among `backend_name`, `tower_name`, `batch_size` and `metric`; their values, in
+        this order, are the rest of the id.
+        also_in_batches_of: further batch sizes for which its test opens a backend.
         applies: the plan and the values of one case -> whether a run of this plan promises it.
-        after: checks whose failure of the same backend, or of the data, explains a failure of this one.
+        after: checks whose failure, for the same backend or the data, explains a failure of this one.
     """
 
     check: str
@@ -61,7 +61,7 @@ class Gate:
         return "/".join([self.check, *map(str, values)])
 
     def cases(self, plan: Plan) -> List[Tuple[Any, ...]]:
-        """Values of the parameters, one tuple for each id that the plan promises."""
+        """Parameter values, one tuple for each id that the plan promises."""
         spec = plan.spec
         axes: Dict[str, Any] = {
             "backend_name": plan.backends,
@@ -94,12 +94,12 @@ def judge(
     detail: Optional[Detail] = None,
     failure: str = "model",
 ) -> Figure:
-    """One figure against its limit; a NaN fails.
+    """Judge a figure by its limit; a NaN fails.
 
     Args:
         bound: `>=`, `<=`, or `within` (limit around `reference`).
-        where: what made the figure; None for a figure of files or data.
-        worst: names the sample that decided; because: why the limit is what it is.
+        where: the backend; None for a figure of files or data.
+        worst: the sample that decided; because: the reason for the limit.
     """
     assert bound != "within" or reference is not None
     off = abs(measured - (reference or 0.0))
@@ -125,7 +125,7 @@ def judge(
 
 
 def _message(figure: Figure) -> str:
-    """The sentence of a figure that failed: what was found, where, what was expected and why, what made it."""
+    """The message of a failed figure: what was found, where, what was expected and why, and the backend."""
     said = f"{figure.gate}: {figure.metric} is {number(figure.measured, figure.unit)} over {figure.count}"
     said += f", expected {wanted(figure)}"
     said += f" ({figure.worst})" if figure.worst else ""

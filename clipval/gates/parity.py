@@ -1,4 +1,4 @@
-"""The gate of parity: a backend's embeddings against PyTorch's, sample by sample."""
+"""The parity gate: a backend's embeddings against PyTorch's, sample by sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARITY = Gate("parity", ACCURACY, ("backend_name", "tower_name"), lambda plan, b
 def agreement(
     reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds
 ) -> List[Figure]:
-    """Per-sample parity with the reference: minimum and mean cosine, largest difference of one element."""
+    """Parity with the reference: minimum and mean cosine over samples, largest difference of one element."""
     gate = PARITY.of(where.name, tower.name)
     compared = parity.compare(found.ids, reference.values, found.values)
     worst = compared.worst()
@@ -55,12 +55,12 @@ def agreement(
 
 
 def _detail(compared: parity.Parity) -> ParityDetail:
-    """What a report draws; a figure that is no number is None."""
+    """Evidence for reports; NaN becomes None."""
 
     def finite(value: float) -> Optional[float]:
         return float(value) if np.isfinite(value) else None
 
-    far = np.where(np.isnan(compared.cosine), 2, 1 - compared.cosine)  # a destroyed sample is drawn as the farthest
+    far = np.where(np.isnan(compared.cosine), 2, 1 - compared.cosine)  # NaN is drawn as the farthest
     counts, edges = np.histogram(-np.log10(np.clip(far, 1e-16, 2)), bins=66, range=(-0.5, 16))
     return ParityDetail(
         percentiles={str(p): finite(np.percentile(compared.cosine, p)) for p in PERCENTILES},

@@ -1,4 +1,4 @@
-"""Gates of retrieval: recall against the published figures, and against PyTorch's on the same samples."""
+"""Retrieval gates: recall against published figures, and against PyTorch's on the same samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CAUSES = ("prepared", "artifact", "golden", "values", "distinct", "parity")
 
 
 def gated_metrics(spec: Spec) -> List[str]:
-    """Metrics that the spec has a figure for, in its order."""
+    """Metrics for which the spec has a figure, in its order."""
     return list(dict.fromkeys(reference.metric for reference in spec.references))
 
 
@@ -41,7 +41,7 @@ PAIRED = Gate(
 
 
 def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str) -> List[Figure]:
-    """One recall figure against its published or pinned one; too good is as suspect as too bad."""
+    """A recall figure against its published or pinned one; too high is as suspicious as too low."""
     direction, k = _direction(found, metric)
     measured = direction.recall(k)
     reference = spec.reference(metric, where.name)
@@ -70,18 +70,18 @@ def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str)
 
 
 def _of_its_size(figure: Figure, direction: retrieval.Direction, size: Tuple[int, int], where: Identity) -> Figure:
-    """The figure, failed where its reference is of other numbers of queries or candidates: recall rises with fewer."""
+    """Fail the figure if its reference has other numbers of queries or candidates: recall is higher with fewer."""
     found = (len(direction.ranks), direction.candidates)
     if found == size:
         return figure
-    worst = f"{found[0]} queries among {found[1]} candidates, but the reference is of {size[0]} among {size[1]}"
-    message = f"{figure.gate}: {worst}, so they cannot be compared; give the whole data set; "
+    worst = f"{found[0]} queries among {found[1]} candidates, but the reference has {size[0]} among {size[1]}"
+    message = f"{figure.gate}: {worst}, so they cannot be compared; use the whole data set; "
     message += f"reference: {figure.source}. Made by {where}"
     return msgspec.structs.replace(figure, verdict=FAIL, failure="input", worst=worst, message=message)
 
 
 def _published(spec: Spec, metric: str) -> RecallDetail:
-    """Every published figure of this model."""
+    """Every published figure of this model for the metric."""
     figures = [Published(one.value, one.source, one.backend) for one in spec.references if one.metric == metric]
     rows = published(spec.model.name, spec.model.pretrained, spec.data.name)
     others = [(row.recalls.get(metric), row.source) for row in rows]
@@ -155,6 +155,6 @@ def _flip(one: Dict[str, Any], found: List[str]) -> Flip:
 
 
 def _direction(found: retrieval.Retrieval, metric: str) -> Any:
-    """`image_retrieval_recall@5` -> (that direction, 5)."""
+    """The direction and k of a metric such as `image_retrieval_recall@5`."""
     name, _, k = metric.partition("_recall@")
     return {one.name: one for one in found.directions}[name], int(k)

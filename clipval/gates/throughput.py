@@ -1,4 +1,4 @@
-"""The gates of throughput: a row computed what it claims, can be believed, and is no slower than it must be."""
+"""Throughput gates: a row computed what it claims, is VALID, and is not slower than required."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BASELINE = Gate("baseline/rows", PERF, (), lambda plan: plan.baseline)
 
 
 def row(found: Row, *, spec: Spec, required: bool) -> List[Figure]:
-    """The figures of one row, with the published floor and the baseline where they apply.
+    """The figures of one row, with the published floor and the baseline if they apply.
 
     Args:
-        required: the backend was named, so that anything but VALID fails; a row of another run is information.
+        required: the backend was named, so anything but VALID fails; otherwise the row is informational.
     """
     where, decided = found.made_by, found.decided
     gate = THROUGHPUT.of(where.name, found.tower, found.batch_size)
@@ -69,12 +69,12 @@ def _against(first: Figure, found: Timing, earlier: Judgement, where: Identity) 
 
 
 def baseline_rows(wanted: Sequence[str], measured: Sequence[str], file: Path) -> List[Figure]:
-    """Every row of the baseline is measured by this run: a row that vanished or was renamed is not a pass."""
+    """This run measures every row of the baseline: a row that is missing or renamed fails."""
     lost = sorted(set(wanted) - set(measured))
     return [
         judge(
             BASELINE.of(),
-            "rows of the baseline that are not measured",
+            "baseline rows that were not measured",
             len(lost),
             "<=",
             0,
@@ -96,7 +96,7 @@ def _published(spec: Spec, found: Row) -> Optional[PublishedRate]:
 
 
 def _floor(first: Figure, found: Timing, curve: Optional[PublishedRate], spec: Spec, where: Identity) -> List[Figure]:
-    """On the chip that a figure was published for, a share of it is a floor; being faster never fails."""
+    """On the chip that a figure was published for, a share of it is the floor; being faster never fails."""
     if curve is None or not curve.same_chip:
         return []
     floor = judge(

@@ -1,6 +1,6 @@
-"""The account of a run, for every reader: the terminal, report.json, report.md, report.html, and two runs compared.
+"""Reports of a run: the terminal, report.json, report.md, report.html, and a comparison of two runs.
 
-A report holds what was judged and shows it; it judges nothing.
+A report shows judged figures; it judges nothing itself.
 """
 
 from clipval.report.comparison import compare as compare

@@ -1,4 +1,4 @@
-"""What failed, by its cause: a recall that is off because its embeddings are is no second finding."""
+"""Failures grouped by cause: wrong recall caused by wrong embeddings is not a second finding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from clipval.report.run import Run
 from clipval.report.wording import part
 from clipval.results import FAIL, Figure
 
-OF_ALL = ("data", REFERENCE)  # what fails of the data or the reference is wrong for every backend
+OF_ALL = ("data", REFERENCE)  # a failure of the data or the reference affects every backend
 
 
 class Cause(NamedTuple):
-    """A gate that failed for itself: its failed figures, and those of the gates that failed because of it."""
+    """A gate that no other failure explains: its failed figures, and those of the gates that failed because of it."""
 
     gate: str
     figures: List[Figure]
@@ -21,7 +21,7 @@ class Cause(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """An error that is no figure: its class, its sentence, and the gates or tests that it hit."""
+    """An error that is not a figure: its class, its message, and the affected gates or tests."""
 
     kind: str
     message: str
@@ -29,12 +29,12 @@ class Broken(NamedTuple):
 
 
 def causes(figures: Sequence[Figure]) -> List[Cause]:
-    """The gates that failed, those that others explain under the first one that does."""
+    """The failed gates; those explained by others are under the first one that explains them."""
     failed: Dict[str, List[Figure]] = {}
     for figure in figures:
         if figure.verdict == FAIL:
             failed.setdefault(figure.gate, []).append(figure)
-    from clipval.gates import CATALOGUE  # late: to read and compare reports takes nothing of what gates import
+    from clipval.gates import CATALOGUE  # late: reading and comparing reports does not need the gates' imports
 
     after = {gate.check: gate.after for gate in CATALOGUE}
     explained = {gate: _cause(gate, after.get(gate.split("/")[0], ()), list(failed)) for gate in failed}
@@ -46,10 +46,10 @@ def causes(figures: Sequence[Figure]) -> List[Cause]:
 
 
 def _cause(gate: str, after: Sequence[str], failed: Sequence[str]) -> str:
-    """The failed gate that explains this one; empty for one that stands for itself.
+    """The failed gate that explains this one; empty if there is none.
 
     Args:
-        after: checks that explain it where they failed of the same backend, of the data or of the reference.
+        after: checks that explain it if they failed for the same backend, the data or the reference.
     """
     for other in failed:
         check, of = f"{other}/".split("/")[:2]
@@ -59,7 +59,7 @@ def _cause(gate: str, after: Sequence[str], failed: Sequence[str]) -> str:
 
 
 def broken(run: Run) -> List[Broken]:
-    """Errors that are not told by a failed figure, each once with all that it hit."""
+    """Errors other than failed figures, each once with everything it affected."""
     told = {figure.gate for figure in run.figures if figure.verdict == FAIL}
     found: Dict[str, Broken] = {}
     for one in run.failures:
@@ -69,7 +69,7 @@ def broken(run: Run) -> List[Broken]:
 
 
 def near(figures: Sequence[Figure]) -> List[Figure]:
-    """Figures that passed within a tenth of what their bound leaves them: the nearest of each gate, in order."""
+    """Figures that passed by less than a tenth of their margin: the nearest of each gate, in order."""
     found: Dict[str, Figure] = {}
     for figure in figures:
         close = figure.verdict != FAIL and part(figure, 0) != "throughput" and _used(figure) > 0.9
@@ -79,7 +79,7 @@ def near(figures: Sequence[Figure]) -> List[Figure]:
 
 
 def _used(figure: Figure) -> float:
-    """The share of what the bound leaves that a figure has used up; 0 where nothing is left or held."""
+    """The share of its margin that a figure has used up; 0 if there is no margin or bound."""
     if figure.measured is None or figure.limit is None:
         return 0.0
     measured, limit = figure.measured, figure.limit

@@ -1,4 +1,4 @@
-"""Two runs side by side."""
+"""Comparison of two runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Both(NamedTuple):
 
 
 def compare(a: Run, b: Run) -> str:
-    """Two runs as Markdown that reads well in a terminal: changed verdicts first, then what came and went, then all.
+    """Compare two runs in Markdown that is readable in a terminal: changed verdicts, figures gone and new, then all.
 
     Args:
         a: the earlier run; b: the later one.
@@ -36,15 +36,15 @@ def compare(a: Run, b: Run) -> str:
         if name not in now
     ]
     came = [f"- {name}: {word(one)}" for name, one in now.items() if name not in was]
-    lines += ["", "## Figures that vanished", "", *(gone or ["none"])]
-    lines += ["", "## Figures that appeared", "", *(came or ["none"])]
+    lines += ["", "## Figures no longer present", "", *(gone or ["none"])]
+    lines += ["", "## New figures", "", *(came or ["none"])]
     lines += ["", f"## Figures in both: {len(both)}", "", *(_changes(both) if both else ["none"])]
-    lines += ["", "## What else differs", "", *(_surroundings(a, b) or ["nothing"])]
+    lines += ["", "## Other differences", "", *(_surroundings(a, b) or ["nothing"])]
     return "\n".join(lines) + "\n"
 
 
 def _by_name(run: Run) -> Dict[str, Figure]:
-    """Figures by name; of a row that was measured twice the last."""
+    """Figures by name; the last one if a row was measured again."""
     return {name(one): one for one in run.figures}
 
 

@@ -1,4 +1,4 @@
-"""A run as files: report.json for programs, report.md for a ticket, report.html for a person."""
+"""A run as files: report.json for programs, report.md for tickets, report.html for people."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MARKDOWN, HTML = "report.md", "report.html"
 
 
 def write(folder: Path, run: Run, assets: Assets) -> List[Path]:
-    """Write report.json, report.md and report.html; a reader sees the old file or the whole new one.
+    """Write report.json, report.md and report.html, each atomically.
 
     Args:
-        assets: how pictures and captions of samples are found; `Assets()` shows none.
+        assets: how to find pictures and captions of samples; `Assets()` shows none.
 
     Raises:
         InputError: the folder cannot be written.
@@ -35,7 +35,7 @@ def write(folder: Path, run: Run, assets: Assets) -> List[Path]:
         HTML: lambda: page(run, assets),
     }
     written = []
-    for file, make in texts.items():  # the figures first: they are safe before anything is drawn of them
+    for file, make in texts.items():  # the figures first, so that they are saved before anything is drawn
         path = folder / file
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def _encode(run: Run) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A numpy value as Python's own; anything else as its text."""
+    """A numpy value as a Python one; anything else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
@@ -62,7 +62,7 @@ def markdown(run: Run) -> str:
 
 
 def page(run: Run, assets: Assets) -> str:
-    """report.html: one file that needs no network and no script."""
+    """report.html: one file without network access or scripts."""
     environment = _environment(autoescape=True)
     gallery = Gallery(assets)
     more = {
@@ -80,7 +80,7 @@ def _environment(**more: Any) -> Any:
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    strict = jinja2.StrictUndefined  # a name that was changed is an error, not an empty place
+    strict = jinja2.StrictUndefined  # an unknown name is an error instead of empty text
     return jinja2.Environment(loader=loader, undefined=strict, trim_blocks=True, lstrip_blocks=True, **more)
 
 
@@ -110,14 +110,14 @@ def _render(environment: Any, template: str, run: Run, more: Dict[str, Any]) -> 
 
 
 def _tidy(text: str) -> str:
-    """Signs as they are printed: the terminal's are ASCII."""
+    """Typographic signs instead of the terminal's ASCII."""
     for plain, printed in ((">=", "≥"), ("<=", "≤"), ("+-", "±"), (" - ", " \N{MINUS SIGN} ")):
         text = text.replace(plain, printed)
     return text
 
 
 def _sources(figures: Iterable[Figure]) -> List[str]:
-    """Where references and published figures are from, each once."""
+    """Sources of references and published figures, without duplicates."""
     found: Dict[str, None] = {}
     for figure in figures:
         found[figure.source] = None

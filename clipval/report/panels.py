@@ -1,7 +1,7 @@
-"""The panels of a page: plots, and the samples behind figures.
+"""The panels of the HTML page: plots, and samples behind figures.
 
-Everything comes from the figures as they were judged; nothing is measured or judged again. Evidence that a figure lacks
-is left out, so that a run that broke half way has a report too.
+Everything comes from the judged figures; nothing is measured or judged again. Missing evidence is left out, so that an
+aborted run has a report too.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ def _nothing(_: str) -> Any:
 
 
 class Assets(NamedTuple):
-    """How a report gets at the samples: the file of an image id, the text of a caption id, None for unknown ids."""
+    """Access to samples: the file of an image id, the text of a caption id; None for unknown ids."""
 
     image_path: Callable[[str], Optional[Path]] = _nothing
     caption: Callable[[str], Optional[str]] = _nothing
 
 
 class Gallery:
-    """Small pictures and captions of samples, each made once."""
+    """Thumbnails and captions of samples, each created once."""
 
     def __init__(self, assets: Assets) -> None:
         self._assets = assets
         self._pictures: Dict[str, str] = {}
 
     def picture(self, image_id: str) -> str:
-        """A thumbnail as a data URI; empty where there is no such image or it cannot be read."""
+        """A thumbnail as a data URI; empty if there is no such image or it cannot be read."""
         if image_id not in self._pictures:
             self._pictures[image_id] = self._draw(image_id)
         return self._pictures[image_id]
@@ -63,7 +63,7 @@ class Gallery:
             stream = io.BytesIO()
             small.save(stream, "JPEG", quality=80)
         except (ClipvalError, OSError, ValueError, Image.DecompressionBombError):
-            return ""  # evidence that cannot be shown must not take the report with it
+            return ""  # an unreadable picture must not prevent the report
         return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
     def sample(self, name: str, is_caption: bool) -> Dict[str, Any]:
@@ -78,7 +78,7 @@ class Gallery:
 
 
 def glance(figures: Sequence[Figure], missing: Sequence[str]) -> Dict[str, Any]:
-    """Check by backend: how many gates passed, of how many; a gate is as good as its worst figure."""
+    """Per check and backend: gates passed, and how many there are; a gate's verdict is its worst figure's."""
     gates: Dict[str, bool] = {}
     simulated = {part(figure, 1): backend(figure) for figure in figures}
     for figure in figures:
@@ -88,7 +88,7 @@ def glance(figures: Sequence[Figure], missing: Sequence[str]) -> Dict[str, Any]:
     table: Dict[str, Dict[str, List[bool]]] = {}
     for gate, ok in gates.items():
         check, *rest = gate.split("/")
-        name = rest[0] if len(rest) > 1 else "run"  # a gate of two parts is about no backend
+        name = rest[0] if len(rest) > 1 else "run"  # a gate id of two parts has no backend
         table.setdefault(check, {}).setdefault(name, []).append(ok)
     columns = sorted({name for row in table.values() for name in row}, key=lambda one: (one in ORDER, series(one), one))
     rows = [
@@ -99,7 +99,7 @@ def glance(figures: Sequence[Figure], missing: Sequence[str]) -> Dict[str, Any]:
 
 
 class ParityPanel(NamedTuple):
-    """A backend and tower: its figure and evidence, whether the gate failed, the histogram, worst samples as shown."""
+    """Parity of a backend and tower: figure, evidence, whether the gate failed, histogram, worst samples."""
 
     title: str
     figure: Figure
@@ -110,7 +110,7 @@ class ParityPanel(NamedTuple):
 
 
 def parity_panels(figures: Sequence[Figure], gallery: Gallery) -> List[ParityPanel]:
-    """One panel a backend and tower: histogram, percentiles, norms, worst samples."""
+    """One panel per backend and tower: histogram, percentiles, norms, worst samples."""
     panels: List[ParityPanel] = []
     for figure in of(figures, "parity"):
         detail = figure.detail
@@ -167,7 +167,7 @@ def _ladder(rungs: Sequence[Dict[str, Any]], found: Dict[str, Any], figure: Figu
 
 
 def recall_panels(figures: Sequence[Figure]) -> List[Dict[str, Any]]:
-    """One plot a direction: every recall less its reference, with tolerance band, interval, other published figures."""
+    """One plot per direction: each recall minus its reference, with tolerance, interval, other published figures."""
     panels = []
     found = [one for one in of(figures, "recall") if one.measured is not None and one.reference is not None]
     found.sort(key=lambda one: (*rank(one), series(part(one, 1))))
@@ -180,7 +180,7 @@ def recall_panels(figures: Sequence[Figure]) -> List[Dict[str, Any]]:
 
 
 def _ends(figure: Figure) -> Tuple[float, float]:
-    """The Wilson 95 % interval of a recall figure; the figure itself where there is none."""
+    """The Wilson 95 % interval of a recall figure; the figure itself if there is none."""
     share = figure.measured or 0.0
     if not figure.count or not 0 <= share <= 1:
         return share, share
@@ -207,7 +207,7 @@ def _recall_row(figure: Figure) -> plots.RecallRow:
 
 
 def throughput_panels(figures: Sequence[Figure]) -> List[Dict[str, Any]]:
-    """One plot a tower: rate over batch size of every backend and clock, with the published curves."""
+    """One plot per tower: samples/s over batch size for every backend and clock, with the published curves."""
     measured, known = rates(figures), published_rates(figures)
     panels = []
     for tower in dict.fromkeys(one.tower for one in measured):
@@ -227,7 +227,7 @@ def throughput_panels(figures: Sequence[Figure]) -> List[Dict[str, Any]]:
 
 
 class PairedPanel(NamedTuple):
-    """A paired comparison: its figure and evidence, whether its queries are images, and the flips as shown."""
+    """A paired comparison: figure, evidence, whether the queries are images, and the flips."""
 
     title: str
     figure: Figure
@@ -238,11 +238,11 @@ class PairedPanel(NamedTuple):
 
 
 def paired_panels(figures: Sequence[Figure], gallery: Gallery) -> List[PairedPanel]:
-    """One panel a paired comparison: gains, losses, p value, and the flipped queries with what came instead."""
+    """One panel per paired comparison: gains, losses, p value, and the flipped queries with what was retrieved."""
     panels = []
     for figure in of(figures, "paired"):
         if isinstance(figure.detail, PairedDetail):
-            by_image = part(figure, 2).startswith("text_retrieval")  # its queries are images, its answers captions
+            by_image = part(figure, 2).startswith("text_retrieval")  # queries are images, answers captions
             flips = figure.detail.flips
             shown = [_flip(one, by_image, gallery) for one in flips[:FLIPS]]
             title = f"{backend(figure)}, {part(figure, 2).replace('_', ' ')}"
@@ -251,7 +251,7 @@ def paired_panels(figures: Sequence[Figure], gallery: Gallery) -> List[PairedPan
 
 
 def _flip(flip: Flip, by_image: bool, gallery: Gallery) -> Dict[str, Any]:
-    """A flip with its query and answers as samples, each answer with whether it is right."""
+    """A flip with its query and answers as samples, and whether each answer is right."""
     query = gallery.sample(flip.id, not by_image)
     samples = [gallery.sample(one, by_image) for one in flip.retrieved]
     answers = [{**one, "right": one["image"] == query["image"]} for one in samples]

@@ -1,7 +1,7 @@
-"""The plots of a report: inline SVG whose colours are the page's, so that one drawing serves light and dark.
+"""The plots of a report: inline SVG with the page's colours, for light and dark mode.
 
-Nothing here knows of figures or gates: numbers in, markup out, the same bytes for the same numbers. The home of
-matplotlib.
+Numbers in, markup out, the same bytes for the same numbers; knows nothing about figures or gates. The only module that
+uses matplotlib.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import math
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-WIDTH = 400  # of a plot, in CSS pixels; a phone shows it at nine tenths
-# matplotlib wants colours, a page has names for them: each stand-in below is replaced once the plot is drawn.
+WIDTH = 400  # of a plot, in CSS pixels; 90 % of a phone's width
+# matplotlib needs colours, the page has names for them: each placeholder is replaced after drawing.
 INK, MUTED, GRID, BAND, BAD, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 SERIES = ("#070701", "#070702", "#070703", "#070704", "#070705", "#070706")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -30,7 +30,7 @@ NAMES: Dict[str, str] = {
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "clipval",
-    "text.parse_math": False,  # a name with a $ in it is not a formula
+    "text.parse_math": False,  # a $ in a name does not start a formula
     "font.size": 12.5,
     "font.family": "sans-serif",
     "text.color": INK,
@@ -50,12 +50,12 @@ STYLE: Any = {
 
 
 class RecallRow(NamedTuple):
-    """One line of the recall plot; every number is in points (hundredths) from the reference.
+    """One line of the recall plot; numbers are percentage points from the reference.
 
     Attributes:
-        name: at the left; note: at the right, the figure in full; series: colour and marker, from 0.
-        difference: measured less reference; low, high: its confidence interval.
-        within: half the width of the tolerance band; None for a figure that is not gated.
+        name: left label; note: right label, the full figure; series: colour and marker, from 0.
+        difference: measured minus reference; low, high: its confidence interval.
+        within: half the width of the tolerance band; None if not gated.
         published: other published figures.
     """
 
@@ -76,7 +76,7 @@ class Curve(NamedTuple):
     Attributes:
         series: colour and marker, from 0; None draws it as a published curve.
         points: batch size, samples/s, lower and upper end of the interval, whether the row is valid.
-        dashed: it is another clock of the same backend.
+        dashed: for another clock of the same backend.
     """
 
     name: str
@@ -106,11 +106,11 @@ class Tap(NamedTuple):
 def parity(edges: Sequence[float], counts: Sequence[float], limit: Optional[float], series: int, label: str) -> str:
     """Histogram of cosine distances, with the bound.
 
-    The count axis is logarithmic, so that one destroyed sample of thousands is seen.
+    The count axis is logarithmic, so that one bad sample among thousands is visible.
 
     Args:
         edges: bin edges, -log10(1 - cosine), ascending; counts: one fewer.
-        limit: smallest allowed cosine; series: colour, from 0; label: what a screen reader says.
+        limit: smallest allowed cosine; series: colour, from 0; label: text for screen readers.
     """
     with _style():
         figure, axes = _axes(190)
@@ -148,10 +148,10 @@ def _counts(axes: Any, top: float) -> None:
 
 
 def recall(rows: Sequence[RecallRow], label: str) -> str:
-    """Measured recall less its reference: dots with intervals on tolerance bands, one row a figure."""
+    """Measured recall minus its reference: dots with intervals on tolerance bands, one row per figure."""
     with _style():
         figure, axes = _axes(48 + 24 * len(rows))
-        # a figure that is far off is drawn at the edge, so that it does not make the others' bands invisible
+        # a distant figure is drawn at the edge, so that the other bands stay visible
         reach = [1.5 * (row.within or 0) for row in rows]
         reach += [abs(end) for row in rows if not row.failed for end in (row.low, row.high)]
         far = min(1.08 * max([0.5, *reach]), 4.0)
@@ -185,7 +185,9 @@ def _spots(axes: Any, row: RecallRow, y: int, far: float, colour: str) -> None:
 def throughput(curves: Sequence[Curve], label: str) -> str:
     """Samples per second over batch size, both logarithmic; a row that is not VALID has a hollow marker."""
     with _style():
-        columns = 2 if 2 * max(len(curve.name) for curve in curves) < 46 else 1  # of the legend: as names are wide
+        columns = (
+            2 if 2 * max(len(curve.name) for curve in curves) < 46 else 1
+        )  # of the legend, by the width of the names
         figure, axes = _axes(215 + 19 * -(-len(curves) // columns))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -209,7 +211,7 @@ def _curve(axes: Any, curve: Curve) -> None:
     style = (0, (1, 1.5)) if series is None else (0, (5, 2)) if curve.dashed else "-"
     points = sorted(curve.points)
     sizes, rates = [point[0] for point in points], [point[1] for point in points]
-    marker = marker or ("_" if len(points) == 1 else "")  # a line of one point is none
+    marker = marker or ("_" if len(points) == 1 else "")  # a single point has no line
     axes.plot(sizes, rates, marker=marker, color=colour, linestyle=style, linewidth=1.7, markersize=6, label=curve.name)
     for size, rate, low, high, valid in points:
         if high > low > 0:
@@ -294,14 +296,14 @@ def _axes(height: int) -> Tuple[Any, Any]:
 
 
 def _svg(figure: Any, label: str) -> str:
-    """The drawing as markup for a page: no namespaces or metadata, ids that are the plot's own, the page's colours."""
+    """The drawing as markup for a page: no namespaces or metadata, ids unique to the plot, the page's colours."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     box = re.search(r'viewBox="([^"]*)"', text)
     assert box is not None
     text = text[text.index(">", text.index("<svg")) + 1 :]
-    # matplotlib's own style sheet speaks of every element of the page; the page's does what is needed
+    # matplotlib's style sheet would apply to the whole page; the page has its own
     text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub("|".join(NAMES), lambda found: NAMES[found[0]], text.replace("xlink:href", "href"))
     text = _own_ids(text, hashlib.sha256((label + text).encode()).hexdigest()[:8])
@@ -309,7 +311,7 @@ def _svg(figure: Any, label: str) -> str:
 
 
 def _own_ids(text: str, prefix: str) -> str:
-    """Drop the ids that nothing refers to and prefix the others: several drawings share a page."""
+    """Drop unused ids and prefix the others, since several drawings share a page."""
     used: List[str] = re.findall(r'(?:url\(#|href="#)([^")]+)', text)
 
     def rename(found: Any) -> str:

@@ -1,4 +1,4 @@
-"""One run as reports take it, and as report.json holds it."""
+"""The data of one run, for reports and report.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipval.results import FAIL, Figure
 
 SCHEMA = 2
 JSON = "report.json"
-UNPROMISED = "unpromised"  # class of the failure of a figure that no test promised
+UNPROMISED = "unpromised"  # failure class of a figure that no test promised
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -37,7 +37,7 @@ class Subject(msgspec.Struct, frozen=True):
 
 
 class _Head(msgspec.Struct):
-    """What tells a report from another file, and its version."""
+    """The fields that identify a report and its version."""
 
     schema: int
     figures: List[Any]
@@ -47,17 +47,17 @@ class Run(msgspec.Struct, kw_only=True):
     """One run.
 
     Attributes:
-        schema: version of this form.
-        title: what was validated; started: ISO time; seconds: how long it took.
-        spec: what that is in names and counts; options: what the run was asked to do.
+        schema: version of this format.
+        title: what was validated; started: ISO time; seconds: duration.
+        spec: names and counts of what was validated; options: the run's options.
         environment: versions, machine, device, git commit.
         verdict: `pass` or `fail`.
-        figures: every judged figure, in the order they came.
-        expected: gates that the run promised; missing: those of them that were not evaluated.
-        left_out: gates of the whole run that it was narrowed by; narrowed_by: the options that did so.
-        not_validated: what the run says nothing about, one line each.
-        failures: one entry a failed test; again: the command line, which `--gate=ID` narrows.
-        advice: what to do though nothing failed, one line each.
+        figures: every judged figure, in order of evaluation.
+        expected: gates that the run promised; missing: those that were not evaluated.
+        left_out: gates of the whole run that were left out; narrowed_by: the options that did so.
+        not_validated: what the run did not validate, one line each.
+        failures: one entry per failed test; again: the command line, to be narrowed with `--gate=ID`.
+        advice: recommendations although nothing failed, one line each.
     """
 
     schema: int = SCHEMA
@@ -98,7 +98,7 @@ def load(path: Path) -> Run:
 
 
 def made_by(figures: Iterable[Figure]) -> Dict[str, str]:
-    """What made the figures: name -> version, device, precision; all of them where they differ within a run."""
+    """The backends: name -> version, device, precision; all of them if they differ within a run."""
     made: Dict[str, Dict[str, None]] = {}
     for figure in figures:
         where = figure.made_by
@@ -108,7 +108,7 @@ def made_by(figures: Iterable[Figure]) -> Dict[str, str]:
 
 
 def flat(table: Dict[str, Any], above: str = "") -> Dict[str, str]:
-    """A table of tables with the keys of each level in one, as text."""
+    """Flatten nested tables, joining the keys of each level; values as text."""
     found: Dict[str, str] = {}
     for key, value in table.items():
         if isinstance(value, dict):

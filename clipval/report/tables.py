@@ -1,4 +1,4 @@
-"""The recipe's two tables, recall by backend and throughput by batch size, beside the published columns."""
+"""The recipe's two tables, recall by backend and throughput by batch size, with the published columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clipval.towers import TOWER_NAMES
 
 
 class RecallRow(NamedTuple):
-    """One metric: a figure or None a backend, one text a published column."""
+    """One metric: a figure or None per backend, a text per published column."""
 
     metric: str
     figures: List[Optional[Figure]]
@@ -19,7 +19,7 @@ class RecallRow(NamedTuple):
 
 
 class RecallTable(NamedTuple):
-    """Names of the backends, names of the published columns, and a row a metric."""
+    """Names of the backends, names of the published columns, and one row per metric."""
 
     columns: List[str]
     published: List[str]
@@ -33,7 +33,7 @@ def rank(figure: Figure) -> Tuple[str, int]:
 
 
 def recall_table(figures: Sequence[Figure]) -> RecallTable:
-    """The recipe's first table: metric by backend, beside the published columns."""
+    """The recipe's first table: metric by backend, with the published columns."""
     found = sorted(of(figures, "recall"), key=lambda one: series(part(one, 1)))
     columns = list(dict.fromkeys(backend(one) for one in found))
     metrics = list(dict.fromkeys(part(one, 2) for one in sorted(found, key=rank)))
@@ -51,7 +51,7 @@ def recall_table(figures: Sequence[Figure]) -> RecallTable:
 
 
 def _published_recall(found: Sequence[Figure]) -> Dict[str, Dict[str, str]]:
-    """Published column -> metric -> value; references that backends have in common share a column."""
+    """Published column -> metric -> value; references shared by backends share a column."""
     own: Dict[str, Dict[str, str]] = {}
     others: Dict[str, Dict[str, str]] = {}
     for figure in found:
@@ -70,7 +70,7 @@ def _published_recall(found: Sequence[Figure]) -> Dict[str, Dict[str, str]]:
 
 
 class Rate(NamedTuple):
-    """A throughput figure of one clock: value and its interval in samples/s, and the row and figure it is of."""
+    """A throughput figure of one clock: value and interval in samples/s, with its row and figure."""
 
     name: str
     tower: str
@@ -88,11 +88,11 @@ class Rate(NamedTuple):
 
 
 def rates(figures: Sequence[Figure]) -> List[Rate]:
-    """Every measured rate, the device's own clock apart from the host's; of a repeated row the last."""
+    """Every measured rate, separately for the device's and the host's clock; the last one if a row was repeated."""
     found: Dict[Tuple[str, str, int], Rate] = {}
     for figure in sorted(of(figures, "throughput"), key=lambda one: series(part(one, 1))):
         if not isinstance(figure.detail, ThroughputDetail):
-            continue  # the same row again, held to another bound
+            continue  # the same row with another bound
         row = figure.detail.row
         for scope in (INFERENCE, EXECUTE):
             if scope in row.clocks:
@@ -102,7 +102,7 @@ def rates(figures: Sequence[Figure]) -> List[Rate]:
 
 
 def _rate(figure: Figure, row: Row, scope: str) -> Rate:
-    """Published curves are made of means, and of the device's clock; the interval is the median's."""
+    """Published curves use means on the device's clock; the interval is the median's."""
     judged = row.clocks[scope]
     timing = judged.timing
     if scope == EXECUTE:
@@ -114,7 +114,7 @@ def _rate(figure: Figure, row: Row, scope: str) -> Rate:
 
 
 def published_rates(figures: Sequence[Figure]) -> Dict[Tuple[str, str], Dict[int, float]]:
-    """Tower and name of a published curve -> batch size -> samples/s; the name says when it is another machine's."""
+    """Tower and name of a published curve -> batch size -> samples/s; the name says if it is from another machine."""
     curves: Dict[Tuple[str, str], Dict[int, float]] = {}
     rows = [(one, one.detail) for one in of(figures, "throughput") if isinstance(one.detail, ThroughputDetail)]
     chips = {detail.row.made_by.device.partition(":")[0] for _, detail in rows if not detail.row.made_by.simulated}
@@ -127,14 +127,14 @@ def published_rates(figures: Sequence[Figure]) -> Dict[Tuple[str, str], Dict[int
 
 
 class ThroughputTable(NamedTuple):
-    """Tower and name of each column, and a row a batch size: the size, and the text of each column."""
+    """Tower and name of each column, and one row per batch size: the size, and each column's text."""
 
     columns: List[Tuple[str, str]]
     rows: List[Tuple[int, Dict[Tuple[str, str], str]]]
 
 
 def throughput_table(figures: Sequence[Figure]) -> ThroughputTable:
-    """The recipe's second table: batch size by tower and backend, beside the published columns."""
+    """The recipe's second table: batch size by tower and backend, with the published columns."""
     measured, curves = rates(figures), published_rates(figures)
     towers = [*TOWER_NAMES, *sorted({one.tower for one in measured} - set(TOWER_NAMES))]
     columns: List[Tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""What a person reads first: the verdict, the recipe's tables, parity, what failed and why, what was not validated."""
+"""The terminal summary: verdict, the recipe's tables, parity, what failed and why, what was not validated."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from clipval.results import FAIL, INFO, PASS, Figure, number, wanted
 
 WIDTH = 99
 RED = 40  # lines at most
-CAUSES, ERRORS, NEAR, LISTED = 8, 2, 2, 6  # of them: what failed, errors, what is near a bound, gates not evaluated
+CAUSES, ERRORS, NEAR, LISTED = (
+    8,
+    2,
+    2,
+    6,
+)  # entries at most: what failed, errors, figures near a bound, gates not evaluated
 
 
 def summary(run: Run, verbose: bool = False) -> str:
-    """The account of a run for a terminal: 25 lines at most when it is green, 40 when it is red.
+    """The summary of a run for a terminal: at most 25 lines if green, 40 if red.
 
     Args:
         verbose: every gate, instead of the tables.
@@ -36,19 +41,19 @@ def summary(run: Run, verbose: bool = False) -> str:
 
 
 def _assumed(run: Run) -> str:
-    """What nothing stated of the weights and was assumed, behind the verdict that rests on it."""
+    """What was assumed about the weights, to be shown after the verdict that depends on it."""
     said = [line.partition(";")[0] for line in run.not_validated if " assumed: " in line]
     return "".join(f"; {line}" for line in said)
 
 
 def verdict(run: Run) -> str:
-    """The verdict with its counts, and what of the whole run it is not about."""
+    """The verdict with its counts, and what part of the whole run it does not cover."""
     gates = {one.gate for one in run.figures if one.verdict != INFO}
     failed = {one.gate for one in run.figures if one.verdict == FAIL}
     by = ", ".join(run.narrowed_by)
     said = f"{len(run.left_out)} left out by {by}" if run.left_out else ""
     said += " and not judged" if said and by.startswith("--gate") else ""
-    fake = "; on a simulated device, which is no hardware" if any(map(simulated, run.figures)) else ""
+    fake = "; on a simulated device, not on hardware" if any(map(simulated, run.figures)) else ""
     if said and run.verdict == PASS:
         evaluated = {one.gate for one in run.figures}
         whole = len(evaluated | set(run.left_out))
@@ -76,7 +81,7 @@ def _mark(figure: Figure) -> str:
 
 
 def _throughput(figures: Sequence[Figure]) -> List[str]:
-    """Samples/s by batch size, two lines of heads; a star stands at what is not VALID."""
+    """Samples/s by batch size, with two header lines; a star marks what is not VALID."""
     table = throughput_table(figures)
     if not table.rows:
         return []
@@ -100,7 +105,7 @@ def _short(text: str) -> str:
 
 
 def _parity(figures: Sequence[Figure]) -> List[str]:
-    """One line a backend and tower: the worst sample's cosine and the largest difference, each with its bound."""
+    """One line per backend and tower: the worst cosine and the largest difference, each with its bound."""
     gates: Dict[str, List[Figure]] = {}
     for one in of(figures, "parity"):
         gates.setdefault(one.gate, []).append(one)
@@ -115,7 +120,7 @@ def _parity(figures: Sequence[Figure]) -> List[str]:
 
 
 def _failed(run: Run) -> List[str]:
-    """What failed, by its cause, and errors that are no figures."""
+    """What failed, grouped by cause, and errors that are not figures."""
     lines: List[str] = []
     found, errors = causes(run.figures), broken(run)
     for n, one in enumerate(found):
@@ -133,7 +138,7 @@ def _failed(run: Run) -> List[str]:
 
 
 def _missing(run: Run, room: int) -> List[str]:
-    """Gates that were promised and not evaluated, less those that an error names, in at least two lines."""
+    """Gates promised but not evaluated, without those that an error names; in `room` lines, at least two."""
     named = {gate for one in broken(run) for gate in one.hit}
     lost = [gate for gate in run.missing if gate not in named]
     lines = textwrap.wrap(", ".join(lost), WIDTH - 15, break_long_words=False, break_on_hyphens=False)
@@ -145,7 +150,7 @@ def _missing(run: Run, room: int) -> List[str]:
 
 
 def _cause(cause: Cause) -> List[str]:
-    """A line for what failed first, and one for what follows from it."""
+    """A line for the cause, and one for what follows from it."""
     first = cause.figures[0]
     more = f"; {len(cause.figures) - 1} more of its figures" if len(cause.figures) > 1 else ""
     worst = f" ({first.worst.split(', ')[0]})" if first.worst else ""
@@ -156,7 +161,7 @@ def _cause(cause: Cause) -> List[str]:
     follow = list(dict.fromkeys(one.gate for one in cause.consequences))
     shown = ", ".join(follow[:2]) + (f" and {len(follow) - 2} more" if len(follow) > 2 else "")
     below = [f"     {line}" for one in cause.figures for line in added(one)]
-    return [f"FAIL {cause.gate}: {said}", *below, *([f"     so too {shown}"] if follow else [])]
+    return [f"FAIL {cause.gate}: {said}", *below, *([f"     therefore also {shown}"] if follow else [])]
 
 
 def _near(figures: Sequence[Figure]) -> List[str]:
@@ -166,7 +171,7 @@ def _near(figures: Sequence[Figure]) -> List[str]:
 
 
 def _again(run: Run) -> List[str]:
-    """The command that judges the causes alone."""
+    """The command that judges only the causes."""
     gates = [one.gate for one in causes(run.figures)]
     gates += [gate for one in broken(run) for gate in one.hit if gate in run.expected]
     few = list(dict.fromkeys(gates))[:3]
@@ -174,7 +179,7 @@ def _again(run: Run) -> List[str]:
 
 
 def _every_gate(figures: Sequence[Figure]) -> List[str]:
-    """Every figure that decides something, and every row of throughput."""
+    """Every gated figure, and every row of throughput."""
     rows = [["gate", "metric", "measured", "held to", "difference", "verdict"]]
     for one in figures:
         if one.verdict != INFO or row_verdict(one):

@@ -1,4 +1,4 @@
-"""How figures are worded in every report: their names, numbers and verdicts, and columns of a terminal."""
+"""Wording of figures in every report: names, numbers and verdicts, and aligned columns."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Iterable, List, Optional, Sequence
 from clipval import backends
 from clipval.results import FAIL, PASS, Figure, ThroughputDetail
 
-ORDER = backends.names()  # a backend keeps its place and colour whichever others a run has
+ORDER = backends.names()  # a backend keeps its place and colour in every run
 
 
 def part(figure: Figure, n: int) -> str:
-    """The n-th part of a gate id; empty where it has fewer."""
+    """The n-th part of a gate id; empty if it has fewer."""
     parts = figure.gate.split("/")
     return parts[n] if n < len(parts) else ""
 
@@ -22,7 +22,7 @@ def of(figures: Iterable[Figure], check: str) -> List[Figure]:
 
 
 def backend(figure: Figure) -> str:
-    """The backend's name, with what must always stand beside it."""
+    """The backend's name, marked if it is simulated."""
     return part(figure, 1) + (" (simulated)" if simulated(figure) else "")
 
 
@@ -32,7 +32,7 @@ def series(name: str) -> int:
 
 
 def distance(was: Optional[float], now: Optional[float], unit: str, count: int) -> str:
-    """How far `now` is from `was`: points and items of a share, percent of a rate."""
+    """How far `now` is from `was`: percentage points and items for a share, percent for a rate."""
     if was is None or now is None:
         return ""
     if unit == "share":
@@ -49,34 +49,34 @@ def difference(figure: Figure) -> str:
 
 
 def row_verdict(figure: Figure) -> str:
-    """Whether a row of throughput can be believed: VALID, NOISY, ...; empty for any other figure."""
+    """The verdict of a throughput row: VALID, NOISY, ...; empty for any other figure."""
     return figure.detail.row.decided.verdict if isinstance(figure.detail, ThroughputDetail) else ""
 
 
 def simulated(figure: Figure) -> bool:
-    """The figure was made by a simulated device."""
+    """Whether the figure is from a simulated device."""
     return figure.made_by is not None and figure.made_by.simulated
 
 
 def name(figure: Figure) -> str:
-    """A figure's name: its gate, and its metric where the gate does not say it."""
+    """A figure's name: its gate, and its metric unless the gate implies it."""
     said = part(figure, 2)
     return figure.gate if said and figure.metric.startswith(said) else f"{figure.gate} {figure.metric}"
 
 
 def added(figure: Figure) -> List[str]:
-    """What stands below the sentence of a figure that failed: a diagnosis."""
+    """Lines below a failed figure's message: its diagnosis."""
     return figure.message.splitlines()[1:]
 
 
 def word(figure: Figure) -> str:
-    """The verdict as it is shown, with what must always stand beside it."""
+    """The verdict as shown, or a row's own; marked if it is simulated."""
     verdict = {PASS: "pass", FAIL: "FAIL"}.get(figure.verdict, row_verdict(figure) or figure.verdict)
     return f"{verdict} simulated" if simulated(figure) else verdict
 
 
 def cell(value: Any) -> str:
-    """Text that stays in its Markdown table cell and is not taken for markup."""
+    """Text escaped for a Markdown table cell."""
     text = "" if value is None else str(value)
     for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("\r", " "), ("\n", " ")):
         text = text.replace(plain, escaped)
@@ -84,7 +84,7 @@ def cell(value: Any) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = (), between: str = "  ") -> List[str]:
-    """Rows of text in columns of equal width; those of `right` end, the others begin at the same place."""
+    """Rows of text in aligned columns; those in `right` are right-aligned."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     ends = set(right)
     lines = []

@@ -170,8 +170,8 @@ def test_several_kinds_are_named(folder):
             '{"images": [{"filename": "1.jpg", "split": "test", "sentences": [{"raw": " "}]}]}',
             "1.jpg: the caption is empty",
         ),
-        ("karpathy_json", "a.json", '{"images": [{"sentences"', "a.json: not the JSON"),
-        ("karpathy_json", "a.txt", "1.jpg,a", "no annotation file; expected images beside Karpathy's"),
+        ("karpathy_json", "a.json", '{"images": [{"sentences"', "a.json: not the expected JSON"),
+        ("karpathy_json", "a.txt", "1.jpg,a", "no annotation file; expected images and Karpathy's"),
         (
             "coco",
             "a.json",
@@ -185,7 +185,7 @@ def test_several_kinds_are_named(folder):
             "a.json, annotation 5: image '7.jpg' is not in",
         ),
         ("kaggle", "a.csv", "1.jpg| 0| a\n1.jpg, b\n", "line 2: expected image, number and caption"),
-        ("kaggle", "a.txt", "1.jpg,0,a\n1.jpg,1,b, c\n", "line 2: .*put a caption that holds ','"),
+        ("kaggle", "a.txt", "1.jpg,0,a\n1.jpg,1,b, c\n", "line 2: .*put a caption with ','"),
         ("kaggle", "a.txt", '1.jpg,0,a\n1.jpg,1,"b\n', "line 2: not CSV"),
         ("kaggle", "a.txt", "1.jpg,0,a\n1.jpg,1,\n", "line 2: expected image, number and caption"),
     ],
@@ -201,8 +201,8 @@ def test_mistakes_are_named(folder, kind, name, content, words):
     ("there", "written", "differs"),
     [
         ("A.JPG", "a.jpg", "in case"),
-        ("b.jpeg", "b.jpg", "in its ending"),
-        ("C.PNG", "c.jpg", "in its ending"),
+        ("b.jpeg", "b.jpg", "in its suffix"),
+        ("C.PNG", "c.jpg", "in its suffix"),
         (unicodedata.normalize("NFD", "\u00e9.jpg"), "\u00e9.jpg", "in its Unicode form"),
     ],
 )

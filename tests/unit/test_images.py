@@ -59,14 +59,14 @@ def test_what_is_no_picture(tmp_path, content):
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "is AVIF, which is not read; expected one of JPEG, PNG"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "is AVIF, which is not supported; expected one of JPEG, PNG"),
         (b"\0\0\0\x1cftypmif1\0\0\0\0avifmiaf", "is AVIF"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC"),
         (b"\xff\x0a\xfa\x1f", "is JPEG XL"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", r"is a git-lfs pointer \(run git lfs pull\)"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"\n<svg xmlns='http://www.w3.org/2000/svg'>", "is SVG"),
-        (b"\x1f\x8b\x08", "is packed by gzip"),
+        (b"\x1f\x8b\x08", "is a gzip file"),
     ],
 )
 def test_other_codecs_are_named(tmp_path, start, words):
@@ -86,13 +86,13 @@ def test_a_picture_too_large(tmp_path):
 )
 def test_more_than_8_bits_would_be_clipped(tmp_path, name, array):
     Image.fromarray(array).save(tmp_path / name)
-    with pytest.raises(InputError, match=f"{name}: pixels are .*, expected 8 bits a channel"):
+    with pytest.raises(InputError, match=f"{name}: pixels are .*, expected 8 bits per channel"):
         open_rgb(tmp_path / name)
 
 
 def test_no_outside_program_is_run(tmp_path):
     (tmp_path / "page.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    with pytest.raises(InputError, match="page.jpg: is PostScript, which is not read"):
+    with pytest.raises(InputError, match="page.jpg: is PostScript, which is not supported"):
         open_rgb(tmp_path / "page.jpg")
 
 

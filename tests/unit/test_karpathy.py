@@ -124,7 +124,7 @@ def test_any_bytes_give_a_data_set_or_one_line(folder, content, captions_format)
         ("image,caption\n9.jpg,a\n", "line 2: image '9.jpg' is not in"),
         ('image,caption\n1.jpg,"a\nb"\n\n9.jpg,a\n', "line 5: image '9.jpg' is not in"),
         ("image,caption\n,a\n", "line 2: the image is empty"),
-        ("image;caption\n1.jpg;a\n3.jpg;b;c\n", "line 3: 3 columns, .*caption that holds ';'"),
+        ("image;caption\n1.jpg;a\n3.jpg;b;c\n", "line 3: 3 columns, .*caption with ';'"),
         ("image caption\n1.jpg a\n", "line 1: 1 columns"),
         ("caption,image\na,1.jpg\n", "line 1: image 'caption' is not in"),
         ("sub/1.jpg,a\n", "line 1: image 'sub/1.jpg' is not in"),
@@ -161,7 +161,7 @@ def test_images_in_sub_folders(folder):
     Image.new("RGB", (8, 8)).save(folder / "b" / "7.jpg")
     with pytest.raises(InputError, match="several folders"):
         karpathy.read(folder)
-    with pytest.raises(InputError, match="have one id, '7'"):
+    with pytest.raises(InputError, match="have the same id, '7'"):
         karpathy.read(annotate(folder, "a/7.jpg,x\nb/7.jpg,y\n"))
 
 
@@ -214,7 +214,7 @@ def test_any_file_name(folder, name):
 
 def test_two_images_of_one_id(folder):
     Image.new("RGB", (8, 8)).save(folder / "1.png")
-    with pytest.raises(InputError, match="line 2: .*1.png and .*1.jpg have one id, '1'"):
+    with pytest.raises(InputError, match="line 2: .*1.png and .*1.jpg have the same id, '1'"):
         karpathy.read(annotate(folder, "1.jpg,a\n1.png,b\n"))
 
 
@@ -245,7 +245,7 @@ def test_the_fingerprint_names_an_image_that_went_away(folder):
     ("change", "words"),
     [
         ({"image_ids": (), "image_paths": ()}, "0 images and 3 captions"),
-        ({"captions": ("a", "b")}, "not one path, id and image for each"),
+        ({"captions": ("a", "b")}, "some lack a path, an id or an image"),
         ({"image_ids": ("1", "1")}, "an id is a duplicate"),
         ({"caption_ids": ("1_0", "1_0", "3_0")}, "an id is a duplicate"),
         ({"image_of_caption": np.array([0, 0, 0])}, "an image has no caption"),

@@ -43,7 +43,7 @@ not validated: pytorch on cuda: no such device
 """
 WHAT_FAILED = """\
 FAIL parity/onnx/vision: minimum cosine is 0.930000, expected >= 1 - 1e-06 (worst samples a (0.93))
-     so too recall/onnx/image_retrieval_recall@1, recall/onnx/text_retrieval_recall@1 and 5 more
+     therefore also recall/onnx/image_retrieval_recall@1, recall/onnx/text_retrieval_recall@1 and 5 more
 FAIL parity/onnx/text: minimum cosine is 0.930000, expected >= 1 - 1e-06 (worst samples a (0.93))
 environment: distinct/onnx/vision and 1 more: onnx: device lost
 not evaluated: values/onnx/vision, values/onnx/text
@@ -419,11 +419,11 @@ def test_two_runs_side_by_side():
 
 - too low
 
-## Figures that vanished
+## Figures no longer present
 
 - parity/onnx/text minimum cosine: promised and not evaluated
 
-## Figures that appeared
+## New figures
 
 - parity/onnx/vision minimum cosine: pass
 
@@ -435,7 +435,7 @@ def test_two_runs_side_by_side():
 | throughput/onnx/text/8 samples/s     |    100 |    110 |       +10.0 % | VALID        |
 | recall/onnx/image_retrieval_recall@1 | 0.5000 | 0.2500 |     -25.00 pt | pass         |
 
-## What else differs
+## Other differences
 
 - python: 3.11 -> 3.12
 """
@@ -478,7 +478,7 @@ def test_norms_that_are_not_numbers_are_said():
 def test_a_run_against_itself_differs_in_nothing():
     text = report.compare(make(), make())
 
-    assert text.endswith("## What else differs\n\nnothing\n")
+    assert text.endswith("## Other differences\n\nnothing\n")
     assert "## Verdicts that changed\n\nnone\n" in text
     assert text.count(" = | ") == len(make().figures)
 
