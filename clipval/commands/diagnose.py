@@ -30,27 +30,27 @@ def _declare(parser: Parser) -> None:
     ]
     add_options(parser.add_argument, names)
     parser.add_argument(
-        "--backend", choices=backends.names()[1:], help="whose tower; without it the ending of --model tells"
+        "--backend", choices=backends.names()[1:], help="backend of the tower; default: by the suffix of --model"
     )
-    parser.add_argument("--tower", choices=TOWER_NAMES, help="without it the name of --model tells")
-    parser.add_argument(
-        "--model", type=Path, metavar="FILE", help="the candidate; without it the one that is validated"
-    )
+    parser.add_argument("--tower", choices=TOWER_NAMES, help="default: by the name of --model")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="the candidate; default: the validated one")
     parser.add_argument("--samples", type=at_least(int, 1), default=4, metavar="N", help="default: %(default)s")
-    parser.add_argument("--sample", action="append", default=[], metavar="ID", help="look at this sample too")
+    parser.add_argument("--sample", action="append", default=[], metavar="ID", help="also use this sample")
     parser.add_argument(
         "--dump", type=Path, metavar="DIR", help="analyse this dump of an NPU host; needs --onnx, no CANN"
     )
-    parser.add_argument("--onnx", type=Path, metavar="FILE", help="of --dump: the file that the OM was compiled from")
-    parser.add_argument("--input", type=Path, metavar="FILE.npy", help="of --dump: the batch; without it --samples say")
-    parser.add_argument("--om-json", type=Path, metavar="FILE", help="of --dump: what atc --mode=1 says of the OM")
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="for --dump: the file that the OM was compiled from")
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE.npy", help="for --dump: the batch; default: --samples of the data"
+    )
+    parser.add_argument("--om-json", type=Path, metavar="FILE", help="for --dump: output of atc --mode=1 for the OM")
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help="keep the dumps of --backend om there")
-    parser.add_argument("--ladder", action="store_true", help="print every tap, not only those about the first excess")
+    parser.add_argument("--ladder", action="store_true", help="print every tap, not only those around the first excess")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the finding with its ladder")
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    """Say where a candidate leaves PyTorch: module, node, whether the error starts there, in what, what to try.
+    """Report where a candidate diverges from PyTorch: module, node, whether the error starts there, what to try.
 
     Exit codes: 0 no excess, 1 something was found, 2 wrong usage or input.
     """
@@ -83,7 +83,7 @@ def _of_candidate(args: argparse.Namespace) -> Any:
 
 
 def _of_dump(args: argparse.Namespace) -> Any:
-    """A dump that was brought from an NPU host, on a machine without CANN and without the model."""
+    """Diagnose a dump from an NPU host, on a machine without CANN and without the model."""
     import numpy as np
 
     from clipval import arrays

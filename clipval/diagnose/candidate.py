@@ -1,4 +1,4 @@
-"""From a chain to a finding: which file and samples, what is checked first, which ladder is climbed."""
+"""Diagnose a candidate of a chain: choose file and samples, check inputs first, then compare tap by tap."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from clipval.results import FAIL, Figure, ParityDetail
 from clipval.towers import Tower
 
 SAMPLES = 4
-WORKED = 1e-4  # a runtime's own embedding and that of the graph node by node differ by less: 4e-7 was measured
+WORKED = 1e-4  # largest difference between a runtime's embedding and the node-by-node one; measured 4e-7
 
 
 def samples(chain: Chain, tower: Tower, named: Sequence[str] = (), count: int = SAMPLES) -> np.ndarray:
-    """Indices of the samples that are looked at: the named ones first, then others spread over the data."""
+    """Indices of the samples to use: the named ones first, then others spread over the data set."""
     ids = chain.prepared.rows[tower.name].ids
     chosen = [*(ids.index(name) for name in named if name in ids), *spread(len(ids), count).tolist()]
     return np.array(list(dict.fromkeys(chosen))[: max(count, 1)])
@@ -43,17 +43,19 @@ def locate(
     keep: Optional[Path] = None,
     batch: int = 0,
 ) -> Finding:
-    """Where a backend diverges from PyTorch, by the way that leads inside it; see `onnx` and `om`.
+    """Where a backend diverges from PyTorch, by the method for its kind; see `onnx` and `om`.
 
     Raises:
-        UsageError: there is no way inside this backend.
+        UsageError: this backend's inner tensors are not accessible.
     """
     kind = backends.kind(backend)
     if kind.dumped:
         return om(chain, tower, picked, file=file, keep=keep, batch=batch, backend=backend)
     if kind.takes_onnx:
         return onnx(chain, tower, picked, file=file, backend=backend)
-    raise UsageError(f"diagnose --backend {backend}: its inner tensors cannot be seen; onnx and om can be diagnosed")
+    raise UsageError(
+        f"diagnose --backend {backend}: its inner tensors are not accessible; onnx and om can be diagnosed"
+    )
 
 
 def onnx(
@@ -64,7 +66,7 @@ def onnx(
     Args:
         chain: of the settings under test; see `clipval.chain.Chain`.
         picked: indices of the samples.
-        file: the candidate; without it the chain's own, which is the one that is validated and compiled.
+        file: the candidate; default: the chain's own, which is validated and compiled.
 
     Raises:
         InputError: the file cannot be read or run.
@@ -101,11 +103,11 @@ def om(
     keep: Optional[Path] = None,
     batch: int = 0,
 ) -> Finding:
-    """Where an OM diverges: first the ONNX file that it was compiled from against PyTorch, then the OM against that.
+    """Where an OM diverges: first its ONNX file is compared with PyTorch, then the OM with that file.
 
     Args:
-        picked: indices of the samples; as many as the OM's batch takes are run.
-        file: the OM; without it the chain's own; keep: folder for the dumps; batch: of `file`, 0 for the chain's own.
+        picked: indices of the samples; one batch of the OM is run.
+        file: the OM; default: the chain's own; keep: folder for the dumps; batch: of `file`, 0 for the chain's own.
 
     Raises:
         BackendUnavailable: the OM cannot be run or dumped.
@@ -137,7 +139,7 @@ def om(
 
 
 def precision_of(mode: str) -> str:
-    """What a precision mode of atc rounds to."""
+    """The precision that an atc precision mode rounds to."""
     from clipval.ascend import atc
 
     if atc.precision_class(mode) == "fp32":
@@ -152,21 +154,21 @@ def _device(chain: Chain, backend: str) -> int:
 
 def _om_file(chain: Chain, backend: str, tower: Tower, size: int, file: Optional[Path]) -> Path:
     made = file or chain.pool.file(backend, tower, size)
-    assert made is not None  # every OM backend has an artifact
+    assert made is not None  # OM backends always have an artifact
     return made
 
 
 def _compiled_from(chain: Chain, tower: Tower, made: Path, file: Optional[Path]) -> List[str]:
-    """An OM of the store is of the ONNX file of now, by its key; of a ready one only its age tells."""
+    """Whether the OM may be from another ONNX file: the store's key ensures it; a ready one is checked by its age."""
     onnx_file = made.with_name(f"{tower.name}.onnx")
     ready = file is not None or chain.settings.om_dir is not None
     if not ready or not onnx_file.is_file() or onnx_file.stat().st_mtime <= made.stat().st_mtime:
         return []
-    return [f"{made.name} is older than {onnx_file.name} beside it: it was not compiled from that; compile it again"]
+    return [f"{made.name} is older than {onnx_file.name} next to it: it was not compiled from that; compile it again"]
 
 
 def _run(chain: Chain, backend: str, tower: Tower, file: Path, rows: np.ndarray) -> np.ndarray:
-    """The candidate's embeddings by the backend that is validated, not node by node."""
+    """The candidate's embeddings from the validated backend, not node by node."""
     opened = chain.pool.open_file(backend, tower, file, len(rows))
     try:
         return np.asarray(opened.run(rows))
@@ -175,13 +177,13 @@ def _run(chain: Chain, backend: str, tower: Tower, file: Path, rows: np.ndarray)
 
 
 def _wanted(chain: Chain, tower: Tower, file: Optional[Path]) -> Dict[str, str]:
-    """What the file's own words must be; the opset only of a file that the chain made."""
+    """The expected metadata of the file; the opset only for a file of the chain."""
     wanted = {"clipval.weights": chain.weights.sha256, "clipval.tower": tower.name, "clipval.normalized": "true"}
     return wanted if file else {**wanted, "opset": str(chain.settings.opset_version)}
 
 
 def inputs_differ(chain: Chain, tower: Tower, picked: np.ndarray, prepared: np.ndarray) -> List[str]:
-    """Prepared rows that are not what the model's own transform or tokenizer makes of the samples now."""
+    """Prepared rows that differ from the model's own transform or tokenizer, run now."""
     if tower.dtype == "float32":
         fresh = np.stack([preprocess.pixels(chain.dataset.image_paths[n], chain.model) for n in picked])
     else:
@@ -190,7 +192,7 @@ def inputs_differ(chain: Chain, tower: Tower, picked: np.ndarray, prepared: np.n
 
 
 def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -> Finding:
-    """Where the graph is right node by node, but what the runtime makes of it is not."""
+    """A finding for a graph that is right node by node, although the runtime's result is not."""
     truth = climbed.recorded.taps[climbed.recorded.output].truth
     noise = climbed.rungs[climbed.recorded.output].noise
     off = relative(found, truth)
@@ -198,16 +200,16 @@ def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -
         return finding
     sentence = (
         f"{finding.candidate}: the graph agrees with PyTorch at every tap when it is run node by node, but the "
-        f"backend's own result is {off:.1e} off: the error comes with the runtime: its optimisations or its provider"
+        f"backend's own result is {off:.1e} off: the error is in the runtime: its optimisations or its provider"
     )
     advice = ("--onnx-providers cpu", "another onnxruntime; report this with the bundle")
     return replace(finding, verdict=DIVERGENCE, sentence=sentence, advice=advice)
 
 
 def annotated(chain: Chain, backend: str, tower: Tower, figures: Sequence[Figure]) -> List[Figure]:
-    """The figures of a parity gate; where one failed and a diagnosis was asked for, with it in its message.
+    """The figures of a parity gate; a failed one gets the diagnosis in its message if that was requested.
 
-    A diagnosis that cannot be made says why, and changes no verdict.
+    A diagnosis that fails states why, and changes no verdict.
     """
     failed = [n for n, figure in enumerate(figures) if figure.verdict == FAIL]
     if not failed or not chain.settings.diagnose:
@@ -218,7 +220,7 @@ def annotated(chain: Chain, backend: str, tower: Tower, figures: Sequence[Figure
         found = locate(chain, backend, tower, samples(chain, tower, named))
         said, detail = "; ".join([found.sentence, *(f"try: {one}" for one in found.advice)]), found.detail()
     except ClipvalError as error:
-        said, detail = f"could not be made: {error}", {}
+        said, detail = f"failed: {error}", {}
     first = figures[failed[0]]
     told = msgspec.structs.replace(first, message=f"{first.message}\ndiagnosis: {said}", diagnosis=detail)
     return [told if n == failed[0] else figure for n, figure in enumerate(figures)]

@@ -1,6 +1,6 @@
-"""What is not numerics, checked before any tap is compared: inputs, weights, order, normalisation, batch, outputs.
+"""Checks before any tap is compared: inputs, weights, order, normalisation, batch, outputs.
 
-Each check gives sentences; none means that nothing was found.
+Each check returns sentences; none if nothing was found.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from clipval.diagnose.graph import Graph
 from clipval.diagnose.pairs import distance
 from clipval.diagnose.twin import LARGEST
 
-ALIKE = 0.98  # cosine above which two embeddings are taken for one sample's
-SAME_WEIGHTS = 2e-2  # relative distance up to which weights are the same ones, rounded or edited
+ALIKE = 0.98  # cosine above which two embeddings count as the same sample's
+SAME_WEIGHTS = 2e-2  # relative distance up to which weights count as the same, rounded or edited
 
 
 def inputs(ids: Sequence[str], prepared: np.ndarray, fresh: np.ndarray) -> List[str]:
@@ -25,12 +25,12 @@ def inputs(ids: Sequence[str], prepared: np.ndarray, fresh: np.ndarray) -> List[
     n, what = int(np.argmax(off)), "tokens" if prepared.dtype.kind == "i" else "pixels"
     return [
         f"{what} differ from the model's own: {int((off > 0).sum())} of {len(ids)} samples, {ids[n]} by up to "
-        f"{off[n]:.2g}; every backend gets these, so parity cannot see it. Prepare the data again (--rebuild)"
+        f"{off[n]:.2g}; every backend gets these, so parity cannot detect it. Prepare the data again (--rebuild)"
     ]
 
 
 def embeddings(ids: Sequence[str], reference: np.ndarray, candidate: np.ndarray) -> List[str]:
-    """Length, order and distinctness of a candidate's embeddings of a few samples.
+    """Check length, order and distinctness of a candidate's embeddings of a few samples.
 
     Args:
         reference, candidate: [n, width], of the same samples in the same order.
@@ -38,15 +38,15 @@ def embeddings(ids: Sequence[str], reference: np.ndarray, candidate: np.ndarray)
     if candidate.shape != reference.shape:
         return [f"the output is {list(candidate.shape)}, the tower gives {list(reference.shape)}: another output?"]
     if not np.isfinite(candidate).all():
-        return []  # where that starts is the ladder's question
+        return []  # the ladder finds where that starts
     wide, ours = candidate.astype(np.float64), reference.astype(np.float64)
     lengths, wanted = np.linalg.norm(wide, axis=1), np.linalg.norm(ours, axis=1)
     unit, true = wide / np.maximum(lengths, 1e-30)[:, None], ours / np.maximum(wanted, 1e-30)[:, None]
     said = []
     if np.abs(lengths - 1).max() > 1e-2 and np.abs(wanted - 1).max() < 1e-2:
         said.append(
-            f"the embeddings are not normalised: their lengths are {lengths.min():.3g} to {lengths.max():.3g}, the "
-            f"contract's are 1. Export with clipval, or normalise in the graph"
+            f"the embeddings are not normalised: their lengths are {lengths.min():.3g} to {lengths.max():.3g}, "
+            f"expected 1. Export with clipval, or normalise in the graph"
         )
     near = unit @ true.T
     return said + _order(ids, near) + _repeated(ids, unit, true)
@@ -61,20 +61,18 @@ def _order(ids: Sequence[str], near: np.ndarray) -> List[str]:
     n = moved[0]
     return [
         f"samples are in another order: {ids[n]} has the embedding of {ids[best[n]]} (cosine {near[n, best[n]]:.4f}, "
-        f"its own {own[n]:.4f}), {len(moved)} of {len(ids)} are so"
+        f"its own {own[n]:.4f}), {len(moved)} of {len(ids)} are affected"
     ]
 
 
 def _repeated(ids: Sequence[str], unit: np.ndarray, true: np.ndarray) -> List[str]:
-    """Samples that share one embedding though PyTorch tells them apart: a fixed batch filled with copies, or a pool."""
+    """Samples with the same embedding although PyTorch's differ: a batch padded with copies, or wrong pooling."""
     same = (unit @ unit.T > 1 - 1e-7) & (true @ true.T < 1 - 1e-5)
     pairs = np.argwhere(np.triu(same, 1))
     if not len(pairs):
         return []
     a, b = pairs[0]
-    return [
-        f"samples {ids[a]} and {ids[b]} have one embedding, PyTorch's differ: padding in place of a sample, or pooling"
-    ]
+    return [f"samples {ids[a]} and {ids[b]} have the same embedding, PyTorch's differ: padding, or wrong pooling"]
 
 
 def batches(ids: Sequence[str], together: np.ndarray, alone: np.ndarray, bound: float) -> List[str]:
@@ -84,7 +82,7 @@ def batches(ids: Sequence[str], together: np.ndarray, alone: np.ndarray, bound: 
     if not off[n] > bound:
         return []
     return [
-        f"sample {ids[n]} depends on its batch: alone it differs by {off[n]:.2g} (bound {bound:.2g}); "
+        f"sample {ids[n]} depends on its batch: it differs by {off[n]:.2g} alone (bound {bound:.2g}); "
         f"batch size or padding"
     ]
 
@@ -92,18 +90,18 @@ def batches(ids: Sequence[str], together: np.ndarray, alone: np.ndarray, bound: 
 def file(
     graph: Graph, metadata: Mapping[str, str], wanted: Mapping[str, str], parameters: Dict[str, np.ndarray]
 ) -> List[str]:
-    """An ONNX file is of the model under test, and as it was asked for.
+    """Check that an ONNX file is for the model under test, with the expected metadata.
 
     Args:
-        metadata: the file's own properties; one that it lacks is not held against it.
-        wanted: what they must be, by name: `clipval.weights`, `clipval.tower`, `opset`, ...
+        metadata: the file's own properties; missing ones are not an error.
+        wanted: expected values by name: `clipval.weights`, `clipval.tower`, `opset`, ...
         parameters: PyTorch's weights by path.
     """
     said = []
     for name, value in wanted.items():
         found = metadata.get(name)
         if found is not None and found != value:
-            said.append(f"the file says {name} {found[:40]}, under test is {value[:40]}: a stale or another file")
+            said.append(f"the file has {name} {found[:40]}, under test is {value[:40]}: a stale or different file")
     if len(graph.outputs) > 1:
         said.append(
             f"the file has {len(graph.outputs)} outputs ({', '.join(graph.outputs)}); the first one is compared"
@@ -112,7 +110,7 @@ def file(
 
 
 def other_weights(graph: Graph, parameters: Dict[str, np.ndarray]) -> List[str]:
-    """Most matrices of the graph are no parameter of PyTorch: another checkpoint, not one bad layer."""
+    """Check whether most matrices are no PyTorch parameter, which means another checkpoint, not one bad layer."""
     by_size: Dict[int, List[np.ndarray]] = {}
     for value in parameters.values():
         parts = [value, *(np.split(value, 3) if value.ndim == 2 and value.shape[0] % 3 == 0 else ())]
@@ -129,12 +127,12 @@ def other_weights(graph: Graph, parameters: Dict[str, np.ndarray]) -> List[str]:
 
 
 def _is_held(values: Any, by_size: Dict[int, List[np.ndarray]]) -> Any:
-    """A matrix is one of PyTorch's, if only nearly; None where sizes do not tell, as after folding."""
+    """Whether a matrix is, at least nearly, one of PyTorch's; None if its size does not occur, e.g. after folding."""
     if values is None or values.dtype.kind != "f" or values.size not in by_size:
         return None
     return any(distance(np.asarray(values, np.float32), one) < SAME_WEIGHTS for one in by_size[values.size])
 
 
 def saturated(candidate: np.ndarray) -> bool:
-    """NaN, Inf, or the end of fp16 in an embedding."""
+    """Whether an embedding has NaN, Inf or fp16's largest value."""
     return bool(~np.isfinite(candidate).all() or (np.abs(candidate) >= LARGEST).any())

@@ -3,8 +3,8 @@
 A tensor file is a little-endian uint64 (length of the header), the header (protobuf `toolkit.dump.DumpData`), then the
 raw bytes of inputs, outputs, buffers and workspaces in that order. Sources: hicann runtime 681ef76
 (`dfx/adump/proto/dump_task.proto`, `aicpu_schedule/core/dfx/dump_task.cpp`), msprobe 8ff00da
-(`dump_parse/big_dump_data.py`). No real file was at hand: the reader is strict, so
-that a layout that is not this one is refused and not misread.
+(`dump_parse/big_dump_data.py`). No real file was available: the reader is strict,
+so that another layout is rejected instead of misread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipval.diagnose import wire
 from clipval.diagnose.layouts import FORMATS, plain
 from clipval.errors import InputError
 
-# `data_type` of the proto; not ACL's numbers, nor the graph engine's, which `original_op` has.
+# `data_type` of the proto; neither ACL's numbers nor the graph engine's, which `original_op` has.
 DTYPES = {1: "float32", 2: "float16", 3: "int8", 4: "uint8", 5: "int16", 6: "uint16", 7: "int32", 8: "int64"}
 DTYPES.update({9: "uint32", 10: "uint64", 11: "bool", 12: "float64", 27: "bfloat16"})
 UNSET = 4294967295  # of original_op.output_index
@@ -29,13 +29,14 @@ MAPPING = "mapping.csv"
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output of an operator as the file describes it.
+    """One input or output of an operator, as described by the file.
 
     Attributes:
         dtype: numpy name, or `bfloat16`; form: one of `clipval.diagnose.layouts.FORMATS`.
-        shape: as stored; original: the model's, empty where it is not told.
+        shape: as stored; original: the model's, empty if unknown.
         size: bytes; held: whether they are in the file (an output without an address has none).
-        origin: ONNX node that a fusion says this output is of, empty for none; origin_output: its output.
+        origin: the ONNX node that this output belongs to according to a fusion, empty for none; origin_output: its
+        output.
     """
 
     dtype: str
@@ -61,10 +62,10 @@ class Operator:
     short: int = 0
 
     def values(self, output: int) -> np.ndarray:
-        """An output in plain order and the model's shape; bfloat16 as float32.
+        """An output in row-major order and the model's shape; bfloat16 as float32.
 
         Raises:
-            InputError: the file ends before it, or its shape and layout do not go together.
+            InputError: the file ends before it, or its shape and layout are inconsistent.
         """
         wanted = self.outputs[output]
         before = [*self.inputs, *self.outputs[:output]]
@@ -80,11 +81,11 @@ class Operator:
 
 @dataclass
 class Dump:
-    """What lies in a dump folder.
+    """The content of a dump folder.
 
     Attributes:
-        operators: by name, of the tensor files; statistics: by name of the operator, one row a tensor.
-        notes: what is wrong with the dump as a whole or with single files, one sentence each.
+        operators: by name, from the tensor files; statistics: by name of the operator, one row per tensor.
+        notes: problems of the dump or of single files, one sentence each.
     """
 
     folder: Path
@@ -95,7 +96,7 @@ class Dump:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A row of a statistics file; a figure that the writer could not give is None."""
+    """A row of a statistics file; missing figures are None."""
 
     side: str
     index: int
@@ -114,7 +115,7 @@ def read(folder: Path) -> Dump:
         InputError: there is no such folder, it holds no dump, or a file is not a dump file.
     """
     if not folder.is_dir():
-        raise InputError(f"dump {folder}: no such folder; give the dump_path of acl.json, or one below it")
+        raise InputError(f"dump {folder}: no such folder; give the dump_path of acl.json, or a folder below it")
     found = Dump(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MAPPING)
     for path in files:
@@ -125,8 +126,8 @@ def read(folder: Path) -> Dump:
             _add(found, path)
     if not found.operators and not found.statistics:
         raise InputError(
-            f"dump {folder}: no dump file in it. The dump switched nothing on: dump_list names another model (the OM's "
-            f"file name up to its last dot) or layer, or it ran in a container, where CANN does not support dumping"
+            f"dump {folder}: no dump file in it. Nothing was dumped: dump_list names another model (the OM's file name "
+            f"up to its last dot) or layer, or it ran in a container, where CANN does not support dumping"
         )
     return found
 
@@ -139,7 +140,7 @@ def _add(found: Dump, path: Path) -> None:
             f"out"
         )
     if one.name in found.operators:
-        found.notes.append(f"{one.name} has several files (slices, or several inferences); the first is taken")
+        found.notes.append(f"{one.name} has several files (slices, or several inferences); the first is used")
         return
     found.operators[one.name] = one
 
@@ -148,14 +149,14 @@ def operator(path: Path) -> Operator:
     """One tensor file, its header checked against its length.
 
     Raises:
-        InputError: it is not a dump file, or of a layout that is not known.
+        InputError: it is not a dump file, or has an unknown layout.
     """
     length = path.stat().st_size
     with open(path, "rb") as stream:
         head = stream.read(8)
         size = int.from_bytes(head, "little")
         if len(head) < 8 or size == 0 or 8 + size > length:
-            raise InputError(f"dump {path}: not a dump file, or cut within its header ({length} bytes)")
+            raise InputError(f"dump {path}: not a dump file, or truncated within its header ({length} bytes)")
         raw = stream.read(size)
     try:
         header = wire.fields(raw)
@@ -164,16 +165,16 @@ def operator(path: Path) -> Operator:
         rest = sum(wire.number(wire.fields(one).get(3, [])) for number in (5, 8) for one in header.get(number, []))
         name = wire.text(header.get(6, []))
     except (wire.WireError, AttributeError, TypeError) as error:
-        raise InputError(f"dump {path}: its header is no DumpData ({error})") from None
+        raise InputError(f"dump {path}: its header is not a DumpData ({error})") from None
     if not name or not (inputs or outputs):
-        raise InputError(f"dump {path}: its header names no operator, or no tensor of it")
+        raise InputError(f"dump {path}: its header has no operator, or no tensor of it")
     return _placed(path, name, inputs, outputs, rest, length - 8 - size, 8 + size)
 
 
 def _placed(
     path: Path, name: str, inputs: List[Tensor], outputs: List[Tensor], rest: int, there: int, start: int
 ) -> Operator:
-    """The operator with the tensors whose bytes are in the file; a tensor without an address has none where it fits."""
+    """The operator with the tensors whose bytes are in the file; those without an address may have none."""
     kind = path.name.split(".")[0]
     told = sum(one.size for one in (*inputs, *outputs))
     if there == told + rest or there == told:
@@ -183,12 +184,12 @@ def _placed(
     if there in (addressed + rest, addressed):
         return Operator(path, name, kind, tuple(inputs), tuple(outputs), start)
     if there > told + rest:
-        raise InputError(f"dump {path}: {there} bytes of tensors, its header describes {told + rest}: another layout")
+        raise InputError(f"dump {path}: {there} bytes of tensors, its header describes {told + rest}: unknown layout")
     return Operator(path, name, kind, *_cut(inputs, outputs, there), start=start, short=told + rest - there)
 
 
 def _cut(inputs: List[Tensor], outputs: List[Tensor], there: int) -> Tuple[Tuple[Tensor, ...], Tuple[Tensor, ...]]:
-    """Of a short file, the tensors that are whole."""
+    """The complete tensors of a truncated file."""
     found: List[Tensor] = []
     for one in (*inputs, *outputs):
         there -= one.size
@@ -200,7 +201,7 @@ def _tensor(found: Dict[int, List[Any]], size: int, original: int, address: int)
     """A tensor's description; OpInput and OpOutput number their fields differently."""
     kind, form = wire.number(found.get(1, [])), wire.number(found.get(2, []))
     if kind not in DTYPES:
-        raise wire.WireError(f"data type {kind} is not known")
+        raise wire.WireError(f"unknown data type {kind}")
     origin = wire.fields(found[4][-1]) if size == 6 and found.get(4) else {}
     index = wire.number(origin.get(2, []), UNSET)
     return Tensor(
@@ -220,7 +221,7 @@ def _shape(values: List[Any]) -> Tuple[int, ...]:
 
 
 def _array(raw: bytes, wanted: Tensor) -> np.ndarray:
-    """The bytes as an array of the stored shape; a buffer that is larger than its shape is cut."""
+    """The bytes as an array of the stored shape; a larger buffer is cut."""
     narrow = wanted.dtype == "bfloat16"
     dtype = np.dtype("uint16" if narrow else wanted.dtype)
     count = int(np.prod(wanted.shape, dtype=np.int64))
@@ -231,7 +232,7 @@ def _array(raw: bytes, wanted: Tensor) -> np.ndarray:
 
 
 def statistics_name(path: Path) -> str:
-    """Operator of a statistics file `<type>.<name>.<task>.<stream>.<time>.csv`; `mapping.csv` has a hash's."""
+    """Operator of a statistics file `<type>.<name>.<task>.<stream>.<time>.csv`; `mapping.csv` resolves hashes."""
     name = path.stem
     mapping = path.parent / MAPPING
     if name.isdigit() and mapping.is_file():
@@ -243,10 +244,10 @@ def statistics_name(path: Path) -> str:
 
 
 def statistics(path: Path) -> List[Statistic]:
-    """Rows of a statistics file, read by their titles: writers order and choose them differently.
+    """Rows of a statistics file, read by column title, since writers choose and order columns differently.
 
     Raises:
-        InputError: it lacks the columns that every writer has.
+        InputError: it lacks columns that every writer has.
     """
     with open(path, encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -281,7 +282,7 @@ def _sum(*values: Optional[float]) -> Optional[float]:
 
 
 def outputs(dump: Dump) -> Iterator[Tuple[Operator, int]]:
-    """Every output that can be read, operator by operator."""
+    """Every readable output, operator by operator."""
     for one in dump.operators.values():
         for number, tensor in enumerate(one.outputs):
             if tensor.held:

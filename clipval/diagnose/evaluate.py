@@ -1,7 +1,7 @@
-"""Every tensor of an ONNX graph, a few at a time: in the graph's own precision, or rounded as an accelerator rounds.
+"""Every tensor of an ONNX graph, a few at a time: in the graph's precision, or rounded as on an accelerator.
 
-The only module of `clipval.diagnose` that imports onnxruntime, whose graph optimisations are off here: what is looked
-at is what the file says.
+The only module of `clipval.diagnose` that imports onnxruntime. Graph optimisations are off, so that the file is run as
+it is.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ WIDE = ":wide"
 
 
 def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Iterator[Tuple[str, np.ndarray]]:
-    """Every tensor that depends on the input, and their shapes, in the order of computation.
+    """Every tensor that depends on the input, including shapes, in order of computation.
 
-    Holds what later nodes need, no more.
+    Keeps only what later nodes need.
 
     Args:
         rows: the graph's only input.
@@ -57,7 +57,7 @@ def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Ite
 
 
 def part(graph: Graph, tensor: str, given: Mapping[str, np.ndarray], change: Optional[Cut] = None) -> np.ndarray:
-    """One tensor out of given ones: what a part of the graph makes of another candidate's inputs."""
+    """One tensor computed from given ones: a part of the graph, run on another candidate's inputs."""
     import onnxruntime
 
     numbers = graph.closure(tensor, given)
@@ -70,14 +70,14 @@ def part(graph: Graph, tensor: str, given: Mapping[str, np.ndarray], change: Opt
 
 
 def as_array(value: Any, wide: Any = None) -> np.ndarray:
-    """A runtime's value as an array; numpy has no bfloat16, which comes as float32."""
+    """A runtime's value as an array; bfloat16, which numpy lacks, as float32."""
     return np.asarray((wide or value).numpy())
 
 
 def run(model: Any, fed: Dict[str, Any], wanted: Sequence[str], what: Any) -> Dict[str, Any]:
-    """Run a small model once, node by node as it is written; values of the runtime in, values of the runtime out.
+    """Run a small model once, node by node as written; takes and returns values of the runtime.
 
-    A bfloat16 result `x` comes a second time as float32, under `x` + `WIDE`.
+    A bfloat16 result `x` is also returned as float32, under `x` + `WIDE`.
 
     Raises:
         InputError: the runtime cannot run it.

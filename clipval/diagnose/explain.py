@@ -1,4 +1,4 @@
-"""Why a part of an ONNX graph differs from its PyTorch module: weights, constants, forms of operators, precision."""
+"""Why a part of an ONNX graph differs from its PyTorch module: weights, constants, operator variants, precision."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from clipval.diagnose.pairs import distance
 from clipval.diagnose.taps import Recorded, Tap, relative
 from clipval.diagnose.twin import LARGEST, rounded
 
-RELATED = 0.7  # two weights that have nothing to do with each other are 1.4 apart
+RELATED = 0.7  # unrelated weights are 1.4 apart
 SAME = 1e-6  # relative distance of two copies of the same float32 weights
 
 
 def weights(graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded) -> List[str]:
-    """Weights of the region that are not PyTorch's, and PyTorch's that the region lacks."""
+    """Weights of the region that differ from PyTorch's, and PyTorch's that are missing in it."""
     modules = list(dict.fromkeys(path for tap in taps for path in tap.paths))
     wanted = {name: value for path in modules for name, value in recorded.parameters(path).items() if path}
     wanted.update({name: value for name, value in recorded.parameters("").items() if "." not in name})
@@ -34,7 +34,7 @@ def weights(graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: 
 
 
 def _weight(name: str, held: np.ndarray, node: Node, wanted: Dict[str, np.ndarray]) -> Tuple[List[str], List[str]]:
-    """Which parameter a constant is a copy of, and what is to be said of it."""
+    """The parameter that a constant is a copy of, and how it differs."""
     if held.dtype.kind != "f":
         whole = f"weights {name} of {node.name} are {held.dtype}, PyTorch's are float32"
         return [], [whole] if held.dtype.itemsize == 1 else []
@@ -56,7 +56,7 @@ def _weight(name: str, held: np.ndarray, node: Node, wanted: Dict[str, np.ndarra
 
 
 def _unlike(values: np.ndarray, truth: np.ndarray) -> float:
-    """Distance of a constant from a parameter; small where it holds the same values in another order."""
+    """Distance of a constant from a parameter; small if it has the same values in another order."""
     off = distance(values, truth)
     if off > SAME and np.array_equal(np.sort(values.ravel()), np.sort(truth.ravel())) and np.ptp(truth) > 0:
         return 2 * SAME
@@ -64,7 +64,7 @@ def _unlike(values: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _parts(values: np.ndarray, whole: np.ndarray) -> List[Tuple[np.ndarray, np.ndarray]]:
-    """The parameter, or the third of it that an exporter has cut out (query, key and value share one)."""
+    """The parameter, or the third of it that an exporter split off (query, key and value share one)."""
     if whole.size == values.size:
         return [(values, whole)]
     if whole.ndim and whole.shape[0] % 3 == 0 and whole.size == 3 * values.size:
@@ -73,7 +73,7 @@ def _parts(values: np.ndarray, whole: np.ndarray) -> List[Tuple[np.ndarray, np.n
 
 
 def _turned(values: np.ndarray, whole: np.ndarray, which: str, node: Node) -> bool:
-    """A square matrix lies the wrong way round for its node: both ways are legal there."""
+    """Whether a square matrix is transposed for its node, where both orientations are valid."""
     if values.ndim != 2 or values.shape[0] != values.shape[1] or values.shape != whole.shape:
         return False
     rows_out = which.endswith("weight")  # Linear's and MultiheadAttention's are [out, in]; projections are [in, out]
@@ -84,7 +84,7 @@ def _turned(values: np.ndarray, whole: np.ndarray, which: str, node: Node) -> bo
 
 
 def _how(values: np.ndarray, truth: np.ndarray) -> str:
-    """In which way weights differ, where it can be seen."""
+    """How weights differ, if recognisable."""
     if not values.any():
         return ": it is all zeros"
     if np.array_equal(np.sort(values.ravel()), np.sort(np.asarray(truth, np.float32).ravel())):
@@ -94,24 +94,24 @@ def _how(values: np.ndarray, truth: np.ndarray) -> str:
         if distance(values, rounded(flat, precision)) <= SAME:
             return f": it is rounded to {precision}"
     if values.size > 1024 and min(len(np.unique(row)) for row in (values.ravel(), values[:1].ravel())) <= 256:
-        return f": it has {len(np.unique(values))} distinct values, as after a quantisation to 8 bits"
+        return f": it has {len(np.unique(values))} distinct values, as after quantisation to 8 bits"
     ratio = float((values.ravel() * values.ravel()).sum() / max(1e-30, float((flat * flat).sum()))) ** 0.5
     return f": its length is {ratio:.3g} of PyTorch's" if abs(ratio - 1) > 0.02 else ""
 
 
 def _lacking(seen: Iterable[str], taps: Sequence[Tap], recorded: Recorded, said: Sequence[str]) -> List[str]:
-    """Parameters of the modules that ran the taps themselves, and that no constant of the region is a copy of."""
+    """Parameters of the modules that ran the taps, of which no constant in the region is a copy."""
     lacking = []
     for path in dict.fromkeys(tap.module for tap in taps if tap.module):
         for name, value in recorded.parameters(path).items():
             own = name[len(path) + 1 :]
             if "." not in own and name not in set(seen) and value.any() and own == "bias":
-                lacking.append(f"{name} is nowhere in it" if not said else f"{name} is nowhere in it either")
+                lacking.append(f"{name} is missing" if not said else f"{name} is missing too")
     return lacking
 
 
 def constants(graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded) -> List[str]:
-    """Epsilon, the form of GELU, the softmax's axis."""
+    """Check epsilon, the variant of GELU, the softmax's axis."""
     nodes = [graph.nodes[number] for number in region]
     ops = {node.op for node in nodes}
     said = []
@@ -151,7 +151,7 @@ def _epsilon(graph: Graph, nodes: Sequence[Node], wanted: Optional[float]) -> Li
 
 
 def missing(ladder: Any, numbers: Sequence[int], region: Sequence[int]) -> List[str]:
-    """Operators of PyTorch that join two results, of which the graph's region takes only one."""
+    """PyTorch operators with two inputs of which the graph's region uses only one."""
     graph, said = ladder.graph, []
     taken = {name for number in region for name in graph.nodes[number].inputs}
     for n in numbers:
@@ -160,19 +160,21 @@ def missing(ladder: Any, numbers: Sequence[int], region: Sequence[int]) -> List[
         lost = [one for one in held if ladder.tensors[one] not in taken]
         if ladder.rungs[n].error is None and len(parents) > 1 and lost and len(lost) < len(held):
             names = " and ".join(ladder.recorded.taps[one].name for one in lost)
-            said.append(f"PyTorch's {tap.op} takes {names} too, which the graph leaves out here")
+            said.append(f"PyTorch's {tap.op} also takes {names}, which the graph leaves out here")
         elif ladder.rungs[n].error is None and len(parents) == 1 and tap.op in ("add", "mul", "sub", "div"):
             said.append(f"PyTorch's {tap.op} in {tap.module or 'the tower'} has no counterpart in the graph")
     return said
 
 
 def values(found: np.ndarray, ladder: Any, number: int, known: Mapping[int, Tap]) -> List[str]:
-    """How a tensor relates to its truth, saturated, scaled, or another tap's values."""
+    """How a tensor differs from its truth: saturated, scaled, or another tap's values."""
     tap = ladder.recorded.taps[number]
     if not np.isfinite(found).all() and np.isfinite(tap.truth).all():
         return [f"{int((~np.isfinite(found)).sum())} of its {found.size} values are NaN or Inf"]
     if (np.abs(found) >= LARGEST).any() and np.abs(tap.truth[np.isfinite(tap.truth)]).max() < 1e4 * LARGEST:
-        return [f"{int((np.abs(found) >= LARGEST).sum())} of its {found.size} values are at +-65504, the end of fp16"]
+        return [
+            f"{int((np.abs(found) >= LARGEST).sum())} of its {found.size} values are at +-65504, fp16's largest value"
+        ]
     for other in known.values():
         if other.truth.size == found.size and distance(found, other.truth) < 1e-4:
             return [f"it is {other.name} again, as if {tap.op} were left out"]
@@ -180,7 +182,7 @@ def values(found: np.ndarray, ladder: Any, number: int, known: Mapping[int, Tap]
 
 
 def _another_token(found: np.ndarray, ladder: Any, tap: Tap) -> List[str]:
-    """A pooled vector is that of another position than PyTorch's."""
+    """Whether a pooled vector is from another position than PyTorch's."""
     for number in tap.parents:
         whole = ladder.recorded.taps[number].truth
         if whole.ndim == 3 and whole.size == found.size * whole.shape[1]:
@@ -207,7 +209,7 @@ def _another_scale(found: np.ndarray, tap: Tap) -> List[str]:
 
 
 def precision(graph: Graph, region: Sequence[int], dtype: Any) -> str:
-    """What the region is computed in."""
+    """The precision of the region."""
     casts = [graph.nodes[number].attributes.get("to") for number in region if graph.nodes[number].op == "Cast"]
     narrow = [NARROW[one] for one in casts if one in NARROW]
     if narrow and graph.precision == "fp32":

@@ -1,4 +1,4 @@
-"""What a diagnosis ends with: one sentence for a person, what it rests on, and the ladder."""
+"""The result of a diagnosis: one sentence, its evidence, and the ladder."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ NONE, INPUT, DIVERGENCE = "no excess", "not numerics", "divergence"
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer to where a candidate diverges.
+    """Where a candidate diverges.
 
     Attributes:
-        verdict: `NONE`, `INPUT` (something else than arithmetic differs) or `DIVERGENCE`.
-        candidate: what was looked at, with what made it.
-        sentence: the answer; where, in what, whether it starts there, computed in what, what to try.
-        module: path of the PyTorch module; node: name of the ONNX node; operator: of the OM. Empty where unknown.
-        causes: what was seen to differ there, one sentence each.
+        verdict: `NONE`, `INPUT` (something other than arithmetic differs) or `DIVERGENCE`.
+        candidate: what was diagnosed, and its backend.
+        sentence: the answer: where, how far, whether it starts there, in which precision, what to try.
+        module: path of the PyTorch module; node: name of the ONNX node; operator: of the OM. Empty if unknown.
+        causes: differences found there, one sentence each.
         advice: what to try, one sentence each.
-        ladder: every tap that was compared, in the order of the computation.
+        ladder: every compared tap, in order of computation.
         first: name of the rung where the excess starts; empty for none.
-        samples: how many were looked at.
-        precision: `fp32`, `fp16` or `bf16`: whose cost the noise of the ladder is; empty where nothing was compared.
+        samples: how many were used.
+        precision: `fp32`, `fp16` or `bf16`, whose noise the ladder has; empty if nothing was compared.
     """
 
     verdict: str
@@ -43,19 +43,19 @@ class Finding:
 
     @property
     def found(self) -> bool:
-        """Something is wrong."""
+        """Whether something is wrong."""
         return self.verdict != NONE
 
     def lines(self) -> List[str]:
-        """The sentence, then one line a cause and a piece of advice."""
+        """The sentence, then one line per cause and per piece of advice."""
         seen = [f"seen: {one}" for one in self.causes]
         return [self.sentence, *seen, *(f"try: {one}" for one in self.advice)]
 
     def detail(self) -> Dict[str, Any]:
-        """For a report: plain values only.
+        """For reports: plain values only.
 
-        A rung has its excess and its `state`: `compared`, `absent` for one without a tensor, or `not finite`, where an
-        error that is no number is None, as JSON has no infinity.
+        A rung has its excess and its `state`: `compared`, `absent` without a tensor, or `not finite`, whose error is
+        None, since JSON has no infinity.
         """
         return {**asdict(self), "ladder": [_plain(rung) for rung in self.ladder]}
 
@@ -67,10 +67,10 @@ def _plain(rung: Rung) -> Dict[str, Any]:
 
 
 def table(finding: Finding, count: int = 0) -> List[str]:
-    """The ladder for a terminal: error, noise and excess by depth, the first excess marked.
+    """The ladder for a terminal: error, noise and excess in order of computation, the first excess marked.
 
     Args:
-        count: rungs before and after the first excess that are shown; 0 shows all.
+        count: rungs to show before and after the first excess; 0 shows all.
     """
     rungs = [rung for rung in finding.ladder if rung.error is not None]
     at = next((n for n, rung in enumerate(rungs) if rung.name == finding.first), None)

@@ -1,6 +1,6 @@
-"""An ONNX graph as a person follows it: nodes with names and module paths, and a few of them as a model of their own.
+"""An ONNX graph for diagnosis: nodes with names and module paths, and parts of it as separate models.
 
-The modules of `clipval.diagnose` that import onnx are this one and `twin`.
+In `clipval.diagnose` only this module and `twin` import onnx.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy as np
 from clipval.errors import InputError, one_line
 from clipval.export import name_nodes
 
-SEGMENT_BYTES = 64 << 20  # weights that are handed to the runtime at once
+SEGMENT_BYTES = 64 << 20  # most weights passed to the runtime at a time
 SEGMENT_NODES = 200
 SCOPES = "pkg.torch.onnx.name_scopes"  # of the dynamo exporter: a list of paths, the operator's own name last
 NARROW = {10: "fp16", 16: "bf16"}  # onnx.TensorProto.FLOAT16 and BFLOAT16
-# Operators that give their input's values again, in another shape, order, dtype or place.
+# Operators that only change the shape, order, dtype or position of their input's values.
 SAME_VALUES = ("Cast", "Dropout", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node: its name, its operator, the module path that its exporter left (empty for none), and its tensors.
+    """One node: name, operator, module path from the exporter (empty for none), and tensors.
 
-    `inputs` are those of its subgraphs too; `attributes` are numbers, strings and lists of them.
+    `inputs` includes those of its subgraphs; `attributes` are numbers, strings and lists of them.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Graph:
     """A loaded ONNX file.
 
     Attributes:
-        file: where it came from.
-        nodes: in the order of computation.
+        file: the file it was read from.
+        nodes: in order of computation.
         inputs, outputs: names of the graph's own.
-        producer: tensor -> number of the node that makes it; consumers: tensor -> numbers of those that take it.
-        moving: tensors that depend on the graph's input; the others are constants and shapes of them.
-        measured: the shapes among those.
+        producer: tensor -> index of the node that computes it; consumers: tensor -> indices of those that use it.
+        moving: tensors that depend on the graph's input; the others are constants and their shapes.
+        measured: shapes among `moving`.
         opset: of the default domain.
-        precision: `fp32`, or `fp16` or `bf16` where the graph computes in it.
+        precision: `fp32`, or `fp16` or `bf16` if the graph computes in it.
     """
 
     def __init__(self, file: Path, model: Any) -> None:
@@ -74,13 +74,13 @@ class Graph:
     def _moving(self) -> Set[str]:
         found = set(self.inputs)
         for node in self.nodes:
-            # shapes depend on the input's shape alone
+            # shapes depend only on the input's shape
             if node.op not in ("Shape", "Size", "ConstantOfShape") and found & set(node.inputs):
                 found.update(name for name in node.outputs if name)
         return found
 
     def _measured(self) -> Set[str]:
-        """Results that tell the shape of a tensor that depends on the input."""
+        """Results that are the shape of a tensor that depends on the input."""
         shapes = [node for node in self.nodes if node.op in ("Shape", "Size") and self.moving & set(node.inputs)]
         return {name for node in shapes for name in node.outputs}
 
@@ -94,30 +94,30 @@ class Graph:
         return "fp32"
 
     def node_of(self, tensor: str) -> Node:
-        """The node that makes a tensor."""
+        """The node that computes a tensor."""
         return self.nodes[self.producer[tensor]]
 
     @cached_property
     def named(self) -> bool:
-        """Most nodes that compute something carry their module's path."""
+        """Whether most computing nodes have their module's path."""
         found = [
             bool(node.module) for node in self.nodes if node.op in ("MatMul", "Gemm", "Conv", "LayerNormalization")
         ]
         return 2 * sum(found) > len(found)
 
     def leaves(self, tensor: str, module: str) -> bool:
-        """Something outside a module takes this tensor, so it is what the module gives on."""
+        """Whether this tensor is used outside a module, i.e. is an output of the module."""
         others = [self.nodes[number].module for number in self.consumers.get(tensor, ())]
         return any(other != module and not other.startswith(f"{module}.") for other in others)
 
     def parents(self, tensor: str) -> List[str]:
-        """Tensors that this one is computed from directly, those that depend on the graph's input."""
+        """Tensors that this one is computed from directly and that depend on the graph's input."""
         if tensor not in self.producer:
             return []
         return [name for name in self.node_of(tensor).inputs if name in self.moving]
 
     def between(self, tensor: str, known: Iterable[str]) -> List[int]:
-        """Numbers of the nodes that make a tensor out of known ones, in order."""
+        """Indices of the nodes that compute a tensor from known ones, in order."""
         stop, found, rest = set(known) - {tensor}, set(), [tensor]
         while rest:
             name = rest.pop()
@@ -129,7 +129,7 @@ class Graph:
         return sorted(found)
 
     def closure(self, tensor: str, given: Iterable[str]) -> List[int]:
-        """Numbers of all nodes that make a tensor out of given ones, constants and shapes included, in order."""
+        """Indices of all nodes that compute a tensor from given ones, including constants and shapes, in order."""
         stop, found, rest = set(given) - {tensor}, set(), [tensor]
         while rest:
             number = self.producer.get(rest.pop())
@@ -139,7 +139,7 @@ class Graph:
         return sorted(found)
 
     def constant(self, tensor: str) -> Any:
-        """A weight or constant as an array; None for what is computed."""
+        """A weight or constant as an array; None for a computed tensor."""
         from onnx import numpy_helper
 
         if tensor in self.weights:
@@ -156,7 +156,7 @@ class Graph:
         return None
 
     def segments(self) -> List[List[int]]:
-        """Nodes in runs of bounded weight, in order."""
+        """Consecutive groups of nodes with limited weights, in order."""
         found: List[List[int]] = [[]]
         size = 0
         for number, node in enumerate(self.nodes):
@@ -169,7 +169,7 @@ class Graph:
         return found
 
     def root(self, tensor: str) -> str:
-        """The tensor whose values a tensor has again, in another shape or order; itself for a result of its own."""
+        """The tensor that a tensor is a reshaped or reordered copy of; itself if it is computed."""
         while tensor in self.producer:
             node = self.node_of(tensor)
             narrow = node.op == "Cast" and node.attributes.get("to") not in (None, self._float)
@@ -186,10 +186,10 @@ class Graph:
         return int(kinds[self.precision])
 
     def cut(self, numbers: Sequence[int], fed: Mapping[str, Tuple[int, Sequence[int]]], wanted: Iterable[str]) -> Any:
-        """Some nodes as a model.
+        """A separate model of some nodes.
 
         Args:
-            fed: its inputs: element type (of onnx) and shape.
+            fed: its inputs: onnx element type and shape.
             wanted: its outputs.
         """
         from onnx import helper
@@ -206,7 +206,7 @@ class Graph:
 
 
 def widened(model: Any, names: Sequence[str], ending: str) -> Any:
-    """The model with some results a second time, as float32, under a name with `ending`."""
+    """Add float32 copies of some results to a model, named with `ending`."""
     from onnx import TensorProto, helper
 
     for name in names:
@@ -216,7 +216,7 @@ def widened(model: Any, names: Sequence[str], ending: str) -> Any:
 
 
 def load(file: Path) -> Graph:
-    """Read an ONNX file; functions of its own are written out, nodes without a name get one.
+    """Read an ONNX file; its functions are inlined, unnamed nodes get a name.
 
     Raises:
         InputError: it cannot be read.
@@ -249,7 +249,7 @@ def _node(node: Any) -> Node:
 
 
 def module_path(node: Any) -> str:
-    """The module that a node's exporter says it came from: `visual.transformer.resblocks.3.attn`; empty for none.
+    """The module of a node according to its exporter: `visual.transformer.resblocks.3.attn`; empty for none.
 
     TorchScript's exporter writes `/visual/transformer/resblocks.3/attn/MatMul_1`, dynamo's a property with all scopes.
     """
@@ -266,7 +266,7 @@ def module_path(node: Any) -> str:
 
 
 def _clip(path: str) -> str:
-    """The encoder that clipval exports holds the open_clip model as `clip`."""
+    """Remove `clip`, the name of the open_clip model in clipval's encoder."""
     return re.sub(r"^clip(\.|$)", "", path)
 
 
@@ -285,7 +285,7 @@ def _graphs(attribute: Any) -> List[Any]:
 
 
 def _outer(graph: Any) -> List[str]:
-    """Tensors that a subgraph takes from around it."""
+    """Tensors that a subgraph takes from its outer scope."""
     own = {one.name for one in (*graph.input, *graph.initializer)} | {name for n in graph.node for name in n.output}
     used = [name for node in graph.node for name in node.input if name]
     used += [name for node in graph.node for one in node.attribute for inner in _graphs(one) for name in _outer(inner)]

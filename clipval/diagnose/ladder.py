@@ -1,4 +1,4 @@
-"""PyTorch against an ONNX file: every tap compared, and the first part that has more error than its precision costs."""
+"""PyTorch against an ONNX file: compare every tap, and find the first part with more error than its precision costs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from clipval.diagnose.locate import EXCESS, FLOOR, Rung, suspects
 from clipval.diagnose.part import Part
 from clipval.diagnose.twin import Twin, overflows
 
-PAIRED = 2  # samples that decide which tensor is which tap; torch takes other operators for one than for several
-UNRELATED = 1.3  # two tensors that have nothing to do with each other are 1.4 apart
-PASSED_ON = 0.1  # a residual sum keeps at least this share of the error of what is added to it
-CLOSE = 0.3  # a tensor that feeds good ones is this tap's only if it is close to it
-# What an operator of PyTorch becomes: by this a tensor is chosen where no value agrees.
+PAIRED = 2  # samples that pair tensors with taps; torch uses other operators for one than for several
+UNRELATED = 1.3  # unrelated tensors are 1.4 apart
+PASSED_ON = 0.1  # a residual sum keeps at least this share of its summand's error
+CLOSE = 0.3  # a tensor that feeds good ones belongs to this tap only if it is this close
+# ONNX operators of a PyTorch operator, to choose a tensor if no value agrees.
 KINDS = {
     "softmax": ("Softmax",),
     "layer_norm": ("LayerNormalization", "Add"),
@@ -41,7 +41,7 @@ class Ladder:
     """A candidate compared with the truth.
 
     Attributes:
-        rungs: by tap number, of the taps that lead to the embedding.
+        rungs: by tap number, for the taps that lead to the embedding.
         tensors: tap number -> the graph's tensor for it.
     """
 
@@ -53,8 +53,8 @@ class Ladder:
     def first(self) -> Optional[int]:
         """Number of the tap where the error of the embedding starts.
 
-        In 16 bits a part that is worse than its precision may drown in the noise of what follows: where the embedding
-        is good, that is the worst such part.
+        In 16 bits an excess may be hidden by the noise of later parts: if the embedding is good, this is the tap with
+        the largest excess.
         """
         names = list(map(str, self.rungs))
         good = {str(n): None if rung.error is None else rung.good for n, rung in self.rungs.items()}
@@ -69,7 +69,7 @@ class Ladder:
 
 
 def seen(rungs: Dict[int, Rung], recorded: taps.Recorded, number: int) -> bool:
-    """What is computed from a tap has a share of its error; else the graph lacks it, and another tensor was taken."""
+    """Whether later taps show part of its error; else the graph lacks it, and the wrong tensor was chosen."""
     own = rungs[number].error or 0.0
     children = [rungs[n] for n in rungs if number in recorded.taps[n].parents]
     return not children or any(rung.error is None or rung.error > PASSED_ON * own for rung in children)
@@ -81,8 +81,8 @@ def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Opt
     Args:
         encoder: the PyTorch tower, see `clipval.model.encoder`.
         candidate: an ONNX graph of the same tower.
-        rows: inputs [n, ...]; the first two decide which tensor is which tap.
-        reference: for a candidate in fp16 or bf16: the same tower's graph in float32, whose twin says what that costs.
+        rows: inputs [n, ...]; the first two are used to pair tensors with taps.
+        reference: for a candidate in fp16 or bf16: the same tower's float32 graph, whose twin gives the noise.
     """
     one = taps.record(encoder, rows[:PAIRED])
     twin = None if candidate.precision == "fp32" else Twinned(reference or candidate, one, candidate.precision)
@@ -97,17 +97,17 @@ def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Opt
 
 
 def noise_of(recorded: taps.Recorded, twin: Optional[Twinned], precision: str) -> List[float]:
-    """What a precision costs at each tap: the twin's error, or that of PyTorch's own float32."""
+    """The noise of a precision at each tap: the twin's error, or PyTorch's own in float32."""
     found = twin.errors(recorded) if twin else {n: tap.noise for n, tap in enumerate(recorded.taps)}
     lost = [overflows(tap.truth, precision) for tap in recorded.taps]
     return [FLOOR[precision] if lost[n] else max(found.get(n, 0.0), FLOOR[precision]) for n in range(len(lost))]
 
 
 class Twinned:
-    """The twin of a float32 graph, whose tensors are paired with the taps once.
+    """The twin of a float32 graph, with its tensors paired with taps once.
 
     Args:
-        whole: a float32 graph of the tower that PyTorch has.
+        whole: a float32 graph of the same tower.
         recorded: taps of one sample.
         precision: `fp16` or `bf16`.
     """
@@ -136,7 +136,7 @@ class Twinned:
 def choose(
     candidate: graph.Graph, found: pairs.Pairs, bounds: Sequence[float], recorded: taps.Recorded
 ) -> Dict[int, str]:
-    """The tensor of each tap: the closest one where it is good, else one that no other tap has."""
+    """The tensor of each tap: the closest one if it is good, else one that no other tap has."""
     best = {n: one for n in recorded.leading() for one in [found.best(n, bounds[n])] if one is not None}
     chosen = {n: name for n, (error, name) in best.items() if error <= bounds[n]}
     used = {candidate.root(name) for name in chosen.values()}
@@ -196,7 +196,7 @@ def measure(recorded: taps.Recorded, candidate: graph.Graph, chosen: Dict[int, s
 def errors_of(
     whole: graph.Graph, recorded: taps.Recorded, chosen: Dict[int, str], change: Optional[Twin] = None
 ) -> Dict[int, float]:
-    """Relative distance from the truth of the tensors that were chosen for the taps."""
+    """Relative distance from the truth of the tensors chosen for the taps."""
     wanted: Dict[str, List[int]] = {}
     for n, name in chosen.items():
         wanted.setdefault(name, []).append(n)
@@ -211,7 +211,7 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
     """The finding of a ladder.
 
     Args:
-        candidate: what was looked at, for the sentence.
+        candidate: name for the sentence.
     """
     rungs = tuple(ladder.rungs.values())
     first = ladder.first()

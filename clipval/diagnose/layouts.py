@@ -1,7 +1,7 @@
-"""Tensors as an NPU stores them, to plain order: FRACTAL_NZ, NC1HWC0 and NHWC.
+"""Convert an NPU's storage layouts to row-major order: FRACTAL_NZ, NC1HWC0 and NHWC.
 
 Source: msaccucmp's format converters (Ascend msprobe 8ff00da, `format_manager/builtin_format_convert`), which do not
-crop NC1HWC0's channels and know no FRACTAL_NZ of a vector; both are done here. Padding is not defined to be zero.
+crop NC1HWC0's channels and do not support a FRACTAL_NZ vector; both are done here. Padding need not be zero.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import numpy as np
 
 from clipval.errors import InputError
 
-# Numbers of formats in a dump: `format` of `toolkit.dump.OpOutput` (hicann runtime 681ef76, dump_task.proto).
+# Format numbers in a dump: `format` of `toolkit.dump.OpOutput` (hicann runtime 681ef76, dump_task.proto).
 FORMATS = {0: "NCHW", 1: "NHWC", 2: "ND", 3: "NC1HWC0", 4: "FRACTAL_Z", 12: "NC1HWC0_C04", 29: "FRACTAL_NZ"}
 
 
 def plain(values: np.ndarray, form: str, original: Sequence[int]) -> np.ndarray:
-    """A stored tensor in the order and shape that the model gives it.
+    """A stored tensor in the order and shape that it has in the model.
 
     Args:
         values: of the stored shape.
         form: one of `FORMATS`.
-        original: the model's shape; empty where the file does not tell, then padding stays.
+        original: the model's shape; empty if unknown, then padding stays.
 
     Raises:
-        InputError: the shapes do not go together, or the format is one that activations do not have.
+        InputError: the shapes are inconsistent, or the format is not one of activations.
     """
     wanted = tuple(original)
     if form == "FRACTAL_NZ":
@@ -35,7 +35,7 @@ def plain(values: np.ndarray, form: str, original: Sequence[int]) -> np.ndarray:
     if form == "NHWC" and len(wanted) == 4 and values.shape != wanted:
         values = values.transpose(0, 3, 1, 2)
     if form not in ("NCHW", "NHWC", "ND"):
-        raise InputError(f"format {form}: a layout of weights, which no activation has; shape {list(values.shape)}")
+        raise InputError(f"format {form}: a layout of weights, not of activations; shape {list(values.shape)}")
     if not wanted or values.shape == wanted:
         return values
     if values.size != int(np.prod(wanted, dtype=np.int64)):

@@ -1,18 +1,18 @@
-"""Where a candidate leaves the truth: the excess of each tap over its noise, and which taps only pass an error on."""
+"""Where a candidate diverges: the excess of each tap over its noise, and which taps only pass an error on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
-# Clean candidates were measured at 1.2 times the noise at most (docs/diagnose.md), on CPUs and on the simulated NPU. A
-# device sums and rounds in other places than its twin, so it is given three times that.
+# Clean candidates were measured at 1.2 times the noise at most (docs/diagnose.md), on CPUs and the simulated NPU. A
+# device sums and rounds in other places than its twin, so three times that is allowed.
 EXCESS = 4.0
 FLOOR = {
     "fp32": 1e-6,
     "fp16": 2.0**-12,
     "bf16": 2.0**-9,
-}  # noise that any tap is granted: half a rounding of its values
+}  # minimum noise of any tap: half a rounding of its values
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,16 @@ class Rung:
     """One tap of the ladder, compared.
 
     Attributes:
-        name: for a person.
-        error: relative L2 distance of the candidate's tensor from the truth; None where it has no such tensor.
-        noise: what its precision costs here: the distance of the twin, or of the float32 model.
+        name: for display.
+        error: relative L2 distance of the candidate's tensor from the truth; None if it has no such tensor.
+        noise: error expected from the precision: the distance of the twin, or of the float32 model.
         error_in: the largest error of the taps that it is computed from; None for none.
         parents: names of those taps.
-        pytorch: the float32 PyTorch model's own distance from the truth; None where PyTorch was not run.
-        tensor, node, op: the candidate's tensor and what makes it; empty where there is none.
+        pytorch: the float32 PyTorch model's own distance from the truth; None if PyTorch was not run.
+        tensor, node, op: the candidate's tensor and the node that computes it; empty if there is none.
         module: path of the PyTorch module.
-        local: error of this part alone, fed with the candidate's own inputs, over what the precision costs the part;
-            None where it was not run alone. It is not hidden by the noise that came before.
+        local: error of this part alone, run on the candidate's own inputs, over the noise of the part; None if it was
+        not run alone. Noise of earlier parts does not hide it.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Rung:
 
     @property
     def excess(self) -> Optional[float]:
-        """Error over noise; 1 is what the precision costs."""
+        """Error over noise; 1 is expected from the precision."""
         return None if self.error is None else self.error / self.noise
 
     @property
@@ -56,7 +56,7 @@ class Rung:
 
     @property
     def good(self) -> bool:
-        """Within the noise, as a whole and where it was run alone."""
+        """Whether it is within the noise, as a whole and alone."""
         return self.excess is not None and self.excess <= EXCESS and (self.local is None or self.local <= EXCESS)
 
 
@@ -64,11 +64,11 @@ def suspects(good: Mapping[str, Optional[bool]], parents: Mapping[str, Sequence[
     """Where the error of the output starts: bad tensors that lead to it and whose known inputs are all good.
 
     Args:
-        good: tensor -> whether it is within its noise; None for one that was not compared, which is seen through.
-        parents: tensor -> what it is computed from, in the order of computation.
+        good: tensor -> whether it is within its noise; None if it was not compared, then its own inputs count.
+        parents: tensor -> what it is computed from, in order of computation.
 
     Returns:
-        in the order of `good`; empty where the output is good, or is bad and nothing before it is.
+        in the order of `good`; empty if the output is good, or if it is bad and nothing before it is.
     """
     memory: Dict[str, List[str]] = {}
 

@@ -1,4 +1,4 @@
-"""Dump an OM on its NPU in three steps, each a fresh process: statistics, ends of blocks, inside the bad part."""
+"""Dump an OM on its NPU in three steps, each in a new process: statistics, ends of blocks, inside the bad part."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from clipval.diagnose import dump, graph, om
 from clipval.diagnose.finding import Finding
 from clipval.errors import BackendUnavailable, InputError, ToolFailed
 
-BLOCK = re.compile(r".*\.\d+$")  # the path of a numbered module, as `visual.transformer.resblocks.3`
+BLOCK = re.compile(r".*\.\d+$")  # the path of a numbered module, e.g. `visual.transformer.resblocks.3`
 WITHOUT = (
-    "without a dump: diagnose --backend onnx says whether the graph is right, a run with another --precision-mode "
-    "whether that precision is"
+    "without a dump: diagnose --backend onnx checks the graph, a run with another --precision-mode checks the precision"
 )
 
 
@@ -31,14 +30,14 @@ def locate(
     candidate: str,
     keep: Optional[Path] = None,
 ) -> Finding:
-    """Where an OM leaves the ONNX graph that it was compiled from.
+    """Where an OM diverges from the ONNX graph that it was compiled from.
 
     Args:
-        rows: one whole batch of the OM.
-        keep: folder for the dumps; without it they go to a scratch folder and are deleted.
+        rows: one full batch of the OM.
+        keep: folder for the dumps; default: a temporary folder, which is deleted.
 
     Raises:
-        BackendUnavailable: the dump cannot be had, with what can be concluded without it.
+        BackendUnavailable: no dump is possible; the message has alternatives.
     """
     with _folder(keep) as folder:
         fused = _fused(file, folder)
@@ -62,7 +61,7 @@ def _narrow(
     folder: Path,
     fused: Dict[str, List[str]],
 ) -> Any:
-    """The ends of blocks first; then all of the part between the last good one and the first bad one."""
+    """The ends of blocks first; then everything between the last good and the first bad one."""
     ends = block_ends(whole)
     if ends:
         dumping.dump(file, rows, device, folder / "blocks", layers=ends)
@@ -81,7 +80,7 @@ def _narrow(
 
 
 def block_ends(whole: graph.Graph) -> List[str]:
-    """Names of the nodes that make what each numbered block gives on, and of the graph's last one."""
+    """Names of the nodes that compute the output of each numbered block, and of the graph's last node."""
     found = []
     for node in whole.nodes:
         if BLOCK.match(node.module) and any(whole.leaves(name, node.module) for name in node.outputs):
@@ -90,7 +89,7 @@ def block_ends(whole: graph.Graph) -> List[str]:
 
 
 def _fused(file: Path, folder: Path) -> Dict[str, List[str]]:
-    """The fused names of the OM's operators; none where atc is not on this host: the dump's own names must do then."""
+    """The fused names of the OM's operators; empty without atc on this host, then the dump's own names are used."""
     try:
         return om.fused_names(dumping.as_json(file, folder / "om.json"))
     except (BackendUnavailable, ToolFailed):

@@ -1,4 +1,4 @@
-"""A dumped OM against the ONNX graph that it was compiled from: which operator is worse than its precision."""
+"""A dumped OM against the ONNX graph that it was compiled from: which operator exceeds its precision's error."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from clipval.errors import InputError
 
 ORIGINS = "_datadump_original_op_names"  # attribute of an OM's operator: the ONNX nodes that were fused into it
 SHOWN = 4
-SUMS = 1e-5  # noise of an OM in fp32, whose sums go in another order: ten times PyTorch's own in float32
+SUMS = 1e-5  # noise of an fp32 OM, which sums in another order: ten times PyTorch's own in float32
 
 
 @dataclass
 class Compared:
-    """Tensors of an ONNX graph that the dump has.
+    """Tensors of an ONNX graph that are in the dump.
 
     Attributes:
-        rungs: by ONNX tensor, in the order of computation.
-        operators: ONNX tensor -> the operator whose output it is.
-        without: names of operators that are in the dump's model but whose tensors could not be compared.
+        rungs: by ONNX tensor, in order of computation.
+        operators: ONNX tensor -> the operator that outputs it.
+        without: names of operators in the dump's model whose tensors could not be compared.
     """
 
     graph: graph.Graph
@@ -40,12 +40,12 @@ class Compared:
 
 
 def fused_names(file: Path) -> Dict[str, List[str]]:
-    """ONNX nodes of each operator of an OM, from what `atc --mode=1 --om=... --json=...` writes.
+    """ONNX nodes of each operator of an OM, from the output of `atc --mode=1 --om=... --json=...`.
 
     Names are C-escaped there (GE `pb2json.cc`), so they are unescaped here.
 
     Raises:
-        InputError: the file is not that.
+        InputError: the file is something else.
     """
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
@@ -66,9 +66,9 @@ def _origins(operator: Mapping[str, Any]) -> List[str]:
 
 
 def candidates(whole: graph.Graph, one: Operator, output: int, fused: Mapping[str, Sequence[str]]) -> List[str]:
-    """ONNX tensors that an output may be, the likeliest first: the header's own word, the fused list, the same name.
+    """ONNX tensors that an output may be, the likeliest first: by the header, the fused list, or the name.
 
-    The header may name the first of the fused nodes, whose tensor this is not, so its word is one among others.
+    The header may name the first of the fused nodes, whose tensor this is not, so it is only one of the candidates.
     """
     nodes = {node.name: node for node in whole.nodes}
     plainer = {_sanitised(node.name): node.name for node in whole.nodes}
@@ -86,18 +86,18 @@ def candidates(whole: graph.Graph, one: Operator, output: int, fused: Mapping[st
 
 
 def _sanitised(name: str) -> str:
-    """As dump file names have it: space, dot and slashes become an underscore."""
+    """The name in dump file names: space, dot and slashes become an underscore."""
     return "".join("_" if letter in " ./\\" else letter for letter in name)
 
 
 def compare(
     whole: graph.Graph, dumped: Dump, rows: np.ndarray, precision: str, fused: Mapping[str, Sequence[str]]
 ) -> Compared:
-    """Error of every dumped tensor against float32 ONNX, beside that of the graph's twin.
+    """Error of every dumped tensor against float32 ONNX, with that of the graph's twin.
 
     Args:
         whole: the file that the OM was compiled from.
-        rows: the inputs of the dumped inference, a whole batch.
+        rows: the inputs of the dumped inference, a full batch.
         fused: operator -> ONNX nodes, see `fused_names`; may be empty.
     """
     places = [(one, n) for one in dumped.operators.values() for n, held in enumerate(one.outputs) if held.held]
@@ -134,7 +134,7 @@ def compare(
 def _run_alone(
     compared: Compared, own: Mapping[str, np.ndarray], shapes: Mapping[str, np.ndarray], change: Optional[Twin]
 ) -> None:
-    """Give each rung its local excess: the part between it and its known inputs, fed with the candidate's tensors."""
+    """Add each rung's local excess: the part between it and its known inputs, run on the candidate's tensors."""
     if change is None:
         return
     given = {name: np.asarray(values, np.float32) for name, values in own.items()}
@@ -153,7 +153,7 @@ def _chosen(
     noise: Mapping[str, float],
     fused: Mapping[str, Sequence[str]],
 ) -> Tuple[Compared, Dict[str, int]]:
-    """One ONNX tensor for each output: the one that agrees; where none does, the likeliest by name."""
+    """One ONNX tensor for each output: the one that agrees; if none does, the likeliest by name."""
     found: Dict[str, Tuple[float, int]] = {}
     without = []
     for number, (one, n) in enumerate(places):
@@ -193,7 +193,7 @@ def _rung(whole: graph.Graph, name: str, off: float, noise: float, errors: Mappi
 
 
 def known_inputs(whole: graph.Graph, name: str, known: Set[str]) -> List[str]:
-    """Compared tensors that a tensor is computed from, those that were not compared seen through."""
+    """Compared tensors that a tensor is computed from, directly or through tensors that were not compared."""
     found: List[str] = []
     seen, rest = set(), whole.parents(name)
     while rest:
@@ -207,7 +207,7 @@ def known_inputs(whole: graph.Graph, name: str, known: Set[str]) -> List[str]:
 
 
 def first(compared: Compared) -> Optional[str]:
-    """The tensor where the error starts; the worst start where the last compared tensors are good."""
+    """The tensor where the error starts; the worst such tensor if the last compared tensors are good."""
     rungs = compared.rungs
     if not rungs:
         return None
@@ -225,16 +225,12 @@ def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, pass
     """The finding of a dump.
 
     Args:
-        passes: fusion passes that took effect when the OM was compiled, for the advice.
+        passes: fusion passes applied when the OM was compiled, for the advice.
     """
     rungs = tuple(compared.rungs.values())
     name, notes = first(compared), (*saturation(compared.graph, dumped), *dumped.notes)
     if not rungs:
-        why = (
-            notes[0]
-            if notes
-            else "its operators' names are none of the ONNX file's: is this the file it was compiled from?"
-        )
+        why = notes[0] if notes else "no operator name is in the ONNX file: is this the file it was compiled from?"
         return Finding(INPUT, candidate, f"{candidate}: nothing could be compared: {why}", causes=notes)
     if name is None:
         common: Dict[str, Any] = {"causes": notes, "ladder": rungs, "precision": precision}
@@ -249,7 +245,7 @@ def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, pass
     module = own[0].module
     wide = f" to {rung.module or 'the tower itself'}" if rung.module != module else ""
     form = operator.outputs[0].form
-    alone = "" if rung.local is None else f", and {rung.local:.3g} times when it is fed with its own inputs"
+    alone = "" if rung.local is None else f", and {rung.local:.3g} times when run on its own inputs"
     sentence = (
         f"{candidate}: diverges in PyTorch module {module or 'the tower itself'}{wide}, ONNX {nodes}, OM operator "
         f"{operator.name} ({operator.kind}): {start}, output {rung.error:.1e} off, {rung.excess:.3g} times what "
@@ -276,7 +272,7 @@ def _advice(rung: Rung, operator: Operator, passes: Sequence[str]) -> List[str]:
         "another --precision-mode, e.g. allow_mix_precision or must_keep_origin_dtype",
     ]
     if passes:
-        said.append(f"switch off a fusion that took effect: {', '.join(passes)} (--fusion_switch_file in --atc-flags)")
+        said.append(f"switch off an applied fusion: {', '.join(passes)} (--fusion_switch_file in --atc-flags)")
     return said
 
 
@@ -292,7 +288,7 @@ def _no_excess(compared: Compared, precision: str, candidate: str) -> str:
 
 
 def saturation(whole: graph.Graph, dumped: Dump) -> List[str]:
-    """The first operators whose statistics have NaN, Inf or the end of fp16, in the order of computation."""
+    """The first operators whose statistics have NaN, Inf or fp16's largest value, in order."""
     order = {_sanitised(node.name): n for n, node in enumerate(whole.nodes)}
     found = []
     for name, rows in dumped.statistics.items():
@@ -302,14 +298,14 @@ def saturation(whole: graph.Graph, dumped: Dump) -> List[str]:
             found.append((order.get(_sanitised(name), len(order)), name, bad[0]))
     found.sort(key=lambda one: one[0])
     return [
-        f"{name} (OM operator) has values at the end of {row.dtype or 'its type'}: max {row.largest}, min {row.least}, "
-        f"NaN {row.nan}, Inf {row.infinite}"
+        f"{name} (OM operator) has values at the limit of {row.dtype or 'its type'}: max {row.largest}, "
+        f"min {row.least}, NaN {row.nan}, Inf {row.infinite}"
         for _, name, row in found[:SHOWN]
     ]
 
 
 def _beyond(row: Statistic, masked: bool) -> bool:
-    """NaN, Inf or the end of fp16; what a softmax takes may be -65504, which is how a mask leaves a position out."""
+    """NaN, Inf or fp16's largest value; a softmax's input may be -65504, which is how a mask excludes a position."""
     high, low = row.largest or 0.0, row.least or 0.0
     if masked:
         return bool(row.nan) or not high < LARGEST
@@ -317,7 +313,7 @@ def _beyond(row: Statistic, masked: bool) -> bool:
 
 
 def _feeds_softmax(whole: graph.Graph, number: Optional[int]) -> bool:
-    """A softmax takes a node's result, also behind the addition of a mask."""
+    """Whether a softmax takes a node's result, directly or after adding a mask."""
     if number is None:
         return False
     near = [one for name in whole.nodes[number].outputs for one in whole.consumers.get(name, ())]
@@ -326,7 +322,7 @@ def _feeds_softmax(whole: graph.Graph, number: Optional[int]) -> bool:
 
 
 def fusion_passes(file: Path) -> List[str]:
-    """Passes of `fusion_result.json` (atc's working folder) that took effect, sorted.
+    """Passes of `fusion_result.json` (atc's working folder) that were applied, sorted.
 
     Raises:
         InputError: the file is not JSON.

@@ -1,7 +1,7 @@
-"""Which tensor of an ONNX graph is which result of PyTorch: by module path where the names tell, and by value.
+"""Pair tensors of an ONNX graph with PyTorch's results: by module path if the names have it, and by value.
 
-Layouts differ ([batch, tokens, width] here, [tokens, batch, width] there, heads split or merged), so two tensors are
-compared in every order of their axes and the closest one counts.
+Layouts differ ([batch, tokens, width] or [tokens, batch, width], heads split or merged), so two tensors are compared
+in every order of their axes and the closest one counts.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 from clipval.diagnose.graph import Graph
 from clipval.diagnose.taps import Tap, relative
 
-PROBED = 96  # elements by which the order of axes is chosen
-KEPT = 6  # tensors that are remembered for each tap
-ALIKE = 0.1  # tensors of other modules are looked at when they may be this close
+PROBED = 96  # elements used to choose the order of axes
+KEPT = 6  # candidates kept for each tap
+ALIKE = 0.1  # tensors of other modules are considered if they may be this close
 Axes = Optional[Tuple[bool, Tuple[int, ...]]]
 
 
 @dataclass
 class Pairs:
-    """Candidates of each tap: [(error, tensor name)], the closest first; related ones are of the tap's own module."""
+    """Candidates of each tap: [(error, tensor name)], closest first; related ones are from the tap's own module."""
 
     any: Dict[int, List[Tuple[float, str]]] = field(default_factory=dict)
     related: Dict[int, List[Tuple[float, str]]] = field(default_factory=dict)
 
     def best(self, tap: int, good: float) -> Optional[Tuple[float, str]]:
-        """The closest of all where it is good, else the closest of the same module, else of all."""
+        """The closest of all if it is good, else the closest of the same module, else of all."""
         everywhere, here = self.any.get(tap, []), self.related.get(tap, [])
         if everywhere and (everywhere[0][0] <= good or not here):
             return everywhere[0]
@@ -41,8 +41,8 @@ def pair(graph: Graph, taps: Sequence[Tap], tensors: Iterable[Tuple[str, np.ndar
     """Candidates of every tap among a graph's tensors.
 
     Args:
-        taps: with the truth of the same inputs that the tensors are of.
-        tensors: name and values, in the order of computation.
+        taps: with the truth for the same inputs as the tensors.
+        tensors: name and values, in order of computation.
     """
     by_size: Dict[int, List[int]] = {}
     for number, tap in enumerate(taps):
@@ -57,10 +57,10 @@ def pair(graph: Graph, taps: Sequence[Tap], tensors: Iterable[Tuple[str, np.ndar
         for number in by_size.get(values.size, ()):
             tap = taps[number]
             related = not graph.named or module in tap.paths
-            # no order of the axes can bring two tensors closer than their lengths are
+            # in any order of axes, two tensors differ at least as much as their norms
             least = abs(length - sizes[number]) / sizes[number] if sizes[number] else 0.0
             kept = (found.related if related else found.any).setdefault(number, [])
-            limited = not (related and graph.named)  # a module has few tensors, and which one it ends with shows later
+            limited = not (related and graph.named)  # a module has few tensors, and its output is determined later
             if (not related and least > ALIKE) or (limited and len(kept) >= KEPT and least >= kept[KEPT - 1][0]):
                 continue
             error = relative(_moved(wide, tap.truth), tap.truth)
@@ -76,14 +76,14 @@ def pair(graph: Graph, taps: Sequence[Tap], tensors: Iterable[Tuple[str, np.ndar
 
 
 def distance(found: np.ndarray, truth: np.ndarray) -> float:
-    """Relative L2 error of two tensors of the same values in whatever order of axes brings them closest."""
+    """Relative L2 error of two tensors of equal size in the order of axes in which they are closest."""
     if found.size != truth.size:
         return float("inf")
     return relative(_moved(np.asarray(found, np.float32), truth), truth)
 
 
 def aligned(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """A tensor in the shape and order of axes of another one of as many values."""
+    """A tensor in the shape and order of axes of another one of equal size."""
     return _moved(found, truth)
 
 
@@ -112,7 +112,7 @@ def _moved(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _orders(found: Tuple[int, ...], truth: Tuple[int, ...]) -> List[Tuple[Axes, np.ndarray]]:
-    """Orders of axes, each with where the probed elements of the truth then lie in the found tensor's memory."""
+    """Orders of axes, each with the offsets of the truth's probed elements in the found tensor's memory."""
     size = int(np.prod(truth, dtype=np.int64))
     places = _places(size)
     orders: List[Tuple[Axes, np.ndarray]] = [(None, places)]
@@ -130,7 +130,7 @@ def _orders(found: Tuple[int, ...], truth: Tuple[int, ...]) -> List[Tuple[Axes, 
 
 
 def _permutations(shape: Tuple[int, ...]) -> Iterator[Tuple[int, ...]]:
-    """Orders of the axes that move one of more than one element."""
+    """Orders of the axes that move an axis longer than one element."""
     seen: Set[Tuple[int, ...]] = {tuple(axis for axis, size in enumerate(shape) if size > 1)}
     for order in itertools.permutations(range(len(shape))):
         wide = tuple(axis for axis in order if shape[axis] > 1)
@@ -141,6 +141,6 @@ def _permutations(shape: Tuple[int, ...]) -> Iterator[Tuple[int, ...]]:
 
 @lru_cache(maxsize=256)
 def _places(size: int) -> np.ndarray:
-    """Elements spread over a tensor by a step that no axis has."""
+    """Indices spread over a tensor by a step that is no axis length."""
     count = min(size, PROBED)
     return np.unique((np.arange(count, dtype=np.int64) * 2654435761) % size)

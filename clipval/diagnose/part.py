@@ -1,4 +1,4 @@
-"""The part of a graph in which an error starts: its PyTorch operators, its ONNX nodes, and what differs there."""
+"""The part of a graph in which an error starts: its PyTorch operators, its ONNX nodes, and the differences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Part:
     """Everything between good tensors and the first bad one.
 
     Attributes:
-        taps: PyTorch's results in it, the first bad one that has a counterpart last.
+        taps: PyTorch's results in it, ending with the first bad one that has a counterpart.
         region: numbers of the ONNX nodes in it.
     """
 
@@ -31,7 +31,7 @@ class Part:
 
     @classmethod
     def of(cls, ladder: Any, first: int) -> Part:
-        """The part that ends at a tap; results without a counterpart in the graph are seen through."""
+        """The part that ends at a tap; results without a counterpart in the graph are included."""
         found, rest = {first}, [first]
         while rest:
             for n in ladder.recorded.taps[rest.pop()].parents:
@@ -42,7 +42,7 @@ class Part:
 
     @property
     def blamed(self) -> Tap:
-        """The first result that has no counterpart, else the one that is bad."""
+        """The first result without a counterpart, else the bad one."""
         return self.taps[0]
 
     @property
@@ -51,7 +51,7 @@ class Part:
 
     @property
     def operators(self) -> str:
-        """PyTorch's operators from the first to the last, with the modules they leave for."""
+        """PyTorch's operators from first to last, with their modules if these differ."""
         words = []
         for tap in self.taps:
             words.append(tap.op if tap.module == self.module else f"{tap.op} of {tap.module or 'the tower'}")
@@ -59,7 +59,7 @@ class Part:
 
     @property
     def nodes(self) -> str:
-        """The ONNX nodes; with their neighbours where no module is known."""
+        """The ONNX nodes; with adjacent nodes if no module is known."""
         graph = self.ladder.graph
         named = [graph.nodes[n] for n in self.region if graph.nodes[n].op not in ("Constant", "Shape", "Identity")]
         said = [f"{node.op} {node.name}" for node in named]
@@ -87,7 +87,7 @@ class Part:
         return self.values().dtype
 
     def causes(self) -> List[str]:
-        """What was seen to differ, the surest first."""
+        """The differences found, the most certain first."""
         graph, recorded = self.ladder.graph, self.ladder.recorded
         said = explain.constants(graph, self.region, self.taps, recorded)
         said += explain.weights(graph, self.region, self.taps, recorded)

@@ -1,7 +1,7 @@
-"""What PyTorch computes on the way through a tower: the result of every operator, under its module's path.
+"""PyTorch's intermediate results in a tower: the result of every operator, with its module's path.
 
-The truth is the tower in float64: the float32 model's own distance from it is what float32 costs at each tap. The only
-module of `clipval.diagnose` that imports torch.
+The truth is the tower in float64; the float32 model's own distance from it is the noise of float32 at each tap. The
+only module of `clipval.diagnose` that imports torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
-# Operators that give their input's values again, in another shape, order, dtype or place.
+# Operators that only change the shape, order, dtype or position of their input's values.
 SAME_VALUES = (
     "_reshape_alias _to_copy _unsafe_view alias clone contiguous copy_ detach dropout expand feature_dropout flatten "
     "lift_fresh permute reshape resolve_conj squeeze t to transpose unflatten unsqueeze view"
 )
-PARTS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")  # each result is a part of its own
-BYTES = 512 << 20  # of truth that is held at once; more samples than fit are left out
+PARTS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")  # with several results
+BYTES = 512 << 20  # of truth held in memory; samples that do not fit are left out
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Tap:
     """The result of one PyTorch operator.
 
     Attributes:
-        op: the operator, as `softmax`.
-        module: path of the module that ran it, as `visual.transformer.resblocks.3.attn`; empty for the tower itself.
+        op: the operator, e.g. `softmax`.
+        module: path of the module that ran it, e.g. `visual.transformer.resblocks.3.attn`; empty for the tower itself.
         ends: modules whose output this is, innermost first.
         parents: numbers of the taps that it was computed from.
         noise: relative L2 distance of the float32 model's result from the truth.
@@ -43,23 +43,23 @@ class Tap:
 
     @property
     def name(self) -> str:
-        """What a person reads: the outermost module that ends here, else the operator in its module."""
+        """For display: the outermost module that ends here, else the operator in its module."""
         return self.ends[-1] if self.ends else f"{self.module or 'the tower'} ({self.op})"
 
     @property
     def paths(self) -> List[str]:
-        """Modules that an exporter may name this tensor's node by."""
+        """Module paths that an exporter may give this tensor's node."""
         return [self.module, *(path for path in self.ends if path != self.module)]
 
 
 class Recorded:
-    """Taps of one run of a tower, in the order of the computation.
+    """Taps of one run of a tower, in order of computation.
 
     Attributes:
-        taps: all of them.
+        taps: all taps.
         output: number of the tap that is the tower's embedding.
         modules: torch modules by path.
-        rows: inputs that were run: [n, ...].
+        rows: the inputs that were run: [n, ...].
     """
 
     def __init__(self, taps: List[Tap], output: int, modules: Dict[str, Any], rows: np.ndarray) -> None:
@@ -69,7 +69,7 @@ class Recorded:
         self.rows = rows
 
     def leading(self) -> List[int]:
-        """Numbers of the taps that the embedding is computed from, in order, itself among them."""
+        """Numbers of the taps that the embedding is computed from, in order, including itself."""
         found, rest = set(), [self.output]
         while rest:
             number = rest.pop()
@@ -79,7 +79,7 @@ class Recorded:
         return sorted(found)
 
     def parameters(self, module: str) -> Dict[str, np.ndarray]:
-        """Weights of a module and of those inside it, by path; of all modules for an empty path."""
+        """Weights of a module and its submodules, by path; of all modules for an empty path."""
         inside = f"{module}." if module else ""
         found = {}
         for path, one in self.modules.items():
@@ -89,16 +89,16 @@ class Recorded:
         return found
 
     def setting(self, module: str, name: str) -> Any:
-        """An attribute of a module, as `eps`; None where it has none."""
+        """An attribute of a module, e.g. `eps`; None if it has none."""
         return getattr(self.modules.get(module), name, None)
 
 
 def record(encoder: Any, rows: np.ndarray) -> Recorded:
-    """Run a tower in float64 and in float32 and keep what it computes on the way.
+    """Run a tower in float64 and in float32 and record its intermediate results.
 
     Args:
-        encoder: see `clipval.model.encoder`; is left as it was.
-        rows: inputs, [n, ...]. As many samples are kept as fit into `BYTES`.
+        encoder: see `clipval.model.encoder`; left unchanged.
+        rows: inputs, [n, ...]. As many samples are used as fit into `BYTES`.
     """
     one = _run(encoder, rows[:1], double=False)
     weight = max(1, sum(tap.truth.nbytes for tap in one.taps))
@@ -116,9 +116,9 @@ def record(encoder: Any, rows: np.ndarray) -> Recorded:
 
 
 def relative(found: np.ndarray, truth: np.ndarray) -> float:
-    """|found - truth| / |truth|, Euclidean; inf where one of them is not finite and the other is.
+    """|found - truth| / |truth|, Euclidean; inf if only one of them is finite.
 
-    A mask's -inf and a large negative number that stands for it are the same.
+    A mask's -inf equals a large negative number used in its place.
     """
     found, truth = found.ravel(), truth.ravel()
     masked = np.isneginf(truth) & (found <= -1e4)
@@ -143,7 +143,7 @@ def _run(
     with ExitStack() as stack:
         for path, module in modules.items():
             if not path:
-                continue  # the whole model is not called, but its towers are
+                continue  # not the whole model is called, only its towers
             stack.enter_context(_hooked(module, path, recorder))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_plain_attention(torch))
@@ -157,12 +157,12 @@ def _run(
 
 
 def _path(name: str) -> str:
-    """Path inside the open_clip model: the encoder holds it as `clip`."""
+    """Path inside the open_clip model, which is `clip` in the encoder."""
     return name.partition("clip.")[2] if name.startswith("clip.") else ""
 
 
 def _recorder(torch: Any, seen: Optional[Callable[[int, Tap, np.ndarray], None]]) -> Any:
-    """A dispatch mode that notes each operator with the module that runs it; torch is needed to define it."""
+    """A dispatch mode that records each operator with its module; a function, since defining it needs torch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Recorder(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
@@ -185,7 +185,7 @@ def _recorder(torch: Any, seen: Optional[Callable[[int, Tap, np.ndarray], None]]
             return result
 
         def _note(self, op: str, tensor: Any, parents: Tuple[int, ...]) -> None:
-            # parameters' own arithmetic is no step of the computation, but for what becomes of them with an input
+            # arithmetic on parameters alone is not a step of the computation
             if op in SAME_VALUES.split() or not tensor.is_floating_point() or tensor.numel() < 2:
                 if parents or op not in SAME_VALUES.split():
                     tensor._clipval_taps = parents
@@ -234,7 +234,7 @@ def _hooked(module: Any, path: str, recorder: Any) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention(torch: Any) -> Iterator[None]:
-    """Attention as products and a softmax, which are what an ONNX graph has, not as one fused operator."""
+    """Run attention as products and a softmax, as in an ONNX graph, instead of one fused operator."""
     mha, flags = getattr(torch.backends, "mha", None), torch.backends.cuda  # torch 2.1 has no switch for the fast path
     fast = mha is not None and mha.get_fastpath_enabled()
     before = flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled()
@@ -253,7 +253,7 @@ def _plain_attention(torch: Any) -> Iterator[None]:
 
 @contextmanager
 def _in_double(encoder: Any) -> Iterator[None]:
-    """The module itself in float64 and back, which loses nothing; a copy would be in memory beside it."""
+    """Convert the module to float64 and back, which is lossless; a copy would need more memory."""
     encoder.double()
     try:
         yield

@@ -1,6 +1,6 @@
-"""What a precision costs: the same graph with its weights and every result rounded to 16 bits and back, on the CPU.
+"""The noise of a precision: the same graph with weights and every result rounded to 16 bits and back, on the CPU.
 
-fp16 clamps at 65504, as an NPU in saturation mode does (aclruntime sets that mode), where plain fp16 overflows.
+fp16 clamps at 65504, like an NPU in saturation mode (which aclruntime sets), whereas plain fp16 overflows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ INTEGERS = ("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "Constant", "Constan
 
 
 class Twin:
-    """Changes pieces of a graph so that they compute in `precision`; see `clipval.diagnose.evaluate.tensors`.
+    """Changes parts of a graph so that they compute in `precision`; see `clipval.diagnose.evaluate.tensors`.
 
     Args:
         precision: `fp16` or `bf16`.
-        floats: names of the tensors that are float32; a twin of anything else would change what the graph does.
+        floats: names of float32 tensors; rounding anything else would change what the graph does.
     """
 
     def __init__(self, precision: str, floats: Set[str]) -> None:
@@ -51,13 +51,13 @@ class Twin:
 
 
 def overflows(truth: np.ndarray, precision: str) -> bool:
-    """Values that fp16 has no room for: a loss that is a fault of its own, not the noise of rounding."""
+    """Whether values are beyond fp16's range, which is a fault of its own, not rounding noise."""
     finite = truth[np.isfinite(truth)]
     return precision == "fp16" and bool(finite.size) and float(np.abs(finite).max()) > LARGEST
 
 
 def rounded(values: np.ndarray, precision: str) -> np.ndarray:
-    """float32 values as the nearest ones of fp16 (clamped) or bf16, as float32 again."""
+    """float32 values rounded to fp16 (clamped) or bf16, as float32."""
     if precision == "fp16":
         return np.asarray(np.clip(values, -LARGEST, LARGEST), np.float16).astype(np.float32)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

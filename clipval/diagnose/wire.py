@@ -1,6 +1,6 @@
-"""Protobuf's wire format, read without protobuf and without a schema: just enough for the header of a dump file.
+"""Protobuf's wire format, read without protobuf and without a schema: enough for the header of a dump file.
 
-Source: the encoding guide of Protocol Buffers. Unknown fields are skipped, as a newer CANN has more of them.
+Source: the encoding guide of Protocol Buffers. Unknown fields are skipped, since newer CANN versions have more of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def fields(data: bytes) -> Dict[int, List[Any]]:
     """Field number -> values in order: int for varints and fixed ones, bytes for strings, messages and packed lists.
 
     Raises:
-        WireError: the message is cut short or malformed.
+        WireError: the message is truncated or malformed.
     """
     found: Dict[int, List[Any]] = {}
     at = 0
@@ -43,7 +43,7 @@ def fields(data: bytes) -> Dict[int, List[Any]]:
 
 
 def varint(data: bytes, at: int) -> Tuple[int, int]:
-    """The number at a place, and the place behind it."""
+    """The number at a position, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):

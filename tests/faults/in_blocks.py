@@ -198,13 +198,13 @@ def projection_transposed(graph: Graph) -> None:
     graph.set_weight(name, 1, graph.weight(name, 1).T)
 
 
-@planted(f"{VISION}", "takes visual.transformer.resblocks.1 (add) too, which the graph leaves out")
+@planted(f"{VISION}", "also takes visual.transformer.resblocks.1 (add), which the graph leaves out")
 def residual_left_out(graph: Graph) -> None:
     node = graph.node(at(VISION, "Add_1"))
     graph.bypass(node.name, 1 if "mlp" in node.input[1] else 0)
 
 
-@planted(f"{TEXT}.mlp.c_proj", "distinct values, as after a quantisation to 8 bits", "text")
+@planted(f"{TEXT}.mlp.c_proj", "distinct values, as after quantisation to 8 bits", "text")
 def one_layer_quantised(graph: Graph) -> None:
     name = at(f"{TEXT}.mlp.c_proj", "MatMul")
     held = graph.weight(name, 1)
@@ -231,7 +231,7 @@ def pooled_at_another_token(graph: Graph) -> None:
     graph.set_weight(node.name, 1, np.array(1, np.int64))
 
 
-@planted(f"{TEXT}.mlp.c_fc", "transformer.resblocks.1.mlp.c_fc.bias is nowhere in it", "text")
+@planted(f"{TEXT}.mlp.c_fc", "transformer.resblocks.1.mlp.c_fc.bias is missing", "text")
 def bias_dropped(graph: Graph) -> None:
     node = graph.node(at(f"{TEXT}.mlp.c_fc", "Add"))
     graph.bypass(node.name, 1 if "MatMul" in node.input[1] else 0)

@@ -196,7 +196,7 @@ def test_what_is_not_numerics_is_said(chain):
     assert checks.embeddings(ids, unit, unit) == []
     assert "another order: a has the embedding of b" in checks.embeddings(ids, unit, unit[[1, 0, 2, 3]])[0]
     assert "not normalised: their lengths are 3 to 3" in checks.embeddings(ids, unit, 3 * unit)[0]
-    assert "have one embedding" in " ".join(checks.embeddings(ids, unit, unit[[0, 1, 2, 2]]))
+    assert "have the same embedding" in " ".join(checks.embeddings(ids, unit, unit[[0, 1, 2, 2]]))
     assert "another output?" in checks.embeddings(ids, unit, unit[:, :4])[0]
     assert checks.saturated(np.array([65504.0]))
     assert "b by up to 0.5" in checks.inputs(("a", "b"), np.zeros((2, 3)), np.array([[0, 0, 0], [0, 0.5, 0]]))[0]
@@ -210,7 +210,7 @@ def test_another_checkpoint_is_not_one_bad_layer(chain, files):
     other = {name: np.random.default_rng(4).normal(size=value.shape) for name, value in held.items()}
     assert "holds other weights" in checks.other_weights(whole, other)[0]
     said = checks.file(whole, {"clipval.weights": "0" * 64, "opset": "14"}, {"clipval.weights": "1" * 64}, held)
-    assert "a stale or another file" in said[0]
+    assert "a stale or different file" in said[0]
 
 
 def test_the_command_says_where_and_ends_with_one(chain, files, tmp_path, capsys):

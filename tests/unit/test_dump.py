@@ -82,7 +82,7 @@ def test_a_short_file_keeps_its_whole_tensors_and_is_said(tmp_path):
     ("raw", "words"),
     [
         (b"", "not a dump file"),
-        (b"\xff" * 40, "not a dump file, or cut within its header"),
+        (b"\xff" * 40, "not a dump file, or truncated within its header"),
         ((4).to_bytes(8, "little") + b"\x0f\x0f\x0f\x0f", "no DumpData"),
         ((0).to_bytes(8, "little") + b"more", "not a dump file"),
     ],
@@ -102,7 +102,7 @@ def test_bytes_that_the_header_does_not_describe_are_refused(tmp_path):
 
 
 def test_an_empty_folder_says_why_nothing_may_be_in_it(tmp_path):
-    with pytest.raises(InputError, match=r"switched nothing on.*last dot.*container"):
+    with pytest.raises(InputError, match=r"Nothing was dumped.*last dot.*container"):
         dump.read(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         dump.read(tmp_path / "none")

@@ -100,4 +100,4 @@ def test_commands_take_it(spec, run, tmp_path):
 
 def test_a_backend_that_cannot_be_looked_into_is_not_diagnosed(spec, run):
     given = [f"--spec={spec}", f"--workdir={run[0] / 'work'}", "--backend=fourth", "--tower=text"]
-    assert "its inner tensors cannot be seen" in clipval("diagnose", *given, code=2)
+    assert "its inner tensors are not accessible" in clipval("diagnose", *given, code=2)
