@@ -1,6 +1,6 @@
-"""What each architecture of open_clip is, and whether its towers export and agree with PyTorch, with seeded weights.
+"""open_clip's architectures: sizes, and whether their towers, with seeded weights, export and agree with PyTorch.
 
-`python -m tests.sweep` runs every architecture that fits the machine and writes the table that ships.
+`python -m tests.sweep` runs every architecture that fits the machine and writes the shipped table.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from clipval.weights import RANDOM, find_weights
 
 TABLE = Path(__file__).parent / "specs" / "models.csv"
 SEEN = "ok"
-SAMPLES = 10  # probe inputs of a tower, spread over them: enough to see a wrong graph
-END = {"eos": (2,)}  # text_cfg.eos_id's default, where such towers pool
+SAMPLES = 10  # of a tower's probe inputs, evenly spread: enough to detect a wrong graph
+END = {"eos": (2,)}  # text_cfg.eos_id's default, the token at which such towers pool
 
 
 class Architecture(msgspec.Struct, frozen=True):
@@ -31,14 +31,14 @@ class Architecture(msgspec.Struct, frozen=True):
 
     Attributes:
         model: open_clip's name.
-        image, context, width: pixels of a side, tokens, elements of an embedding.
-        vocabulary: token ids; 0 where the text tower's config has to be fetched from a hub.
-        vision_gib, text_gib: fp32 weights of each tower in GiB; 0 where unknown. Over 2 GiB they lie next to the ONNX.
+        image, context, width: side in pixels, tokens, elements of an embedding.
+        vocabulary: token ids; 0 if the text tower's config must be fetched from a hub.
+        vision_gib, text_gib: fp32 weights of each tower in GiB, 0 if unknown. Above 2 GiB they are in a second file.
         transforms: mean, interpolation and resize mode of its weight tags, in words.
-        needs: what must be there besides open_clip; empty for nothing.
-        export: `ok`, the reason why not, or empty where it was not tried.
+        needs: what is required besides open_clip; empty for nothing.
+        export: `ok`, the reason why not, or empty if it was not tried.
         vision, text: largest cosine distance between PyTorch and ONNX Runtime on probe inputs; None: not measured.
-        versions: what it was seen with.
+        versions: of the libraries it was tried with.
     """
 
     model: str
@@ -63,7 +63,7 @@ def names() -> List[str]:
 
 
 def describe(name: str) -> Architecture:
-    """Sizes and needs of an architecture, without memory for its weights.
+    """Sizes and needs of an architecture, without allocating its weights.
 
     Raises:
         InputError: open_clip has no such architecture.
@@ -85,7 +85,7 @@ def describe(name: str) -> Architecture:
 
 
 def _transforms(name: str) -> str:
-    """How its weight tags want pictures, each way once: `mean 0.5 bicubic squash`."""
+    """The distinct transforms of its weight tags, e.g. `mean 0.5 bicubic squash`."""
     open_clip = library.import_open_clip()
     found = set()
     for tag in open_clip.list_pretrained_tags_by_model(name):
@@ -99,7 +99,7 @@ def check(name: str, folder: Path, seed: int = 0) -> Architecture:
     """Export both towers of an architecture with seeded weights and compare them with PyTorch on probe inputs.
 
     Args:
-        folder: the ONNX files are written there, and stay.
+        folder: the ONNX files are written and left there.
     """
     row = describe(name)
     versions = ", ".join(f"{package} {found}" for package, found in environment.library_versions().items())
@@ -125,7 +125,7 @@ def _distance(loaded: model.Model, name: str, tower: Tower, folder: Path, seed: 
 
 
 def probe_inputs(loaded: model.Model, name: str, tower: Tower, seed: int) -> probe.Probe:
-    """Probe inputs that need no tokenizer: for one from a hub, rows of words with the end where the tower pools."""
+    """Probe inputs; if the tokenizer is on a hub, rows of random words with the end token where the tower pools."""
     text = library.config(name)["text_cfg"]
     if tower.name == "vision" or not (text.get("hf_tokenizer_name") or text.get("hf_model_name")):
         return probe.inputs(loaded, tower, seed)
@@ -134,7 +134,7 @@ def probe_inputs(loaded: model.Model, name: str, tower: Tower, seed: int) -> pro
 
 
 def read() -> List[Architecture]:
-    """The table that ships; empty where none was made yet."""
+    """The shipped table; empty if there is none yet."""
     if not TABLE.exists():
         return []
     with open(TABLE, encoding="utf-8", newline="") as stream:
@@ -144,7 +144,7 @@ def read() -> List[Architecture]:
 
 
 def write(rows: List[Architecture], file: Path = TABLE) -> None:
-    """Write the table as CSV, in the order of the names."""
+    """Write the table as CSV, sorted by name."""
     with open(file, "w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, Architecture.__struct_fields__, lineterminator="\n")
         writer.writeheader()

@@ -22,7 +22,7 @@ class PreparedRows:
     """Rows of one tower on disk, read when sliced.
 
     Attributes:
-        folder: holds one `<id>.npy` a row; ids: their names in order; tower: dtype and shape of a row.
+        folder: holds one `<id>.npy` per row; ids: their names in order; tower: dtype and shape of a row.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class PreparedRows:
         """Rows [n, *row_shape], C-contiguous.
 
         Raises:
-            InputError: a file is missing, damaged, or holds something else than a row.
+            InputError: a file is missing, damaged, or does not hold a row.
         """
         picked = self.ids[index] if isinstance(index, slice) else [self.ids[n] for n in index]
         rows = np.empty(self.tower.shape(len(picked)), self.tower.dtype)
@@ -68,7 +68,7 @@ def names(folder: Path) -> List[str]:
 
 
 def read(path: Path, dtype: str, shape: Tuple[int, ...]) -> np.ndarray:
-    """One .npy file of just this dtype and shape; pickles are never loaded.
+    """One .npy file of exactly this dtype and shape; pickles are never loaded.
 
     Raises:
         InputError: the file is missing, damaged, or holds something else.
@@ -90,12 +90,12 @@ def load(path: Path) -> np.ndarray:
         with open(path, "rb") as stream:
             array: np.ndarray = npy.read_array(stream, allow_pickle=False)
             if stream.read(1):
-                raise ValueError("more bytes than its header tells")
+                raise ValueError("more bytes than its header states")
             return array
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; run preprocess again") from error
-    except Exception as error:  # numpy raises ValueError, MemoryError, SyntaxError, TypeError, ... by what is damaged
-        cause = lfs_pointer(path) or f"not an array that can be read ({one_line(error)}); make it again"
+    except Exception as error:  # numpy raises ValueError, SyntaxError, TypeError, ... depending on the damage
+        cause = lfs_pointer(path) or f"not a readable array ({one_line(error)}); create it again"
         raise InputError(f"{path}: {cause}") from error
 
 
@@ -106,7 +106,7 @@ def natural(name: str) -> List[Any]:
 
 
 def spread(count: int, most: int) -> np.ndarray:
-    """Indices spread evenly over `count` samples, the first and the last among them: at most `most` of them."""
+    """At most `most` indices spread evenly over `count` samples, including the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 

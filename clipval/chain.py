@@ -1,4 +1,4 @@
-"""The chain itself: settings -> any artifact or embeddings, each built once. The only module that composes stages."""
+"""The chain: settings -> any artifact or embeddings, each built once. The only module that composes stages."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.towers import Tower
 from clipval.weights import Weights, find_weights, identify
 
-REFERENCE_BATCH = 32  # fewer calls: torch's threads wait for each other at every operator, the more so on a busy host
-PREFERRED_BATCH = 8  # the batch that accuracy is measured with: a tower's OM exists for it in every default run
+REFERENCE_BATCH = 32  # fewer calls: torch's threads synchronise at every operator, which is slow on a busy host
+PREFERRED_BATCH = 8  # batch size of accuracy: every default run has an OM for it
 
 
 class Chain:
-    """One run's artifacts. Nothing is built before it is asked for.
+    """One run's artifacts. Nothing is built before it is needed.
 
     Args:
-        settings: what was asked for.
-        rebuild_before: see `clipval.store.Store`; by default now, where the settings ask to rebuild.
+        settings: the run's options.
+        rebuild_before: see `clipval.store.Store`; default: now if `--rebuild` is set.
     """
 
     def __init__(self, settings: Settings, rebuild_before: Optional[float] = None) -> None:
@@ -45,12 +45,12 @@ class Chain:
 
     @cached_property
     def subject(self) -> subject.Subject:
-        """What is under test, and what of the spec holds for it."""
+        """What is under test, and which parts of the spec apply to it."""
         return subject.of(self.settings)
 
     @property
     def spec(self) -> specs.Spec:
-        """The spec, with the command line's model in place of its own where one was given."""
+        """The spec, with the command line's model instead of its own if one was given."""
         return self.subject.spec
 
     @cached_property
@@ -60,7 +60,7 @@ class Chain:
 
     @property
     def batch_sizes(self) -> Tuple[int, ...]:
-        """Those asked for, else those of ready files that were given, else the spec's."""
+        """The requested ones, else those of given ready files, else the spec's."""
         of_files = map(self.pool.sizes, self.settings.validated)
         return self.settings.batch_sizes or next(filter(None, of_files), self.spec.throughput.batch_sizes)
 
@@ -71,14 +71,14 @@ class Chain:
 
     @property
     def drawn(self) -> bool:
-        """The drawn scenes are the data: the spec says so, or random weights are fed and no data was given."""
+        """Whether the data are drawn scenes: by the spec, or for random weights without given data."""
         return self.settings.data_dir is None and (datasets.draws(self.spec.data.kind) or not self.subject.trained)
 
     def check_inputs(self) -> None:
         """Find data and weights before anything is built.
 
         Raises:
-            InputError, UsageError: what is missing, from where to get it and how it must lie.
+            InputError, UsageError: what is missing, where to get it and the expected layout.
         """
         data, folder = self.spec.data, self.settings.data_dir
         if folder is None and not self.drawn:
@@ -91,7 +91,7 @@ class Chain:
         if folder is not None:
             self.dataset  # noqa: B018  reads the annotations and finds every image
         self.weights  # noqa: B018  resolves the tag or file
-        models.tokenizer(self.spec.model.name)(["a"])  # may have to be fetched
+        models.tokenizer(self.spec.model.name)(["a"])  # may need a download
 
     @cached_property
     def dataset(self) -> RetrievalDataset:
@@ -116,12 +116,12 @@ class Chain:
 
     @cached_property
     def inputs(self) -> models.Model:
-        """The model's transform and tokenizer without its weights, which are not downloaded for them."""
+        """The model's transform and tokenizer, without downloading its weights."""
         return models.inputs(self.spec.model.name, self.subject.transform_of(identify(*self.subject.weights_asked)))
 
     @cached_property
     def model_key(self) -> Dict[str, Any]:
-        """What embeddings depend on besides data: weights, architecture, code and library versions."""
+        """What embeddings depend on besides the data: weights, architecture, code and library versions."""
         return {
             "weights": self.weights.sha256,
             "config": library.config(self.spec.model.name),
@@ -136,7 +136,7 @@ class Chain:
             **self.model_key,
             "data": self.dataset.fingerprint(),
             "code": store.code_hash("clipval.preprocess"),
-            "weights": None,  # pixels and tokens depend on the transform and the tokenizer only
+            "weights": None,  # pixels and tokens depend only on the transform and the tokenizer
             "transform": str(self.model.transform),
         }
 
@@ -162,7 +162,7 @@ class Chain:
         return self.store.get("onnx", key, build) / f"{tower.name}.onnx"
 
     def encoder(self, tower: Tower) -> Encoder:
-        """A tower as the model has it; see `clipval.model.encoder`."""
+        """The model's tower; see `clipval.model.encoder`."""
         return Encoder(models.encoder(self.model, tower), self.model.load_seconds)
 
     def backend(self, name: str, tower: Tower, batch_size: int) -> Backend:
@@ -170,7 +170,7 @@ class Chain:
         return self.pool.get(name, tower, batch_size)
 
     def cold_start(self, name: str, tower: Tower, batch_size: int) -> ColdStart:
-        """How a backend starts from cold; see `clipval.backends.pool.Pool.cold_start`."""
+        """A backend's cold start; see `clipval.backends.pool.Pool.cold_start`."""
         rows = self.prepared.rows[tower.name]
         batch = np.ascontiguousarray(rows[np.arange(batch_size) % len(rows)])
         return self.pool.cold_start(name, tower, batch, lambda: vars(self).pop("model", None))
@@ -178,8 +178,8 @@ class Chain:
     def embeddings(self, name: str, tower: Tower) -> Made:
         """A backend's embeddings of the whole data set, in the order of its ids.
 
-        The reference's are kept in the store. A backend under test runs in every session: last week's embeddings do
-        not show how the device computes today.
+        The reference's are cached in the store. A backend under test runs in every session: last week's embeddings do
+        not show what the device computes today.
         """
         key = (name, tower.name)
         if key not in self._embeddings:
@@ -207,16 +207,16 @@ class Chain:
         return read_made(self.store.get("reference", key, build), rows.ids)
 
     def golden(self, tower: Tower) -> Golden:
-        """The embeddings that the spec's model is known to make."""
+        """The spec's pinned embeddings."""
         return read_golden(self.subject.golden_file, tower)
 
     def bounds(self, where: Identity, tower: Tower) -> specs.ParityBounds:
-        """The spec's tolerances for a tower of a backend in the precision it computes in."""
+        """The spec's tolerances for a tower of a backend in its precision."""
         owner = backends.kind(where.name).judged_as(where) or base_name(where.name)
         return self.spec.bounds(owner, self.precision(where), tower.name)
 
     def precision(self, where: Identity) -> str:
-        """Which of the spec's bounds hold for what made a result; see `clipval.backends.Kind.precision`."""
+        """Which of the spec's bounds apply to an identity; see `clipval.backends.Kind.precision`."""
         return backends.kind(where.name).precision(where)
 
     @cached_property
@@ -225,7 +225,7 @@ class Chain:
         return secrets.randbelow(10**6) if self.settings.probe_seed is None else self.settings.probe_seed
 
     def embed_probe(self, name: str, tower: Tower, seed: Optional[int] = None) -> Embeddings:
-        """A backend's embeddings of probe inputs, of this run's seed without another, computed now."""
+        """A backend's embeddings of probe inputs, by default of this run's seed, computed now."""
         ids, rows = probe.inputs(self.model, tower, self.probe_seed if seed is None else seed)
         return embed(self.backend(name, tower, self.accuracy_batch), ids, rows, self.accuracy_batch)
 
@@ -244,7 +244,7 @@ class Chain:
         return self._retrievals[name]
 
     def retrieved(self, name: str, direction: str, query_id: str) -> List[str]:
-        """Ids of the best candidates that a backend finds for one query."""
+        """Ids of a backend's best candidates for one query."""
         images, captions = (self.embeddings(name, tower).embeddings for tower in self.towers.values())
         queries, candidates = (captions, images) if direction == IMAGE else (images, captions)
         return retrieved(queries.values[queries.ids.index(query_id)], candidates.values, candidates.ids)
@@ -254,11 +254,11 @@ class Chain:
         self.pool.close()
 
     def not_validated(self) -> List[str]:
-        """What this run does not say anything about, one line each."""
+        """What this run does not validate, one line each."""
         listed = {base_name(name) for name in self.settings.validated}
         left = [f"{name}: not listed in --backends" for name in backends.names() if name not in listed]
         left += self.subject.left_out
         left += self.subject.assumed(self.weights) if "weights" in vars(self) else []
         if self.drawn and not datasets.draws(self.spec.data.kind):
-            left.append(f"data: drawn scenes stand in for {self.spec.data.name}, as no --data-dir was given")
+            left.append(f"data: drawn scenes replace {self.spec.data.name}, since no --data-dir was given")
         return left

@@ -1,6 +1,6 @@
-"""A checkpoint file -> its tensors by name, whatever its form. Nothing of a pickle is ever run.
+"""Read a checkpoint file of any format into tensors by name. No code in a pickle is ever run.
 
-The form is read from the file's bytes, not from its name, and so is the cause where it cannot be used.
+The format, or the reason why the file cannot be used, is found from its bytes, not from its name.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from clipval.errors import InputError, lfs_pointer, one_line
 NPZ = "npz"
 SHOWN = 3  # objects named in a refusal
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02"  # torch.save before 1.6: a pickled magic number
-# What other files begin with, and what to do about them.
+# First bytes of other formats, and what to do about them.
 OTHER_FORMS = (
-    (b"<", "a page of HTML or XML, as a failed download leaves it", "Download the file again"),
-    (b"{", "JSON text", "Give the file of weights that lies with it"),
+    (b"<", "a page of HTML or XML, probably of a failed download", "Download the file again"),
+    (b"{", "JSON text", "Give the weights file next to it"),
     (b"GGUF", "a GGUF file of llama.cpp or clip.cpp", "Give the PyTorch or safetensors file that it was made from"),
     (b"\x89HDF", "an HDF5 file of Keras or TensorFlow", "Give a PyTorch or safetensors file"),
     (b"\x1f\x8b", "a gzip archive", "Unpack it and give the file of weights in it"),
     (b"7z\xbc\xaf", "a 7z archive", "Unpack it and give the file of weights in it"),
 )
-# Where training scripts keep a model's tensors (open_clip: state_dict), and their moving average.
+# Keys of a model's tensors in training checkpoints (open_clip: state_dict), and of their moving average.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
 AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
-# What wrappers of a module prepend: DistributedDataParallel, torch.compile, averages of timm and of torch.
+# Prefixes of wrappers: DistributedDataParallel, torch.compile, timm's and torch's moving averages.
 PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.")
-OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # buffers that are no weights
+OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # buffers, not weights
 
 
 def read(file: Path) -> Dict[str, Any]:
-    """Tensors of a checkpoint by their open_clip names, as they are stored (any float dtype, on the CPU).
+    """Tensors of a checkpoint by open_clip name, as stored (any float dtype, on the CPU).
 
     Raises:
-        InputError: what the file is instead, or that it is cut off, and what to do.
+        InputError: the file is something else or truncated; the message says which, and what to do.
     """
     kind = form(file)
     if kind == "safetensors":
@@ -57,7 +57,7 @@ def form(file: Path) -> str:
     """`safetensors`, `torch`, `legacy` (torch.save before 1.6), `torchscript` or `npz`.
 
     Raises:
-        InputError: it is none of them.
+        InputError: it is none of these.
     """
     with open(file, "rb") as stream:
         head = stream.read(1024)
@@ -116,7 +116,7 @@ def _pickle_refused(file: Path, held: List[str]) -> InputError:
 
 
 def _globals(pickled: bytes) -> List[str]:
-    """Names that a pickle would import, less what every checkpoint of torch needs; found without running it."""
+    """Names that a pickle would import besides those of every torch checkpoint; found without running it."""
     found, strings = [], []
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
@@ -126,7 +126,7 @@ def _globals(pickled: bytes) -> List[str]:
                 found.append(str(argument).replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":
                 found.append(".".join(strings[-2:]))
-    except ValueError:  # cut off
+    except ValueError:  # truncated
         pass
     common = ("torch.", "collections.OrderedDict")
     return list(dict.fromkeys(name for name in found if not name.startswith(common)))
@@ -170,14 +170,14 @@ def _pickled(file: Path) -> bytes:
 
 
 class _Module:
-    """Stands for a module of a TorchScript archive: its attributes, none of its code."""
+    """Stand-in for a module of a TorchScript archive: its attributes without its code."""
 
     def __setstate__(self, state: Any) -> None:
         self.attributes = state if isinstance(state, dict) else {}
 
 
 class _Tensors(pickle.Unpickler):
-    """Reads the tensors of a TorchScript archive and nothing else: only what is named here is ever called."""
+    """Reads only the tensors of a TorchScript archive: nothing but the names listed here is ever called."""
 
     def __init__(self, archive: zipfile.ZipFile, pickled: Any, folder: str) -> None:
         super().__init__(pickled)
@@ -227,11 +227,11 @@ def _read_torchscript(file: Path) -> Dict[str, Any]:
         try:
             with archive.open(name) as pickled:
                 root = _Tensors(archive, pickled, name[: -len("data.pkl")]).load()
-        except Exception as error:  # a pickle may fail in any way
+        except Exception as error:  # a pickle may fail with any exception
             raise _refused(
                 file,
                 f"a TorchScript archive whose tensors cannot be read without running it ({one_line(error)})",
-                "Where it is trusted: torch.save(torch.jit.load(FILE).state_dict(), OTHER_FILE), and give that",
+                "If you trust it: torch.save(torch.jit.load(FILE).state_dict(), OTHER_FILE), and give that",
             ) from error
     return dict(_walk(root, ""))
 
@@ -249,7 +249,7 @@ def _walk(module: Any, prefix: str) -> List[Tuple[str, Any]]:
 
 
 def _unwrapped(file: Path, loaded: Any) -> Dict[str, Any]:
-    """The model's own tensors of a training checkpoint; its moving average where it holds nothing else."""
+    """The model's own tensors in a training checkpoint; the moving average if it holds nothing else."""
     for name in (*WRAPPERS, *AVERAGES):
         inner = loaded.get(name) if isinstance(loaded, dict) else None
         if isinstance(inner, dict):
@@ -268,7 +268,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def without_prefixes(state: Dict[str, Any]) -> Dict[str, Any]:
-    """Names as the model itself has them, without what wrappers prepended to all of them."""
+    """The model's own tensor names, without prefixes that wrappers added to all of them."""
     state = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
     own = [name for name in state if name not in OPENAI_SIZES]
     for prefix in PREFIXES:
@@ -283,9 +283,9 @@ def _refuse_other_libraries(file: Path, state: Dict[str, Any]) -> None:
     if any(name.startswith(("text_model.encoder.", "vision_model.encoder.")) for name in state):
         raise _refused(
             file,
-            "of transformers' CLIPModel, whose names and layout are not open_clip's",
+            "a checkpoint of transformers' CLIPModel, whose names and layout are not open_clip's",
             "Take open_clip_model.safetensors or open_clip_pytorch_model.bin of the same repository, or convert it as "
             "docs/weights.md shows",
         )
     if "patch_embed.proj.weight" in state and not any(name.startswith(("visual.", "text")) for name in state):
-        raise _refused(file, "of timm's vision tower alone, without a text tower", "Give the weights of both towers")
+        raise _refused(file, "timm's vision tower alone, without a text tower", "Give the weights of both towers")

@@ -1,4 +1,4 @@
-"""The command line: the recipe's four scripts and what stands around them, as `python -m clipval COMMAND`.
+"""The command line, `python -m clipval COMMAND`: the recipe's scripts and further commands.
 
 Exit codes: 0 done or passed, 1 a gate failed, 2 wrong usage or input (one line on stderr says what).
 """
@@ -13,13 +13,13 @@ from typing import Dict, List, Optional
 from clipval.commands import Command, Parser, compare, diagnose, lookup, models, recipe, speed
 from clipval.errors import ClipvalError, os_cause
 
-CLOSED_PIPE = 141  # 128 + SIGPIPE, as of any other command
+CLOSED_PIPE = 141  # 128 + SIGPIPE, like any other command
 PARTS = (recipe, speed, lookup, models, diagnose, compare)
 COMMANDS: Dict[str, Command] = {name: one for part in PARTS for name, one in part.COMMANDS.items()}
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; returns the exit code."""
     parser = Parser(prog="clipval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -39,11 +39,11 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def console() -> None:
-    """Entry point of the `clipval` command; a reader that has seen enough, as `head`, ends it without a word."""
+    """Entry point of the `clipval` command; exits silently if the reader closes the pipe, e.g. `head`."""
     try:
         code = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again on exit
         code = CLOSED_PIPE
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""What a machine has and lacks, line by line: the CPU backends' packages, and an NPU host where it is asked for."""
+"""What a machine has and lacks, line by line: the CPU backends' packages and, if requested, an NPU host."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ INSTALL = "pip install -r requirements.txt"
 
 
 def check(backends: Optional[Sequence[str]], device_id: int) -> List[Finding]:
-    """Findings in the order in which a person fixes them.
+    """Findings in the order in which to fix them.
 
     Args:
-        backends: named ones, whose hosts are looked at: for `om` that of an NPU. None looks at everything.
+        backends: those whose hosts are checked, e.g. an NPU host for `om`. None checks everything.
     """
     supported = (3, 8) <= sys.version_info[:2] <= (3, 13)
     python = ".".join(map(str, sys.version_info[:3]))
@@ -39,7 +39,7 @@ def _onnxruntime() -> Finding:
     found = environment.onnxruntimes()
     advice = INSTALL
     if len(found) > 1:
-        advice = "they overwrite each other's files: uninstall all of them, then install the one that is wanted"
+        advice = "they overwrite each other's files: uninstall all of them, then install the one that you need"
     return Finding("onnxruntime", len(found) == 1, True, ", ".join(found) or "not installed", advice)
 
 

@@ -1,7 +1,7 @@
 """Run a backend over prepared rows, and read and write embeddings in the recipe's folders of `<id>_0.npy`.
 
-Shapes and dtypes are checked at this border for every backend: some runtimes compare byte counts only. Values are not
-judged here, so that the evidence is kept; the gates do that.
+Shapes and dtypes are checked here for every backend, since some runtimes only compare byte counts. Values are not
+checked here: the gates do that, and keep the evidence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from clipval.errors import InputError, one_line
 from clipval.towers import Tower
 
 THREADS = 8
-# ais_bench's folders: of one run where --output_dirname was not given, and of one device of several (0.0.2's source).
+# ais_bench 0.0.2's folders: of a run without --output_dirname, and of each device if there are several.
 RUN = re.compile(r"[0-9]{4}_[0-9]{2}_[0-9]{2}-[0-9]{2}_[0-9]{2}_[0-9]{2}$")
 DEVICE = re.compile(r"device[0-9]+_[0-9]+$")
 
@@ -39,14 +39,14 @@ class Embeddings:
 
 
 class Made(NamedTuple):
-    """What one backend made of one tower: its identity and the embeddings."""
+    """One backend's embeddings of one tower, with the backend's identity."""
 
     identity: Identity
     embeddings: Embeddings
 
 
 def write_made(folder: Path, made: Made) -> None:
-    """Write embeddings as one array, with what made them."""
+    """Write embeddings as one array, with the identity of the backend."""
     np.save(folder / "values.npy", made.embeddings.values)
     (folder / "identity.json").write_bytes(msgspec.json.encode(made.identity))
 
@@ -64,17 +64,17 @@ def embed(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> 
         backend: an open backend; stays open.
         ids: n names.
         rows: [n, *row_shape] in the tower's dtype. Read batch by batch.
-        batch_size: rows a call. Where the backend's is fixed, the last batch is filled up with copies of its last row,
-            and what they give is dropped.
+        batch_size: rows per call. If the backend's is fixed, the last batch is padded with copies of its last row, and
+            their outputs are dropped.
 
     Raises:
-        InputError: rows or embeddings of another dtype, shape or number than the contract's.
+        InputError: rows or embeddings whose dtype, shape or number breaks the contract.
     """
     tower = backend.tower
     if len(ids) != len(rows) or not len(ids) or batch_size < 1:
         raise InputError(
             f"{tower.name} tower: {len(ids)} ids for {len(rows)} rows in batches of {batch_size}; nothing can be "
-            f"embedded; expected as many ids as rows, and batches of at least 1"
+            f"embedded; expected equally many ids and rows, and batches of at least 1"
         )
     if backend.batch_size not in (None, batch_size):
         raise InputError(
@@ -90,7 +90,7 @@ def embed(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> 
             batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - count, axis=0)])
         found = backend.run(batch)
         _check_embeddings(backend, found, len(batch), ids[start])
-        values[start : start + count] = found[:count]  # a copy: the backend may use its buffer again
+        values[start : start + count] = found[:count]  # a copy: the backend may reuse its buffer
     return Embeddings(tuple(ids), values)
 
 
@@ -114,11 +114,11 @@ def _check_embeddings(backend: Backend, found: Any, count: int, first: str) -> N
 
 
 def write(folder: Path, embeddings: Embeddings) -> None:
-    """Write `<id>_0.npy`, float32 [1, width] each; a new folder appears when it is complete.
+    """Write `<id>_0.npy`, float32 [1, width] each; a new folder appears only when it is complete.
 
     Raises:
         InputError: an id is a duplicate, the folder cannot be written, or it holds arrays of other samples, which
-            would be evaluated with these.
+            would be evaluated together with these.
     """
     names = {f"{name}_0.npy" for name in embeddings.ids}
     if len(names) != len(embeddings.ids):
@@ -132,12 +132,12 @@ def write(folder: Path, embeddings: Embeddings) -> None:
             )
         _publish(folder.resolve(), embeddings)
     except OSError as error:
-        reason = error.strerror or error  # numpy tells of a full disk without an errno
+        reason = error.strerror or error  # numpy reports a full disk without an errno
         raise InputError(f"{folder}: cannot be written ({reason}); free space or give another folder") from error
 
 
 def _publish(folder: Path, embeddings: Embeddings) -> None:
-    """Write beside the folder and move into place: half a folder would be evaluated as if it were a smaller set."""
+    """Write next to the folder, then rename: a partial folder would be evaluated as a smaller data set."""
     with store.aside(folder) as scratch:
 
         def save(n: int) -> None:
@@ -153,18 +153,18 @@ def _publish(folder: Path, embeddings: Embeddings) -> None:
 
 
 def read(folder: Path, width: Optional[int] = None) -> Embeddings:
-    """Read a folder of `<id>_0.npy`, ais_bench's own too, in natural order of the ids.
+    """Read a folder of `<id>_0.npy`, including one written by ais_bench, in natural order of the ids.
 
-    `<id>_1.npy` of one element is the recipe's second output, the logit scale, and is left out. ais_bench's folder
-    named by the time of its run may be given by its parent; the folders of its devices are read together.
+    `<id>_1.npy` of one element is the recipe's second output, the logit scale, and is ignored. For ais_bench's
+    timestamped folder its parent may be given; its per-device folders are read together.
 
     Args:
-        width: elements of an embedding; None takes what most files have.
+        width: elements of an embedding; None takes the width of most files.
 
     Raises:
         InputError: no embeddings, or a file that is not a float32 or float16 embedding of that width.
     """
-    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
+    if not os.path.isdir(folder):  # Path.is_dir raises if the name is too long
         raise InputError(f"embeddings {folder}: no such folder; run embed, or give the folder of the .npy files")
     files = _result_files(folder)
     outputs = [path for path in files if path.stem.endswith("_0")]
@@ -172,7 +172,7 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
         others = [path for path in files if not path.stem.endswith("_0")]
         for path, array in zip(others, pool.map(arrays.load, others)):
             if array.size != 1 or not path.stem.endswith("_1"):
-                raise InputError(f"{path}: not an embedding <id>_0.npy; take it out, or give the folder of embeddings")
+                raise InputError(f"{path}: not an embedding <id>_0.npy; remove it, or give the folder of embeddings")
         found = list(pool.map(arrays.load, outputs))
     if not found:
         raise InputError(f"embeddings {folder}: {_why_none(folder)}")
@@ -187,7 +187,7 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
 
 
 def _result_files(folder: Path) -> List[Path]:
-    """The arrays of a folder, else those of ais_bench's devices or of its only run in there.
+    """The arrays of a folder, else of ais_bench's device folders or its only run in it.
 
     Raises:
         InputError: there are several runs, or one sample was computed on several devices.
@@ -210,22 +210,22 @@ def _result_files(folder: Path) -> List[Path]:
 
 
 def _why_none(folder: Path) -> str:
-    """What a folder without arrays holds, and what to do."""
+    """What a folder without embeddings holds instead, and what to do."""
     found = [path.suffix for path in folder.rglob("*_0.*") if path.suffix in (".bin", ".txt")]
     if found:
         return (
-            f"{len(found)} {found[0]} files and no <id>_0.npy: ais_bench wrote them without the embeddings' dtype and "
-            f"shape; run it again with --outfmt NPY"
+            f"{len(found)} {found[0]} files and no <id>_0.npy: ais_bench wrote them without dtype and shape; "
+            f"run it again with --outfmt NPY"
         )
     return "no <id>_0.npy in it; give the folder that embed or ais_bench wrote"
 
 
 class Golden(NamedTuple):
-    """What one tower was once found to make.
+    """Pinned embeddings of one tower.
 
     Attributes:
         of_data: of a few samples of the data set.
-        of_probe: of the probe inputs of seed 0: float32 [n, width]; probe_sha256: of those inputs.
+        of_probe: of the probe inputs of seed 0, float32 [n, width]; probe_sha256: of these inputs.
     """
 
     of_data: Embeddings
@@ -243,12 +243,12 @@ def write_golden(file: Path, towers: Dict[str, Golden]) -> None:
         stored[name], stored[f"{name}_ids"] = one.of_data.values, np.array(one.of_data.ids)
         stored[f"{name}_probe"], stored[f"{name}_probe_sha256"] = one.of_probe, np.array(one.probe_sha256)
     file.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "wb") as stream:  # given a name, numpy would add an ending to it
+    with open(file, "wb") as stream:  # given a name, numpy would append .npz
         np.savez_compressed(stream, **stored)
 
 
 def read_golden(file: Path, tower: Tower) -> Golden:
-    """One tower's embeddings of a file that `write_golden` wrote; pickles are never loaded.
+    """One tower's embeddings from a file of `write_golden`; pickles are never loaded.
 
     Raises:
         InputError: the file is missing, damaged, or not of this tower's width.
@@ -282,13 +282,13 @@ def align(embeddings: Embeddings, ids: Sequence[str]) -> Embeddings:
     if missing or surplus or twice:
         raise InputError(
             f"embeddings do not match the data: of {len(ids)} samples {len(missing)} missing {missing[:3]}, "
-            f"{len(surplus)} surplus {surplus[:3]}, {len(twice)} twice {twice[:3]}; embed this data set again"
+            f"{len(surplus)} surplus {surplus[:3]}, {len(twice)} duplicates {twice[:3]}; embed this data set again"
         )
     return Embeddings(tuple(ids), embeddings.values[[row[name] for name in ids]])
 
 
 def image_id_of(caption_id: str) -> str:
-    """`<image id>_<k>` -> `<image id>`.
+    """The image id of a caption id: `<image id>_<k>` -> `<image id>`.
 
     Raises:
         InputError: the id has another form.

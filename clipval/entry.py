@@ -1,7 +1,7 @@
 """The pytest plugin of the installed package: declares clipval's options to runs of a clipval folder, and to no other.
 
-pytest needs to know them before it reads its command line: of `--data-dir DIR` it would otherwise take DIR for tests.
-Other projects of the environment have runs and options of their own, so nothing is imported or declared for them.
+pytest needs them before it reads its command line: it would otherwise take DIR of `--data-dir DIR` for a test path.
+For runs of other projects in the same environment nothing is imported or declared.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "onnx", "onnxruntime", "numpy", "pillow", "ftfy")
 RUNNERS = ("aclruntime", "pytest", "pytest-benchmark", "scipy")
-ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-cann", "onnxruntime-openvino")  # one module's
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-cann", "onnxruntime-openvino")  # all provide one module
 CUDA_PACKAGES = re.compile(r"(nvidia[-_]|cuda[-_]|triton$)")
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
@@ -26,9 +26,9 @@ def version(package: str) -> Optional[str]:
 
 
 class TorchBuild(NamedTuple):
-    """Which torch is installed: its version, the CUDA that it was built for ("" for a CPU build), and what CUDA takes.
+    """Which torch is installed: its version, the CUDA version it was built for ("" for a CPU build), and CUDA's size.
 
-    `cuda_bytes` counts the installed packages of CUDA beside it, which a CPU build does without.
+    `cuda_bytes` is the size of the installed CUDA packages, which a CPU build does not need.
     """
 
     version: str
@@ -37,7 +37,7 @@ class TorchBuild(NamedTuple):
 
 
 def torch_build() -> Optional[TorchBuild]:
-    """The installed torch, read from its files without importing it; None where there is none."""
+    """The installed torch, read from its files without importing it; None if there is none."""
     try:
         torch = metadata.distribution("torch")
     except metadata.PackageNotFoundError:
@@ -57,7 +57,7 @@ def _size(package: metadata.Distribution) -> int:
 
 
 def onnxruntimes() -> List[str]:
-    """The installed distributions of the module onnxruntime, as `onnxruntime-gpu 1.20.1`; two spoil each other."""
+    """Installed distributions of onnxruntime, e.g. `onnxruntime-gpu 1.20.1`; two overwrite each other's files."""
     return [f"{name} {found}" for name in ONNXRUNTIMES if (found := version(name))]
 
 
@@ -67,12 +67,12 @@ def library_versions() -> Dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> Dict[str, Any]:
-    """Everything a report says of the machine."""
+    """What a report states about the machine."""
     return {
         "python": platform.python_version(),
         "packages": {name: found for name in (*PACKAGES, *RUNNERS) if (found := version(name))},
@@ -86,7 +86,7 @@ def describe() -> Dict[str, Any]:
 
 
 def git_commit(folder: Path) -> Optional[str]:
-    """Commit of the checkout that a folder lies in, with `+` where it has changes; None outside one."""
+    """Commit of the checkout that contains a folder, with `+` if it has changes; None outside a checkout."""
     try:
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
         return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")

@@ -1,4 +1,4 @@
-"""Everything that clipval raises on purpose, by who must act.
+"""The errors that clipval raises on purpose, by what has to be fixed.
 
 ClipvalError
   UsageError          the command or its options are wrong              -> fix the command
@@ -6,7 +6,7 @@ ClipvalError
   BackendUnavailable  a runtime, provider or device cannot be used      -> fix the machine
   ToolFailed          an outside program (atc, npu-smi) did not succeed -> read its log
 
-Each message is one line for a person: where, what was found, what was expected, what to do.
+Each message is one line: where, what was found, what was expected, what to do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class ClipvalError(Exception):
-    """Base of all errors for a person; `kind` names the class of failure in reports."""
+    """Base of all errors that are shown without a traceback; `kind` is the class of failure in reports."""
 
     kind = "input"
 
@@ -32,7 +32,7 @@ class UsageError(ClipvalError):
 
 
 class InputError(ClipvalError):
-    """A data set, checkpoint, spec, array or artifact is missing or not what it must be."""
+    """A data set, checkpoint, spec, array or artifact is missing or invalid."""
 
 
 class BackendUnavailable(ClipvalError):
@@ -48,13 +48,13 @@ class ToolFailed(ClipvalError):
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """A library's message on one line of at most `limit` characters; its class where it has no message."""
+    """A library's message on one line of at most `limit` characters; the error's class if it has no message."""
     text = " ".join(str(error).split())
     return f"{text[:limit]} ..." if len(text) > limit else text or type(error).__name__
 
 
 def lfs_pointer(file: Path) -> str:
-    """What to say of a file that is git-lfs' pointer to another one; "" for any other file and for none."""
+    """The message for a file that is a git-lfs pointer; "" for any other file, or if there is none."""
     try:
         with open(file, "rb") as stream:
             head = stream.read(512)
@@ -68,21 +68,21 @@ def lfs_pointer(file: Path) -> str:
 
 
 def disk_full(error: OSError) -> bool:
-    """The disk, or the quota on it; numpy's own "requested and written" has no number, and is a short write."""
+    """The disk or quota is full; numpy reports a short write ("requested and written") without an errno."""
     short_write = error.errno is None and "requested and" in str(error)
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or short_write
 
 
 def os_cause(error: OSError) -> str:
-    """What happened and what to do, by the system's own number; an error without one is no file's.
+    """What happened and what to do, by errno; an error without one is not about a file.
 
-    Connections, proxies and hubs raise OSErrors too, as `requests` and `urllib` do.
+    `requests` and `urllib` raise OSErrors too, for connections, proxies and hubs.
     """
     where = error.filename or "a file"
     if disk_full(error):
         return f"{where}: disk full; free some space or write to another place"
     if isinstance(error, (ConnectionError, socket.timeout, socket.gaierror)) or error.errno is None:
-        return f"{one_line(error)}; what it needed cannot be reached"
+        return f"{one_line(error)}; the network or host cannot be reached"
     what = error.strerror or one_line(error)
     return f"{where}: {what}; {_ADVICE.get(error.errno, 'check it')}"
 
@@ -90,12 +90,12 @@ def os_cause(error: OSError) -> str:
 _ADVICE = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a file is where a folder must be; check the path",
-    errno.EEXIST: "it is there already, as something else; check the path",
-    errno.EISDIR: "it is a folder; give a file",
+    errno.EEXIST: "it already exists and is something else; check the path",
+    errno.EISDIR: "it is a folder, not a file; give a file",
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
-    errno.EROFS: "its file system cannot be written; give another place",
+    errno.EROFS: "its file system is read-only; give another place",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
-    errno.ENAMETOOLONG: "give a shorter one",
-    errno.EIO: "its disk or network share fails",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "check the disk or network share",
 }

@@ -18,7 +18,7 @@ from clipval.errors import InputError, UsageError, lfs_pointer, one_line
 from clipval.model import Model, encoder
 from clipval.towers import TEXT, VISION, Tower
 
-# 14 is the least that torch 2's exporter can do (scaled_dot_product_attention), and keeps LayerNormalization
+# 14 is the lowest that torch 2's exporter supports (scaled_dot_product_attention), and keeps LayerNormalization
 # decomposed as in the recipe's opset 11 graphs, which atc is known to compile. ATC documents ONNX opsets 11 to 18.
 OPSET = 14
 OPSETS = range(14, 19)
@@ -49,7 +49,7 @@ def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metada
     example = torch.from_numpy(example_rows(tower, 2))
     options: Dict[str, Any] = {}
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
-        options["dynamo"] = False  # its graphs are the ones that atc and onnxruntime 1.19 are known to take
+        options["dynamo"] = False  # TorchScript's graphs are the ones that atc and onnxruntime 1.19 take
     with warnings.catch_warnings(), _without_fused_attention(), tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         warnings.simplefilter("ignore")
         traced = Path(scratch) / file.name
@@ -68,19 +68,19 @@ def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metada
 
 
 def origin(model: str, weights: str) -> Dict[str, str]:
-    """Metadata of a file: the model's name, the sha256 of its weights, and the libraries that made it."""
+    """Metadata of a file: model name, sha256 of the weights, and the library versions."""
     versions = str(environment.library_versions())
     return {"clipval.weights": weights, "clipval.model": model, "clipval.versions": versions}
 
 
 def _logits(model: Model) -> Dict[str, str]:
-    """What turns a cosine into a logit, which embeddings alone have lost: cosine * scale + bias."""
+    """Scale and bias of logits, cosine * scale + bias, which the embeddings do not contain."""
     scale, bias = model.module.logit_scale.exp().item(), getattr(model.module, "logit_bias", None)
     return {"clipval.logit_scale": repr(scale), **({} if bias is None else {"clipval.logit_bias": repr(bias.item())})}
 
 
 def _finish(traced: Path, file: Path, tower: Tower, metadata: Dict[str, str]) -> None:
-    """Add the metadata, and gather the weights that the exporter wrote to many files into one."""
+    """Add the metadata, and merge the weights that the exporter wrote to many files into one."""
     import onnx
 
     graph = onnx.load(str(traced), load_external_data=False)
@@ -96,10 +96,10 @@ def _finish(traced: Path, file: Path, tower: Tower, metadata: Dict[str, str]) ->
 
 
 def name_nodes(model: Any) -> int:
-    """Give each node without a name the one that the graph engine would: `<op_type>_<k>`; how many there were.
+    """Name unnamed nodes as the graph engine would, `<op_type>_<k>`; returns how many there were.
 
-    `k` counts nodes without a name (GE `parser/onnx/onnx_parser.cc`, UpdateNodeNameAndOpType), so an OM that was
-    compiled from the file as it was has the same names.
+    `k` counts unnamed nodes (GE `parser/onnx/onnx_parser.cc`, UpdateNodeNameAndOpType), so an OM compiled from the
+    unchanged file has the same names.
     """
     taken = {node.name for node in model.graph.node}
     count = 0
@@ -112,10 +112,10 @@ def name_nodes(model: Any) -> int:
 
 
 def _gather(tensors: List[Any], folder: Path, data: Path) -> None:
-    """Copy external tensors into one file and point each at its place there.
+    """Copy external tensors into one file and update their locations.
 
-    torch writes a file a tensor where a model is larger than protobuf's 2 GiB. Each is deleted once it is copied, so
-    that no more than the largest lies on the disk twice.
+    torch writes one file per tensor if a model exceeds protobuf's 2 GiB. Each is deleted once it is copied, so that
+    only one tensor at a time is on the disk twice.
     """
     from onnx.external_data_helper import set_external_data
 
@@ -128,16 +128,16 @@ def _gather(tensors: List[Any], folder: Path, data: Path) -> None:
                 shutil.copyfileobj(stream, gathered, 1 << 24)
             length = gathered.tell() - offset
             part.unlink()
-            tensor.raw_data = b""  # `set_external_data` wants the field there; the bytes are in the file
+            tensor.raw_data = b""  # `set_external_data` requires the field; the bytes are in the file
             set_external_data(tensor, data.name, offset, length)
             tensor.ClearField("raw_data")
 
 
 def data_files(file: Path) -> List[Path]:
-    """Files that hold the external data of an ONNX file, in order; they must lie next to it.
+    """Files with the external data of an ONNX file, in order; they must be next to it.
 
     Raises:
-        InputError: the file cannot be read, or one of them is missing or lies elsewhere.
+        InputError: the file cannot be read, or one of them is missing or elsewhere.
     """
     import onnx
 
@@ -161,7 +161,7 @@ def data_files(file: Path) -> List[Path]:
 
 
 def copy(file: Path, target: Path) -> None:
-    """Copy an ONNX file together with its external data, which follows the new name where it is one file."""
+    """Copy an ONNX file with its external data, which is renamed with it if it is one file."""
     import onnx
     from onnx.external_data_helper import uses_external_data
 
@@ -182,9 +182,9 @@ def copy(file: Path, target: Path) -> None:
 
 @contextmanager
 def _without_fused_attention() -> Iterator[None]:
-    """Keep torch from the fused attention of the vision tower, which has no ONNX form in any opset.
+    """Stop torch from fusing the attention of the vision tower, which no ONNX opset can express.
 
-    torch 2.1 and 2.2 have no switch for it (`torch.backends.mha`); there it is not taken while gradients are recorded.
+    torch 2.1 and 2.2 have no switch for it (`torch.backends.mha`), but do not use it while gradients are recorded.
     """
     import torch
 
@@ -203,7 +203,7 @@ def _without_fused_attention() -> Iterator[None]:
 
 
 def example_rows(tower: Tower, count: int) -> np.ndarray:
-    """Inputs of the right shape, dtype and range: token ids that every vocabulary has."""
+    """Inputs of the right shape, dtype and range; the token ids are in every vocabulary."""
     if tower.dtype == "float32":
         return np.zeros(tower.shape(count), np.float32)
     rows = np.zeros(tower.shape(count), np.int64)
@@ -212,7 +212,7 @@ def example_rows(tower: Tower, count: int) -> np.ndarray:
 
 
 def check(file: Path, tower: Tower) -> None:
-    """Hold a file to the contract: onnx.checker, names, dtypes, shapes, opset, and ArgMax on int32.
+    """Check a file against the contract: onnx.checker, names, dtypes, shapes, opset, and ArgMax on int32.
 
     Raises:
         InputError: what breaks the contract, with found and expected.
@@ -236,9 +236,9 @@ def check(file: Path, tower: Tower) -> None:
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:
-    """Why an ONNX file cannot be read: what it is instead where its bytes say so."""
+    """Why an ONNX file cannot be read, and if possible what it is instead."""
     if not file.is_file():
-        what = "it is a folder, give the file" if file.is_dir() else "no such file"
+        what = "it is a folder; give the file" if file.is_dir() else "no such file"
         return InputError(f"ONNX {file}: {what}")
     cause = lfs_pointer(file) or f"not a valid model ({one_line(error)}). Export it again"
     return InputError(f"ONNX {file}: {cause}")
@@ -261,7 +261,7 @@ def read_metadata(file: Path) -> Dict[str, str]:
 
 
 def tower_of(file: Path) -> Tower:
-    """The tower that an ONNX file holds, with the file's own sizes.
+    """The tower in an ONNX file, with the file's own sizes.
 
     Raises:
         InputError: the file cannot be read, or its input or output is neither tower's.
@@ -278,12 +278,12 @@ def tower_of(file: Path) -> Tower:
     widths = [_width(found.graph, tower) for found in (model, onnx.shape_inference.infer_shapes(model))]
     width = next((width for width in widths if width), None)
     if width is None:
-        raise InputError(f"ONNX {file}: has no output {tower.output_name!r} of a width that the file tells")
+        raise InputError(f"ONNX {file}: has no output {tower.output_name!r} of a known width")
     return replace(tower, row_shape=tuple(shape[1:]), width=width)
 
 
 def _width(graph: Any, tower: Tower) -> int:
-    """Width of the embedding among the outputs; 0 where it has none, or torch gave the axis a name."""
+    """Width of the embedding output; 0 if there is none or the axis is symbolic."""
     shapes = [shape for name, _, shape in map(_describe, graph.output) if name == tower.output_name]
     return shapes[0][-1] if shapes and shapes[0] and isinstance(shapes[0][-1], int) else 0
 
@@ -291,7 +291,7 @@ def _width(graph: Any, tower: Tower) -> int:
 def operations(file: Path) -> float:
     """Floating-point operations of the matrix products and convolutions of one sample, a multiply-add counted as two.
 
-    Products whose shapes cannot be inferred are left out, so that it is the least that the graph computes.
+    Products whose shapes cannot be inferred are left out, so this is a lower bound.
     """
     import onnx
 
@@ -320,7 +320,7 @@ def _describe(value: Any) -> Any:
 
 
 def _fix_output_shape(model: Any, tower: Tower) -> None:
-    """The exporter leaves some widths symbolic; the contract knows them."""
+    """Set widths that the exporter left symbolic from the contract."""
     (output,) = model.graph.output
     axes = output.type.tensor_type.shape.dim
     axes[0].dim_param = BATCH

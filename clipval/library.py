@@ -1,4 +1,4 @@
-"""open_clip itself: imported past torchvision's trap, its architectures, and what it knows of its weight tags."""
+"""open_clip itself: its import, its architectures, and what it knows about its weight tags."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from clipval import environment
 from clipval.errors import BackendUnavailable, InputError, UsageError, disk_full, one_line
 from clipval.towers import Tower, towers
 
-HUB, FOLDER = "hf-hub:", "local-dir:"  # prefixes of names that bring config and weights along, as open_clip has them
+HUB, FOLDER = "hf-hub:", "local-dir:"  # open_clip's prefixes of names that come with config and weights
 FOLDER_CONFIG = "open_clip_config.json"
 CONFIG_KEYS = ("embed_dim", "vision_cfg", "text_cfg")
-CONTEXT = 77  # tokens; what open_clip takes where a config names no context length
-QUICK = "-quickgelu"  # ends the names of architectures that compute QuickGELU where another computes GELU
-# Tags of QuickGELU in open_clip 3.3.0; earlier ones do not say it in the tag's own config.
+CONTEXT = 77  # tokens; open_clip's default if a config has no context length
+QUICK = "-quickgelu"  # suffix of architectures that use QuickGELU instead of GELU
+# QuickGELU tags in open_clip 3.3.0; earlier versions do not state it in the tag's config.
 QUICK_TAGS = ("openai", "metaclip_400m", "metaclip_fullcc", "metaclip2_worldwide", "dfn2b", "dfn5b")
 
 
 def import_open_clip() -> Any:
-    """Import open_clip, also beside a torchvision whose compiled operators cannot load.
+    """Import open_clip, even if torchvision's compiled operators cannot be loaded.
 
-    The registry's torchvision is a CUDA build. Beside a CPU build of torch its library does not load, and
+    PyPI's torchvision is a CUDA build. With a CPU build of torch its library does not load, and
     `import torchvision` ends with "operator torchvision::nms does not exist". open_clip needs only the
-    Python transforms, so the missing operators are declared, never defined: using one still fails.
+    Python transforms, so the missing operators are declared but not defined: using one still fails.
 
     Raises:
         BackendUnavailable: open_clip or torch is not installed or does not import.
@@ -56,10 +56,10 @@ def import_open_clip() -> Any:
 
 @contextmanager
 def _garbage_left() -> Iterator[None]:
-    """Import without collecting garbage, and leave what was imported out of later collections.
+    """Import with garbage collection off, and exclude what was imported from later collections.
 
-    They are half a million objects that live as long as the process: of 3.8 s from start to exit, looking through them
-    takes 1.2 s.
+    That is half a million objects that live as long as the process: scanning them takes 1.2 s of 3.8 s from start to
+    exit.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -82,11 +82,11 @@ def _declare_torchvision_operators() -> None:
     _KEPT_ALIVE.append(library)
 
 
-_KEPT_ALIVE: List[Any] = []  # a Library withdraws its operators when it is collected
+_KEPT_ALIVE: List[Any] = []  # a Library unregisters its operators when it is garbage-collected
 
 
 def part(name: str) -> Any:
-    """A module of open_clip, as `pretrained`; None where this version has none of that name."""
+    """A module of open_clip, e.g. `pretrained`; None if this version has no such module."""
     import_open_clip()
     try:
         return importlib.import_module(f"open_clip.{name}")
@@ -99,7 +99,7 @@ def open_clip_version() -> Optional[str]:
 
 
 def brings_weights(name: str) -> bool:
-    """A model's name that stands for a folder or a hub's repository with config, transform and weights."""
+    """The model's name stands for a folder or hub repository with config, transform and weights."""
     return name.startswith((HUB, FOLDER))
 
 
@@ -127,7 +127,7 @@ def architecture(name: str) -> str:
         return path.stem
     if name not in open_clip.list_models():
         raise InputError(
-            f"model {name!r}: open_clip {open_clip_version()} knows no such architecture; "
+            f"model {name!r}: no such architecture in open_clip {open_clip_version()}; "
             f"see open_clip.list_models(), or give a .json config file"
         )
     return name
@@ -135,7 +135,7 @@ def architecture(name: str) -> str:
 
 @lru_cache(maxsize=None)
 def _register(folder: Path) -> str:
-    """Enter a folder's architecture into open_clip's table, which reads files only; the name it has there."""
+    """Add a folder's architecture to open_clip's table, which only reads files; returns its name there."""
     config = read_folder(folder)["model_cfg"]
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         config = {**config, "text_cfg": {**config["text_cfg"], "hf_tokenizer_name": str(folder.absolute())}}
@@ -149,7 +149,7 @@ def _register(folder: Path) -> str:
 
 
 def folder_of(name: str) -> Path:
-    """The folder that `local-dir:FOLDER` names, or that of a hub's repository in its cache, downloaded where needed.
+    """The folder of `local-dir:FOLDER`, or a hub repository's folder in the cache, downloaded if needed.
 
     Raises:
         InputError: there is no such folder, or it cannot be fetched.
@@ -164,12 +164,12 @@ def folder_of(name: str) -> Path:
 
 
 def downloaded(what: str, download: Callable[[], Any]) -> Path:
-    """The file that a download of open_clip's gives, from the hub's cache where it is there.
+    """The file that an open_clip download returns, from the hub's cache if it is there.
 
     Raises:
-        InputError: it could not be had; the first cause of the failure is said.
+        InputError: the download failed; the message has the first cause.
     """
-    logging.disable(logging.WARNING)  # the hub's client tells of each of its retries
+    logging.disable(logging.WARNING)  # the hub's client logs every retry
     try:
         return Path(download())
     except Exception as error:  # the hub's client, urllib and requests each raise their own
@@ -180,14 +180,14 @@ def downloaded(what: str, download: Callable[[], Any]) -> Path:
             raise InputError(f"{what}: disk full; free some space in the hub's cache (HF_HOME)") from error
         raise InputError(
             f"{what}: not in the hub's cache, and the download failed ({one_line(first)}). Connect to the hub, or "
-            f"fetch it on another machine and give its path to --pretrained"
+            f"download it on another machine and give its path to --pretrained"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
 def read_folder(folder: Path) -> Dict[str, Dict[str, Any]]:
-    """`model_cfg` and `preprocess_cfg` (empty where it has none) of a folder's `open_clip_config.json`.
+    """`model_cfg` and `preprocess_cfg` (empty if absent) of a folder's `open_clip_config.json`.
 
     Raises:
         InputError: it is missing or not in open_clip's format.
@@ -198,7 +198,7 @@ def read_folder(folder: Path) -> Dict[str, Dict[str, Any]]:
         config, preprocess = found["model_cfg"], found.get("preprocess_cfg") or {}
         complete = all(key in config for key in CONFIG_KEYS) and isinstance(preprocess, dict)
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; a folder of open_clip has it beside its weights") from error
+        raise InputError(f"{file}: {error.strerror}; an open_clip folder has it next to its weights") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not in open_clip's format ({one_line(error)}); it needs model_cfg") from error
     if not complete:
@@ -227,12 +227,12 @@ def tags(arch: str) -> List[str]:
 
 
 def tag_config(arch: str, tag: str) -> Dict[str, Any]:
-    """What open_clip knows of a tag: where its weights are, and its transform as far as that is not the default."""
+    """open_clip's entry for a tag: where its weights are, and its transform if that is not the default."""
     return dict(part("pretrained").get_pretrained_cfg(arch, tag))
 
 
 def find_tag(arch: str, named: str) -> Tuple[str, str]:
-    """Architecture and tag of `TAG`, or of `MODEL/TAG` where the tag is another architecture's.
+    """Architecture and tag of `TAG`, or of `MODEL/TAG` if the tag belongs to another architecture.
 
     Raises:
         UsageError: there is no such tag.
@@ -241,12 +241,14 @@ def find_tag(arch: str, named: str) -> Tuple[str, str]:
     owner = model or arch
     if tag not in tags(owner):
         known = ", ".join(tags(owner)) or "none"
-        raise UsageError(f"--pretrained-cfg {named}: no weight tag of {owner}; known: {known}, or MODEL/TAG of another")
+        raise UsageError(
+            f"--pretrained-cfg {named}: no weight tag of {owner}; known: {known}, or MODEL/TAG for another model"
+        )
     return owner, tag
 
 
 def tag_is_quick(arch: str, tag: str) -> bool:
-    """A tag's weights were trained with QuickGELU."""
+    """Whether a tag's weights were trained with QuickGELU."""
     found = tag_config(arch, tag)
     if "quick_gelu" in tag_config("ViT-B-32", "openai"):
         return bool(found.get("quick_gelu", False))
@@ -254,7 +256,7 @@ def tag_is_quick(arch: str, tag: str) -> bool:
 
 
 def tag_by_hash(arch: str, sha256: str) -> str:
-    """The tag whose address names this hash; OpenAI's name all of it, open_clip's releases its start. "" for none."""
+    """The tag whose URL has this hash (OpenAI's in full, open_clip releases' first digits); "" if there is none."""
     for tag in tags(arch):
         url = tag_config(arch, tag).get("url", "")
         named = re.search(r"/([0-9a-f]{64})/|-([0-9a-f]{8})\.pth?$", url)
@@ -264,11 +266,11 @@ def tag_by_hash(arch: str, sha256: str) -> str:
 
 
 def is_quick(name: str) -> bool:
-    """An architecture computes QuickGELU."""
+    """Whether an architecture computes QuickGELU."""
     return bool(config(name).get("quick_gelu", False))
 
 
 def twin(arch: str) -> str:
-    """The architecture that differs in its activation alone; "" where open_clip has none."""
+    """The architecture that differs only in its activation; "" if open_clip has none."""
     other = arch[: -len(QUICK)] if arch.endswith(QUICK) else arch + QUICK
     return other if other in import_open_clip().list_models() else ""

@@ -27,8 +27,8 @@ class Model(NamedTuple):
         module: the open_clip CLIP module.
         transform: PIL image -> float32 tensor [3, size, size], open_clip's own evaluation transform.
         tokenize: captions -> int64 tensor [n, context].
-        load_seconds: what loading took, from the weights' file to ready.
-        preprocess: what the transform does, as it was stated or assumed.
+        load_seconds: time to load, from the weights' file to ready.
+        preprocess: what the transform does, stated or assumed.
     """
 
     module: Any
@@ -45,11 +45,11 @@ def load(
     preprocess: Optional[PreprocessSpec] = None,
     resize_positions: bool = False,
 ) -> Model:
-    """Build the architecture, fill in the weights and check its sizes against the contract.
+    """Build the architecture, load the weights and check the sizes against the contract.
 
     Args:
-        preprocess: the transform; None takes the weights' own, else open_clip's default.
-        resize_positions: position embeddings of another image size or context are resized, as open_clip does it.
+        preprocess: the transform; None means the weights' own, else open_clip's default.
+        resize_positions: resize position embeddings of another image size or context, as open_clip does.
 
     Raises:
         InputError: the checkpoint cannot be read, holds more than tensors, is of another architecture,
@@ -73,7 +73,7 @@ def load(
 
 
 def inputs(name: str, preprocess: PreprocessSpec) -> Model:
-    """The transform and the tokenizer of a model without its weights; `module` is None."""
+    """A model's transform and tokenizer without its weights; `module` is None."""
     side = _side(config(name)["vision_cfg"]["image_size"])
     return Model(None, build_transform(preprocess, side), tokenizer(architecture(name)), 0.0, preprocess)
 
@@ -84,9 +84,9 @@ def _side(size: Any) -> Tuple[int, int]:
 
 
 def _create(arch: str) -> Any:
-    """The module with seeded weights; those of a text tower from a hub are not fetched, they would be replaced."""
+    """The module with seeded weights; a hub's text tower weights are not fetched, since they would be replaced."""
     open_clip = import_open_clip()
-    logging.disable(logging.WARNING)  # it warns of random weights, which are filled in later or were asked for
+    logging.disable(logging.WARNING)  # it warns of random weights, which are loaded later or intended
     try:
         return open_clip.create_model(arch, pretrained_hf=False)
     except Exception as error:  # transformers and the hub's client raise their own
@@ -96,7 +96,7 @@ def _create(arch: str) -> Any:
 
 
 def tokenizer(name: str) -> Callable[[List[str]], Any]:
-    """The tokenizer of an architecture, loaded when it is first used: captions -> int64 tensor [n, context].
+    """The tokenizer of an architecture, loaded on first use: captions -> int64 tensor [n, context].
 
     Towers are exported and timed without captions, and a tokenizer may have to be fetched from a hub.
 
@@ -116,7 +116,7 @@ def _loaded_tokenizer(name: str) -> Any:
 
 
 def _lacking(open_clip: Any, arch: str, error: Exception) -> ClipvalError:
-    """What a text tower or tokenizer from a hub lacks: the package, or files that cannot be fetched."""
+    """Why a text tower or tokenizer from a hub cannot be built: a missing package, or files that cannot be fetched."""
     text = (open_clip.get_model_config(arch) or {}).get("text_cfg", {})
     source = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     if source is None:
@@ -133,11 +133,11 @@ def _lacking(open_clip: Any, arch: str, error: Exception) -> ClipvalError:
 
 
 def encoder(model: Model, tower: Tower) -> Any:
-    """One tower as a module of one input and one output: the unit-length embedding.
+    """One tower as a module with one input and one output: the unit-length embedding.
 
-    The embedding is normalised inside, as in the recipe's graphs. Tokens are cast to int32 first: ArgMax on
-    int64 is what onnxruntime <= 1.19 cannot run and what accelerators run in fp16, where the ids 49405..49407
-    round to one value and every caption gets the same embedding.
+    The module normalises the embedding, as the recipe's graphs do. Tokens are cast to int32 first: onnxruntime <= 1.19
+    cannot run ArgMax on int64, and accelerators run it in fp16, where the ids 49405..49407 round to one value and every
+    caption gets the same embedding.
     """
     import torch
 
@@ -177,9 +177,9 @@ def _fill(module: Any, file: Path, arch: str, resize_positions: bool) -> None:
 
 
 def _in_open_clips_names(module: Any, state: Dict[str, Any]) -> Dict[str, Any]:
-    """What open_clip itself changes as it loads: Apple's names, the text tower's prefix, scalars with an axis."""
+    """What open_clip itself changes on loading: Apple's names, the text tower's prefix, scalars with an axis."""
     convert = getattr(library.part("convert"), "convert_state_dict", None)
-    if convert is not None:  # open_clip before 2.24 lacks it, and Apple's models too
+    if convert is not None:  # open_clip before 2.24 has neither it nor Apple's models
         state = convert(module, state)
     if "positional_embedding" in state and not hasattr(module, "positional_embedding"):
         state = library.part("model").convert_to_custom_text_state_dict(state)
@@ -194,7 +194,7 @@ _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.posit
 
 
 def _check_positions(module: Any, state: Dict[str, Any], file: Path, arch: str, resize: bool) -> None:
-    """Position embeddings of another image size or context: resized where that was asked for, else an error."""
+    """Resize position embeddings of another image size or context if that was asked for, else raise."""
     wanted = module.state_dict()
     other = [
         name
@@ -226,7 +226,7 @@ def _fill_from_npz(module: Any, file: Path, arch: str) -> None:
         raise InputError(f"checkpoint {file}: open_clip {open_clip_version()} reads no .npz; install 3.0 or newer")
     try:
         read(module, str(file))
-    except Exception as error:  # KeyError, AttributeError, ... of names that are not there
+    except Exception as error:  # KeyError, AttributeError, ... for missing names
         raise InputError(
             f"checkpoint {file}: not big_vision's weights of {arch} ({one_line(error)}). open_clip reads .npz into the "
             f"architectures of SigLIP alone"
@@ -250,10 +250,10 @@ def _check_sizes(model: Model, arch: str, contract: Dict[str, Tower]) -> None:
 
 
 def check_tokens(tokens: np.ndarray, tower: Tower) -> np.ndarray:
-    """Tokens as the contract wants them: int64 [n, context].
+    """Tokens as the contract requires them: int64 [n, context].
 
     Raises:
-        UsageError: another shape, which means that the tokenizer is not the model's.
+        UsageError: another shape, which means a tokenizer of another model.
     """
     if tokens.ndim != 2 or tokens.shape[1:] != tower.row_shape:
         raise UsageError(f"tokenizer gave {tokens.shape}, the {tower.name} tower takes (n, {tower.row_shape[0]})")
@@ -261,7 +261,7 @@ def check_tokens(tokens: np.ndarray, tower: Tower) -> np.ndarray:
 
 
 def vocabulary(model: Model) -> int:
-    """How many token ids the text tower has an embedding for: 49408 for CLIP's tokenizer, 32000 for SigLIP's."""
+    """Size of the text tower's vocabulary: 49408 for CLIP's tokenizer, 32000 for SigLIP's."""
     import torch
 
     tables = [
@@ -269,11 +269,11 @@ def vocabulary(model: Model) -> int:
         for name, part in model.module.named_modules()
         if isinstance(part, torch.nn.Embedding) and not name.startswith("visual.")
     ]
-    return max(tables)  # towers of transformers also embed positions and token types, which are fewer
+    return max(tables)  # transformers' towers also embed positions and token types, which are fewer
 
 
 def tower_bytes(name: str) -> Dict[str, int]:
-    """Bytes of each tower's fp32 weights, found without memory for them; empty where a hub holds the tower's config."""
+    """Bytes of each tower's fp32 weights, without allocating them; empty if the tower's config is on a hub."""
     import torch
 
     open_clip = import_open_clip()

@@ -1,4 +1,4 @@
-"""Every option once: `add_options` declares them for pytest and for the command line, `Settings` holds their values."""
+"""All options: `add_options` declares them for pytest and the command line, `Settings` holds their values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OM_RUNTIMES = ("aclruntime", "pyacl")
 DEFAULT_BACKENDS = ("pytorch", "onnx")
 CAPTION_FORMATS = ("csv", "clip_benchmark")
 # Allowed half-width of the 95 % interval of a row's median, as a share of it, by clock. Not the coefficient of
-# variation: a few outliers of a busy host widen that, and do not move a median.
+# variation: a few outliers on a busy host widen that, but do not move a median.
 NOISE = {"inference": 0.05, "execute": 0.025}
 ONNX_OPTIONS = ("--onnx-providers", "--onnx-provider-options", "--allow-cpu-operators")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "cann": "CANNExecutionProvider"}
@@ -25,7 +25,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "ca
 
 @dataclass(frozen=True)
 class Settings(BackendSettings):
-    """What one run was asked to do. Built once, passed down, never changed; None is "as the spec says"."""
+    """The options of one run. Built once, passed down, never changed; None means the spec's value."""
 
     spec: str = "shapes"
     model_name: Optional[str] = None
@@ -51,7 +51,7 @@ class Settings(BackendSettings):
 
     @classmethod
     def of(cls, namespace: Any) -> Settings:
-        """Settings from an argparse namespace or pytest's `config.option`; options it lacks keep their defaults."""
+        """Settings from an argparse namespace or pytest's `config.option`; missing options keep their defaults."""
         given = {field.name: getattr(namespace, field.name) for field in fields(cls) if hasattr(namespace, field.name)}
         return cls(**given)
 
@@ -59,7 +59,7 @@ class Settings(BackendSettings):
     def validated(self) -> Tuple[str, ...]:
         """Backends that this run validates; the reference is always among them."""
         named = self.backends if self.backends is not None else DEFAULT_BACKENDS
-        if len(self.device_id) > 1:  # each device is validated by itself
+        if len(self.device_id) > 1:  # each device is validated separately
             named = tuple(one for name in named for one in self._on_each_device(name))
         return named if REFERENCE in named else (REFERENCE, *named)
 
@@ -68,7 +68,7 @@ class Settings(BackendSettings):
 
     @property
     def strict(self) -> bool:
-        """Backends were named, so each of their gates must be evaluated, whatever else narrows the run."""
+        """Whether backends were named: then each of their gates must be evaluated, however the run is narrowed."""
         return self.backends is not None
 
 
@@ -140,7 +140,7 @@ def _opset(text: str) -> int:
 def _devices(text: str) -> Tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"devices {text!r}; expected logic ids, at least 0, such as 0 or 0,1")
+        raise argparse.ArgumentTypeError(f"devices {text!r}; expected logic ids from 0, such as 0 or 0,1")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
@@ -262,7 +262,7 @@ def add_options(add: Callable[..., Any], only: Optional[List[str]] = None) -> No
 
 
 def arguments(settings: Settings) -> List[str]:
-    """The settings as a command line, less what says where a run writes: to repeat a run in part."""
+    """The settings as a command line, without those that control output: to repeat part of a run."""
     found: List[str] = []
     for flag in table():
         name = flag[2:].replace("-", "_")
@@ -275,7 +275,7 @@ def arguments(settings: Settings) -> List[str]:
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Declare the options to pytest before it reads its command line; once, whoever asks for it."""
+    """Declare the options to pytest before it reads its command line; only once per parser."""
     if getattr(parser, "clipval", False):
         return
     parser.clipval = True

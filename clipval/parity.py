@@ -1,4 +1,4 @@
-"""How far a backend's embeddings are from the reference's, sample by sample."""
+"""Distance of a backend's embeddings from the reference's, sample by sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORST = 5
 class Parity:
     """Per-sample differences; every array is float64 [n] in the order of `ids`.
 
-    A mean over a flattened batch hides one destroyed row in a thousand, so nothing here is flattened.
+    A mean over a flattened batch hides one bad row in a thousand, so nothing is flattened here.
 
     Attributes:
         ids: the samples.

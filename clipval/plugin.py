@@ -1,7 +1,7 @@
-"""What is honest about a run under pytest: what it promises, no skips, the record of its figures, the verdict.
+"""Integrity of a run under pytest: the promised gates, no skips, the record of figures, the verdict.
 
-What --backends names is required: a skip, a missing runtime or a gate that was not evaluated is a failure. Acceptance
-tests name their gate, `@pytest.mark.gate(VALUES)`; its cases become the test's parameters and its kind a mark.
+Backends named by --backends are required: a skip, a missing runtime or a gate that was not evaluated is a failure.
+Acceptance tests name their gate, `@pytest.mark.gate(VALUES)`; its cases become parameters and its kind a mark.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ FIGURES: pytest.StashKey[List[Figure]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    options.pytest_addoption(parser)  # clipval is run from its folder without being installed, or from another folder
+    options.pytest_addoption(parser)  # for runs without an installed clipval, or from another folder
 
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, None]:
     """Run under supervision, and with our pytest.ini.
 
-    pytest takes another folder for the tests' root where the value of an option is an existing path outside this
-    project; it does so before any plugin is loaded, so the only cure is to start again.
+    pytest picks another root directory if an option's value is an existing path outside this project; it does so before
+    any plugin is loaded, so the only fix is to start again.
     """
     ini, args = _root(config) / "pytest.ini", [str(argument) for argument in config.invocation_params.args]
-    if args == sys.argv[1:] and not hasattr(config, "workerinput"):  # not a program that calls pytest.main
+    if args == sys.argv[1:] and not hasattr(config, "workerinput"):  # not for a program that calls pytest.main
         if config.inipath != ini and config.option.inifilename is None:
             os.execv(sys.executable, [sys.executable, "-m", "pytest", "-c", str(ini), *args])
         config.stash[UNWATCHED] = supervise.why_not()
         code = None if config.stash[UNWATCHED] else supervise.fork(partial(_say, config))
         if code is not None:
-            os._exit(code)  # what others do at the end of a process is the child's to do, and done
+            os._exit(code)  # the child has already run all exit hooks
     outcome = yield
     if outcome.excinfo is None:
         supervise.close(outcome.get_result())
@@ -96,15 +96,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
     unwatched = config.stash.get(UNWATCHED, "")
     if unwatched:
-        config.stash[ACCOUNT].notes.append(f"the exit code: nothing watches this process, as {unwatched}")
+        config.stash[ACCOUNT].notes.append(f"the exit code: nothing watches this process, since {unwatched}")
     watched = os.getppid() if supervise.watched() else None
     watchdog.tell(results=str(config.stash[ACCOUNT].file.absolute()), also=watched, say=os.dup(2))
     if reports:
-        config.pluginmanager.register(Keeper(config))  # without a name, so that -p no:NAME cannot switch it off
+        config.pluginmanager.register(Keeper(config))  # without a name, so that -p no:NAME cannot disable it
 
 
 def _shared_threads(config: pytest.Config, settings: options.Settings) -> options.Settings:
-    """Workers of xdist share the cores: with all threads in each, torch spends its time waiting for its own threads."""
+    """Divide the cores among xdist workers: with all threads in each, torch's threads mostly wait for each other."""
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers > 1 and settings.threads is None:
         return dataclasses.replace(settings, threads=max(1, (os.cpu_count() or 1) // workers))
@@ -126,7 +126,7 @@ def _gate(item: pytest.Item) -> Optional[gates.Gate]:
 
 
 def _gate_id(item: pytest.Item) -> str:
-    """Id of the gate that a test answers for; empty for any other test."""
+    """Id of the gate that a test evaluates; empty for any other test."""
     gate = _gate(item)
     if gate is None:
         return ""
@@ -135,7 +135,7 @@ def _gate_id(item: pytest.Item) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a case of its gate; one, which is dropped again, where the gate does not apply to this run."""
+    """One test per case of its gate; if the gate does not apply to this run, one that is dropped later."""
     marker = metafunc.definition.get_closest_marker("gate")
     if marker is None or not marker.args[0].params:
         return
@@ -153,7 +153,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
-    """Leave out what cannot apply: recall of random weights, gates of a lone backend, perf under several workers."""
+    """Drop what does not apply: recall of random weights, gates of a lone backend, perf with several workers."""
     here, chosen = promise.plan(config.stash[CHAIN]), config.stash[ACCOUNT].chosen
 
     def applies(item: pytest.Item) -> bool:
@@ -172,7 +172,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
 
 
 def _by_backend(items: List[pytest.Item], backends: Sequence[str]) -> None:
-    """Put the gates of one backend next to each other, the reference's first: it is opened once, and then closed."""
+    """Group the gates by backend, the reference first, so that each backend is opened only once."""
     places = [n for n, item in enumerate(items) if _gate(item) is not None]
 
     def turn(item: pytest.Item) -> Tuple[bool, int]:
@@ -184,12 +184,12 @@ def _by_backend(items: List[pytest.Item], backends: Sequence[str]) -> None:
 
 
 def _given(item: pytest.Item) -> Dict[str, Any]:
-    """Values of the parameters of a gate's test."""
+    """Parameter values of a gate's test."""
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def _expect(chain: Chain, item: pytest.Item) -> None:
-    """Say what a gate's test will open."""
+    """Announce what a gate's test will open."""
     gate, given = _gate(item), _given(item)
     if gate is not None and "backend_name" in given:
         towers = [given["tower_name"]] if "tower_name" in given else TOWER_NAMES
@@ -233,13 +233,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 class Recorder:
-    """Takes the figures of one test: into the results, the JUnit file and the report."""
+    """Records the figures of one test in the results, the JUnit file and the report."""
 
     def __init__(self, item: pytest.Item) -> None:
         self.item = item
 
     def __call__(self, figures: Sequence[Figure]) -> None:
-        """Record figures, and fail the test where one of them failed."""
+        """Record figures, and fail the test if one of them failed."""
         self.item.stash.setdefault(FIGURES, []).extend(figures)
         self.item.user_properties.extend((f"{one.gate} {one.metric}", one.measured) for one in figures)
         rows = [(f"{one.gate} is", row_verdict(one)) for one in figures]
@@ -256,14 +256,14 @@ def _again(item: pytest.Item) -> str:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
-    """Send figures along with the report (also from an xdist worker), one line for our errors, and no skips."""
+    """Attach figures to the report (also from an xdist worker), show our errors on one line, and fail skips."""
     outcome = yield
     made = outcome.get_result()
     if _gate(item) is None:
         return
     if call.excinfo is not None and isinstance(call.excinfo.value, ClipvalError):
         made.longrepr = f"{call.excinfo.value}\n{_again(item)}"
-    if made.skipped:  # an expected failure too
+    if made.skipped:  # also an expected failure
         made.outcome = "failed"
         made.longrepr = f"{item.name}: skipped, and a gate must not be skipped: {made.longrepr}\n{_again(item)}"
     if made.when == "call":
@@ -271,7 +271,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if made.failed and _again(item) not in str(made.longrepr):  # below a traceback
         made.sections.append(("clipval", _again(item)))
     if made.failed:
-        made.clipval_failure = msgspec.to_builtins(_failure(item, call))  # as xdist carries it
+        made.clipval_failure = msgspec.to_builtins(_failure(item, call))  # in a form that xdist can send
 
 
 def _failure(item: pytest.Item, call: pytest.CallInfo[None]) -> Failure:
@@ -284,7 +284,7 @@ def _failure(item: pytest.Item, call: pytest.CallInfo[None]) -> Failure:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, None]:
-    """A gate module that skips itself is a failure too."""
+    """A gate module that skips itself fails."""
     outcome = yield
     made = outcome.get_result()
     if made.skipped and _acceptance(collector.config) in collector.path.parents:
@@ -293,7 +293,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 class Keeper:
-    """Keeps the account of a run in the process that reports it: the only one, or the controller of xdist."""
+    """Keeps the record of a run in the process that reports it: the only one, or xdist's controller."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -315,7 +315,7 @@ class Keeper:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """A promised gate without a figure fails the run, whatever pytest makes of it (no tests ran, all passed)."""
+        """A promised gate without a figure fails the run, whatever pytest's own result (no tests ran, all passed)."""
         if exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR) and not self.account.failures:
             self._failed("session", "the run ended before its tests did")
         if exitstatus != pytest.ExitCode.USAGE_ERROR and self._concerned():
@@ -335,7 +335,7 @@ class Keeper:
             terminalreporter.write_line(f"report: {', '.join(map(str, self.written))}")
 
     def _concerned(self) -> bool:
-        """The run is about gates; one of other tests is not, which their paths say."""
+        """Whether the run is about gates: not if the given paths hold only other tests."""
         account = self.account
         others = "the paths given" in account.narrowed_by
         return bool(account.figures or account.expected or (account.left_out and not others))
@@ -347,6 +347,6 @@ class Keeper:
         try:
             assets = report.Assets(lambda one: chain.dataset.image_path(one), lambda one: chain.dataset.caption(one))
             return report.write(chain.settings.report, run, assets)
-        except ClipvalError as error:  # the disk is full by now, or the folder gone
+        except ClipvalError as error:  # e.g. the disk is full by now, or the folder is gone
             self._failed("session", str(error))
             return [error]

@@ -2,9 +2,9 @@
 
 `images/<id>.npy` is float32 [1, 3, side, side], `texts/<id>_<k>.npy` int64 [1, 77].
 
-Pixels are exactly what the model's own open_clip transform gives for the image as RGB: its own steps resize and crop,
-and each grey level then takes the value that its own last steps give to that level. Threads share the work, as
-decoding, resizing and writing release the interpreter's lock; neither rows nor tasks pile up in memory.
+Pixels are exactly those of the model's own open_clip transform on the image as RGB: its own steps resize and crop, and
+a table of its last steps maps each grey level to its value. Threads share the work, since decoding, resizing and
+writing release the GIL; neither rows nor tasks pile up in memory.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from clipval.datasets import RetrievalDataset
 
 THREADS = max(2, min(32, environment.usable_cores()))
-AHEAD = 4 * THREADS  # tasks that wait at most
+AHEAD = 4 * THREADS  # tasks that may wait
 CAPTIONS = 256  # tokenised at once
 UNFINISHED = "unfinished.json"
-# The last steps of open_clip's transforms, all versions: each value depends on its own grey level and channel alone.
+# The last steps of open_clip's transforms, all versions: each value depends only on its grey level and channel.
 SCALING = ({"ToTensor", "MaybeToTensor"}, {"Normalize"})
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,7 +55,7 @@ class PreparedData:
 
 
 class Transform:
-    """A model's own transform, bit for bit, without torch where its last steps are known.
+    """A model's own transform, bit for bit, without torch if its last steps are known.
 
     Args:
         transform: open_clip's, PIL image -> float32 tensor [3, side, side].
@@ -88,8 +88,7 @@ class Transform:
 def prepare(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], folder: Path) -> PreparedData:
     """Write every image and caption as arrays; shows a progress bar on a terminal.
 
-    What a run that was killed has written into the folder is kept, where data, transform, tokenizer and code are the
-    same.
+    Files that a killed run left in the folder are reused if data, transform, tokenizer and code are the same.
 
     Raises:
         InputError: an image cannot be read; the file is named.
@@ -109,7 +108,7 @@ def _write_images(dataset: RetrievalDataset, model: Model, tower: Tower, folder:
 
     def write(item: Tuple[str, Path]) -> None:
         name, path = item
-        if not hasattr(own, "content"):  # one buffer a thread: fresh memory costs as much as decoding
+        if not hasattr(own, "content"):  # one buffer per thread: allocating memory costs as much as decoding
             own.content = bytearray(start) + bytearray(4 * int(np.prod(shape)))
             own.row = np.frombuffer(own.content, np.float32, offset=len(start)).reshape(shape)
         transform(open_rgb(path), own.row[0])
@@ -142,15 +141,15 @@ def _header(dtype: str, shape: Tuple[int, ...]) -> bytes:
 
 
 def _write(file: Path, content: Any) -> None:
-    """Write a file in one call; one that was cut off is known by its size."""
+    """Write a file in one call; a truncated file is recognised by its size."""
     with open(file, "wb", buffering=0) as stream:
         written = stream.write(content)
         if written != len(content):
-            raise OSError(f"{file}: {written} of {len(content)} bytes written")  # without a number, as numpy's own
+            raise OSError(f"{file}: {written} of {len(content)} bytes written")  # without an errno, like numpy's
 
 
 def _begin(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], folder: Path) -> Dict[str, Set[str]]:
-    """Names of the rows, by tower, that a killed run of the same made; other rows of these names are removed."""
+    """Names of the rows, by tower, that a killed run with the same inputs wrote; rows of other inputs are removed."""
     key, marker = _key(dataset, model, towers["text"]), folder / UNFINISHED
     same = marker.is_file() and marker.read_bytes() == key
     done: Dict[str, Set[str]] = {}
@@ -171,7 +170,7 @@ def _begin(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], fo
 
 
 def _key(dataset: RetrievalDataset, model: Model, text: Tower) -> bytes:
-    """Everything that the rows depend on; of the images their sizes and times, as nobody reads them all twice."""
+    """Everything that the rows depend on; of images only size and time, to avoid reading them all twice."""
     digest = hashlib.sha256()
     for name, path in zip(dataset.image_ids, dataset.image_paths):
         stat = os.stat(path)
@@ -201,12 +200,12 @@ def pixels(path: Path, model: Model) -> np.ndarray:
 
 
 def expected_pixels(path: Path, size: Tuple[int, int], spec: PreprocessSpec) -> np.ndarray:
-    """One image as its transform is stated, without the model's own code: float32 [3, height, width].
+    """One image by the stated transform, without the model's own code: float32 [3, height, width].
 
     Resized (antialiased), cropped or padded at the centre with offsets rounded half to even, pixel / 255, normalised.
     Source: open_clip 3.3's and torchvision's behaviour for RGB images.
     """
-    with Image.open(path) as stored:  # not by open_rgb, so that a fault of it shows
+    with Image.open(path) as stored:  # without open_rgb, so that a fault in it is noticed
         image = stored.convert("RGB")
     height, width = size
     bilinear = spec.interpolation == "bilinear" and (spec.resize_mode != "shortest" or height == width)
@@ -231,7 +230,7 @@ def _resized(found: Tuple[int, int], wanted: Tuple[int, int], mode: str) -> Tupl
 
 
 def _centred(image: Image.Image, wanted: Tuple[int, int], fill: int) -> Image.Image:
-    """Cropped to the centre; what is smaller is padded first, the odd pixel to the right and the bottom."""
+    """Cropped to the centre; smaller images are padded first, the odd pixel at the right and bottom."""
     width, height = image.size
     canvas = max(width, wanted[0]), max(height, wanted[1])
     if canvas != image.size:
@@ -250,7 +249,7 @@ def tokens(captions: Sequence[str], model: Model, tower: Tower) -> np.ndarray:
 def each_in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], describe: str = "", total: Optional[int] = None
 ) -> List[Result]:
-    """Map in threads, with a progress bar; few items are taken before their turn."""
+    """Map in threads, with a progress bar; only a few items are taken ahead."""
     results: List[Result] = []
     waiting: Deque[Future[Result]] = deque()
     hidden = None if describe else True

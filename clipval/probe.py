@@ -1,8 +1,8 @@
-"""Fresh inputs from a seed: token rows and pictures that no data set holds and no backend has seen.
+"""Fresh inputs from a seed: token rows and pictures that are in no data set and that no backend has seen.
 
-A data set shows a backend few of the inputs that it will meet: captions are short and use a small part of the
-vocabulary, photographs are neither black nor saturated. A backend that hands out stored results passes on the data set
-too. It cannot pass here, since every run draws other inputs.
+A data set covers few of the inputs that a backend will get: captions are short and use a small part of the
+vocabulary, photographs are neither black nor saturated. A backend that returns stored results passes on the data set,
+but not here, since every run draws other inputs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SHORTEST = 3  # tokens: start, one word, end
 
 
 class Probe(NamedTuple):
-    """Inputs of one tower: names that say what each is, and rows [n, *row_shape] in the tower's dtype."""
+    """Inputs of one tower: names that describe each, and rows [n, *row_shape] in the tower's dtype."""
 
     ids: Tuple[str, ...]
     rows: np.ndarray
 
     @property
     def sha256(self) -> str:
-        """Of the rows: pinned embeddings are of the very inputs that a seed gave then."""
+        """Hash of the rows: pinned embeddings belong to exactly these inputs."""
         return hashlib.sha256(self.rows.tobytes()).hexdigest()
 
 
@@ -38,7 +38,7 @@ class TokenLayout(NamedTuple):
         prefix: ids before the first word, `(49406,)` in CLIP's; suffix: ids after the last one, `(49407,)` in CLIP's,
             where the tower pools.
         pad: fills the rest of the row.
-        vocabulary: number of ids that the text tower has an embedding for.
+        vocabulary: number of ids in the text tower's vocabulary.
     """
 
     prefix: Tuple[int, ...]
@@ -48,22 +48,22 @@ class TokenLayout(NamedTuple):
 
     @property
     def words(self) -> np.ndarray:
-        """Ids that may stand for a word: no special one, and none above the suffix, which is CLIP's highest id."""
+        """Ids that may stand for a word: no special ids, and none above the suffix, which is CLIP's highest id."""
         special = [*self.prefix, *self.suffix, self.pad]
         top = min(self.vocabulary, max(self.suffix)) if _is_highest(self) else self.vocabulary
         return np.setdiff1d(np.arange(top), special)
 
 
 def _is_highest(layout: TokenLayout) -> bool:
-    """The tower may pool at the highest id of a row: no word may be higher than the suffix then."""
+    """The tower may pool at the highest id of a row; then no word may be higher than the suffix."""
     return bool(layout.suffix) and max(layout.suffix) >= layout.vocabulary - 16
 
 
 def token_layout(tokenize: Callable[[List[str]], Any], vocabulary: int) -> TokenLayout:
-    """Read the layout off a tokenizer: what captions of different words and lengths have in common.
+    """Derive the layout from a tokenizer: what captions of different words and lengths have in common.
 
     Args:
-        tokenize: captions -> int64 [n, context]; vocabulary: ids that the text tower has an embedding for.
+        tokenize: captions -> int64 [n, context]; vocabulary: size of the text tower's vocabulary.
     """
     rows = [np.asarray(tokenize([text])[0]) for text in ("dog", "two cats on a red chair", "an old bridge")]
     pad = int(rows[0][-1])
@@ -80,26 +80,26 @@ def _length(row: np.ndarray, pad: int) -> int:
 
 
 def _common(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """The ids with which every row begins."""
+    """The ids that every row begins with."""
     count = min(map(len, rows))
     same = np.all([row[:count] == rows[0][:count] for row in rows], axis=0)
     return rows[0][: count if same.all() else int(np.argmin(same))]
 
 
 def _generator(seed: int, stream: int) -> np.random.RandomState:
-    """numpy's legacy generator, whose draws are the same in every version: embeddings of a seed can be pinned."""
+    """numpy's legacy generator, which draws the same in every version, so that embeddings of a seed can be pinned."""
     return np.random.RandomState([seed, stream])
 
 
 def inputs(loaded: Model, tower: Tower, seed: int) -> Probe:
-    """Fresh inputs of a tower, as the model's own transform and tokenizer lay them out."""
+    """Fresh inputs of a tower, laid out by the model's own transform and tokenizer."""
     if tower.dtype == "float32":
         return pictures(tower, partial(transformed, loaded), seed)
     return captions(tower, token_layout(loaded.tokenize, vocabulary(loaded)), seed)
 
 
 def captions(tower: Tower, layout: TokenLayout, seed: int) -> Probe:
-    """One row of tokens of each length, from the shortest to a full context, words drawn from the whole vocabulary."""
+    """One row of tokens per length, from the shortest to a full context, with words from the whole vocabulary."""
     rng = _generator(seed, 0)
     context, fixed = tower.row_shape[0], len(layout.prefix) + len(layout.suffix)
     lengths = range(max(SHORTEST, fixed + 1), context + 1)

@@ -1,4 +1,4 @@
-"""What a command line of pytest promises: the gates that `-m` or `--gate` selects, and what may leave some out."""
+"""What a pytest command line promises: the gates that `-m` or `--gate` selects, and which options leave some out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from clipval.throughput import baseline
 
 
 class Line(NamedTuple):
-    """A command line of pytest, as far as a promise depends on it.
+    """The parts of a pytest command line that a promise depends on.
 
     Attributes:
-        option: its parsed options; folder: where it was given; acceptance: the folder of the acceptance tests.
-        distributed: several workers of xdist run it; timer: pytest-benchmark is loaded.
+        option: its parsed options; folder: the working directory; acceptance: the folder of the acceptance tests.
+        distributed: several xdist workers run it; timer: pytest-benchmark is loaded.
     """
 
     option: Any
@@ -33,24 +33,24 @@ class Line(NamedTuple):
 
 
 def plan(chain: Chain) -> gates.Plan:
-    """What a run validates, as far as its gates depend on it."""
+    """What a run validates: what its gates depend on."""
     settings = chain.settings
     trained = chain.subject.trained
     return gates.Plan(chain.spec, settings.validated, chain.batch_sizes, trained, settings.baseline is not None)
 
 
 def account(chain: Chain, line: Line) -> Account:
-    """The account of a run, with what it promises: the gates that `-m` selects.
+    """The record of a run, with what it promises: the gates that `-m` selects.
 
     Raises:
-        UsageError: the options contradict each other, or cannot be kept; InputError: the spec or baseline is wrong.
+        UsageError: the options contradict each other or cannot be satisfied; InputError: the spec or baseline is wrong.
     """
     settings, option = chain.settings, line.option
-    found = gates.promised(plan(chain))  # reads the spec, so that a mistake in it is a usage error of any run
+    found = gates.promised(plan(chain))  # reads the spec, so that any run reports a mistake in it as a usage error
     promised = [name for name, gate in found.items() if selects(option.markexpr, gate)]
     chosen = chosen_of(settings.gate, promised) if settings.gate else promised
     kinds = {found[name].kind for name in chosen}
-    if settings.baseline is not None:  # read now: a comparison that was asked for is made, or fails
+    if settings.baseline is not None:  # read now: a requested comparison is made or fails
         baseline.load(settings.baseline)
         if gates.PERF not in kinds and not settings.gate:
             raise UsageError("--baseline compares throughput, which -m leaves out; add perf to it")
@@ -74,33 +74,33 @@ def account(chain: Chain, line: Line) -> Account:
 
 
 def chosen_of(wanted: Sequence[str], promised: Sequence[str]) -> List[str]:
-    """The promised gates that `--gate` names, by their id or by what it begins with: `parity`, `parity/onnx`."""
+    """The promised gates that `--gate` names, by id or its first parts: `parity`, `parity/onnx`."""
     for one in wanted:
         if not any(f"{name}/".startswith(f"{one}/") for name in promised):
             near = difflib.get_close_matches(one, [*promised, *{name.partition("/")[0] for name in promised}], 3)
-            said = f"did you mean {' or '.join(near)}?" if near else f"it promises e.g. {', '.join(promised[:3])}"
-            raise UsageError(f"--gate {one}: this run promises no such gate; {said}")
+            said = f"did you mean {' or '.join(near)}?" if near else f"it has e.g. {', '.join(promised[:3])}"
+            raise UsageError(f"--gate {one}: not a gate of this run; {said}")
     return [name for name in promised if any(f"{name}/".startswith(f"{one}/") for one in wanted)]
 
 
 def selects(expression: str, gate: gates.Gate) -> bool:
-    """Whether `-m` selects the gate's test; of an expression that pytest itself will refuse, everything."""
+    """Whether `-m` selects the gate's test; true for any expression that pytest itself will reject."""
     try:
         compiled = Expression.compile(expression) if expression else None
-    except Exception:  # its class is another one in each pytest
+    except Exception:  # its class depends on the version of pytest
         return True
     return compiled is None or compiled.evaluate(lambda name, /, **_: name in (gate.kind, "gate"))
 
 
 def _narrowing(line: Line) -> Tuple[List[str], bool]:
-    """Options that leave tests out, and whether the person asked by one of them for less than the whole run.
+    """Options that leave tests out, and whether one of them asks for part of the run on purpose.
 
-    `--deselect` and `--ignore` are for tests that are broken; a promise that loses gates to them fails.
+    `--deselect` and `--ignore` are for broken tests; a run that loses promised gates to them fails.
     """
     option = line.option
     said = [f"-k {option.keyword!r}"] if option.keyword else []
     said += [flag for flag, name in (("--lf", "lf"), ("--sw", "stepwise")) if getattr(option, name, False)]
-    paths = getattr(option, "file_or_dir", None)  # --help has none
+    paths = getattr(option, "file_or_dir", None)  # absent for --help
     if paths and not any(_covers(line, str(name)) for name in paths):
         said.append("the paths given")
     deliberate = bool(said)
@@ -109,19 +109,19 @@ def _narrowing(line: Line) -> Tuple[List[str], bool]:
 
 
 def _covers(line: Line, argument: str) -> bool:
-    """An argument of the command line names all acceptance tests."""
+    """Whether an argument of the command line covers all acceptance tests."""
     acceptance = line.acceptance.resolve()
     return "::" not in argument and (line.folder / argument).resolve() in (acceptance, *acceptance.parents)
 
 
 def check_outputs(option: Any) -> None:
-    """Files that are written when all is done can be written: found now, not after the verdict.
+    """Check now that the files written at the end of a run can be written.
 
     Raises:
         UsageError: one cannot be written.
     """
     folder, json_file = option.report, getattr(option, "benchmark_json", None)
-    # pytest-benchmark 4 has opened the file by now, later ones have its path
+    # pytest-benchmark 4 has opened the file by now, later versions keep its path
     files = [("--benchmark-json", getattr(json_file, "name", None) if hasattr(json_file, "write") else json_file)]
     files += [("--junitxml", getattr(option, "xmlpath", None)), ("--report", folder and folder / report.JSON)]
     for flag, name in files:
@@ -139,7 +139,7 @@ def check_outputs(option: Any) -> None:
 
 
 def _check_timing(line: Line) -> None:
-    """Throughput is promised, so pytest-benchmark must be there, and time."""
+    """Throughput is promised, so pytest-benchmark must be loaded and must time."""
     if not line.timer:
         raise UsageError("throughput needs pytest-benchmark, which is not loaded; install it, or use -m accuracy")
     for flag in ("disable", "skip"):

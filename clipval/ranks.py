@@ -3,11 +3,11 @@
 A float32 dot product of width n, summed in any order, fused or not, is off by at most gamma(n) * |x| * |y|, where
 gamma(n) = n * u / (1 - n * u) and u = 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition,
 section 3.1). Rounding both unit rows to float32 adds two u; `rounding` takes gamma(n + 8), which also covers the
-thresholds' own rounding and underflow. So a float32 score decides by itself unless it is within that bound of what it
-is compared with; only those few pairs are computed in float64, in which ties are looked for.
+thresholds' own rounding and underflow. So a float32 score is decisive unless it is within that bound of what it is
+compared with; only those few pairs are computed in float64, where ties are detected.
 
-Both directions share the product: a caption's wrong images are what is left in its row, an image's wrong captions
-what is left in its column. Memory beside the embeddings: their float32 copies, and a few MiB a core.
+Both directions share the product: a caption's wrong images are the rest of its row, an image's wrong captions the rest
+of its column. Memory besides the embeddings: their float32 copies, and a few MiB per core.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ NEVER = -2.0  # below every cosine, and above the -inf that stands for a positiv
 
 
 class Unit(NamedTuple):
-    """Embeddings of one tower, ready to be compared.
+    """Embeddings of one tower, prepared for comparison.
 
     Attributes:
-        given: float [n, width] as given, or float64 of unit length where their squares would leave float64's range.
+        given: float [n, width] as given, or float64 of unit length if their squares would leave float64's range.
         norm: float64 [n], the lengths of `given`.
-        unit: float32 [n filled up with zeros to a multiple of 8, width], of unit length.
+        unit: float32 [n padded with zeros to a multiple of 8, width], of unit length.
     """
 
     given: np.ndarray
@@ -64,7 +64,7 @@ def rounding(width: int) -> float:
 
 
 def unit_rows(values: np.ndarray) -> Unit:
-    """Scale rows [n, width] to unit length; a row of NaN, Inf or zeros has a norm that is not finite or is zero."""
+    """Scale rows [n, width] to unit length; a row of NaN, Inf or zeros has a non-finite or zero norm."""
     count, width = values.shape
     given = values if values.dtype in (np.float16, np.float32) else _in_range(values.astype(np.float64))
     norm = np.empty(count)
@@ -109,7 +109,7 @@ def rank(vision: Unit, text: Unit, owner: np.ndarray) -> Tuple[Ranks, Ranks]:
 
 
 class _Queries:
-    """One direction while scores stream by; all arrays are by query, images filled up to a multiple of 8."""
+    """One direction while scores stream by; all arrays are per query, images padded to a multiple of 8."""
 
     def __init__(self, positive: np.ndarray, size: int, error: float, lock: ContextManager[Any]) -> None:
         pad = (0, size - len(positive))
@@ -124,9 +124,9 @@ class _Queries:
         self.lock = lock
 
     def threshold(self, queries: slice, strip: np.ndarray) -> np.ndarray:
-        """Float32 scores below these are not among a query's five best wrong candidates; `strip` [queries, others].
+        """Float32 scores below these are not among a query's five best wrong candidates; `strip` [queries, candidates].
 
-        Of groups of others the fifth best maximum is one of at least five scores that are no lower.
+        At least five scores are no lower than the fifth best maximum over groups of candidates.
         """
         known = self.best[queries].min(axis=1) - self.error
         if np.isneginf(known).any():
@@ -137,12 +137,12 @@ class _Queries:
         return floor
 
     def add(self, queries: slice, sure: np.ndarray, near: np.ndarray, exact: np.ndarray, decided: np.ndarray) -> None:
-        """Take in the others of one strip.
+        """Add the candidates of one strip.
 
         Args:
             sure: int [queries], how many certainly score above the positive.
-            near, exact, decided: of each pair computed in float64 the query within `queries`, its score, and whether
-                it is among the sure ones.
+            near, exact, decided: for each pair computed in float64 the query within `queries`, its score, and whether
+                it is counted in `sure`.
         """
         start = queries.start
         ahead = ~decided & (exact >= self.positive[queries][near] - TIE)
@@ -188,13 +188,13 @@ class _Scores:
     def rank(self) -> Tuple[Ranks, Ranks]:
         count = len(self.owner)
         cores = environment.usable_cores()
-        blocks = min(-(-count // (CAPTIONS * cores)) * cores, count)  # every core has as many
+        blocks = min(-(-count // (CAPTIONS * cores)) * cores, count)  # the same number for every core
         edges = np.linspace(0, count, blocks + 1).astype(int)
         _in_threads(self.block, [slice(a, b) for a, b in zip(edges, edges[1:])], "ranks")
         return self.captions.result(), self.images.result()
 
     def block(self, rows: slice) -> None:
-        """Some captions with every image."""
+        """Score some captions against every image."""
         height, width = rows.stop - rows.start, min(IMAGES, len(self.vision.unit))
         buffer = np.empty((height, width), np.float32)
         for start in range(0, len(self.vision.unit), width):
@@ -207,7 +207,7 @@ class _Scores:
                 self.strip(scores[top : top + STRIP], part, columns)
 
     def hide(self, scores: np.ndarray, rows: slice, columns: slice) -> None:
-        """Take the positives, and the columns that fill up, out of a tile; both directions have the same positives."""
+        """Exclude the positives and the padding from a tile; both directions have the same positives."""
         owner = self.owner[rows]
         own = np.flatnonzero((owner >= columns.start) & (owner < columns.stop))
         place = own, owner[own] - columns.start
@@ -221,7 +221,7 @@ class _Scores:
         scores[:, len(self.vision.norm) - columns.start :] = -np.inf
 
     def strip(self, scores: np.ndarray, rows: slice, columns: slice) -> None:
-        """Count in both directions what stands before the positives; `scores` [at most STRIP, at most IMAGES]."""
+        """Count in both directions what ranks above the positives; `scores` [at most STRIP, at most IMAGES]."""
         captions, images = self.captions, self.images
         floor = captions.threshold(rows, scores)[:, None]
         sure, row, column = _split(scores, captions.low[rows, None], captions.high[rows, None], floor)
@@ -247,7 +247,7 @@ class _Scores:
         return found
 
     def decide(self, rows: slice, columns: slice, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-        """Float64 cosines of pairs within a strip; of many, which only near copies have, by one product."""
+        """Float64 cosines of pairs within a strip; if they are many (near copies), by one product."""
         row, column = row + rows.start, column + columns.start
         if len(row) * CROWDED <= (rows.stop - rows.start) * (columns.stop - columns.start):
             return self.exact(row, column)
@@ -262,12 +262,12 @@ class _Scores:
 def _split(
     scores: np.ndarray, low: np.ndarray, high: np.ndarray, floor: np.ndarray
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores certainly above, as bool like `scores`; rows and columns of those that float64 must decide."""
+    """Which scores are certainly above (bool like `scores`); rows and columns of those that float64 must decide."""
     sure = scores > high
     open_ = scores >= low
     open_ ^= sure
     open_ |= scores >= floor
-    words = np.flatnonzero(open_.view(np.uint64))  # eight at once: nearly all are zero
+    words = np.flatnonzero(open_.view(np.uint64))  # eight at a time: nearly all are zero
     word, byte = np.nonzero(open_.reshape(-1, GROUP)[words])
     row, column = np.divmod(words[word] * GROUP + byte, scores.shape[1])
     return sure, row, column
@@ -279,7 +279,7 @@ def _blas() -> ThreadpoolController:
 
 
 def _one_blas_thread() -> ContextManager[Any]:
-    """Every core computes tiles of its own, which keeps it busier than sharing each product."""
+    """Each core computes its own tiles, which keeps it busier than sharing each product."""
     limit: ContextManager[Any] = _blas().limit(limits=1, user_api="blas")
     return limit
 

@@ -1,4 +1,4 @@
-"""One judged figure, its evidence and wording, and the JSON lines file that figures are appended to as they come."""
+"""A judged figure, its evidence and wording, and the JSON Lines file that figures are appended to as they come."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PASS, FAIL, INFO = "pass", "fail", "info"
 
 
 class Worst(msgspec.Struct, frozen=True):
-    """A sample that is far from the reference; None for a figure that is no number."""
+    """A sample that is far from the reference; None stands for NaN."""
 
     id: str
     cosine: Optional[float]
@@ -29,9 +29,9 @@ class ParityDetail(msgspec.Struct, frozen=True, tag="parity"):
     """How far a tower's embeddings are from the reference's.
 
     Attributes:
-        percentiles: percentile -> cosine; mean: of the cosines; relative_error: the largest of a sample's vector.
+        percentiles: percentile -> cosine; mean: of the cosines; relative_error: the largest of any sample's vector.
         edges, counts: histogram of -log10(1 - cosine), one count fewer than edges.
-        smallest_norm, largest_norm: before normalisation; worst: the samples with the least cosine, worst first.
+        smallest_norm, largest_norm: before normalisation; worst: the samples with the lowest cosine, worst first.
     """
 
     percentiles: Dict[str, Optional[float]]
@@ -45,7 +45,7 @@ class ParityDetail(msgspec.Struct, frozen=True, tag="parity"):
 
 
 class Published(msgspec.Struct, frozen=True):
-    """A published recall of this model: its value, where it is from, and of which backend, where that is known."""
+    """A published recall of this model: its value, its source, and the backend if known."""
 
     value: float
     source: str
@@ -53,13 +53,13 @@ class Published(msgspec.Struct, frozen=True):
 
 
 class RecallDetail(msgspec.Struct, frozen=True, tag="recall"):
-    """Every published figure of this model for one recall."""
+    """Every published figure of this model for one recall metric."""
 
     published: List[Published] = []
 
 
 class Flip(msgspec.Struct, frozen=True):
-    """A query whose hit was gained or lost: its rank by the reference and now, the margin, and what was retrieved."""
+    """A query whose hit was gained or lost: its rank for both, the margin, and what was retrieved."""
 
     id: str
     was: int
@@ -78,7 +78,7 @@ class PairedDetail(msgspec.Struct, frozen=True, tag="paired"):
 
 
 class PublishedRate(msgspec.Struct, frozen=True):
-    """A published throughput: of which chip, samples/s, source, and whether this row was measured on that chip."""
+    """A published throughput: chip, samples/s, source, and whether this row was measured on that chip."""
 
     chip: str
     samples_per_second: float
@@ -87,7 +87,7 @@ class PublishedRate(msgspec.Struct, frozen=True):
 
 
 class ThroughputDetail(msgspec.Struct, frozen=True, tag="throughput"):
-    """A row of throughput with the published figure beside it."""
+    """A row of throughput with the published figure."""
 
     row: Row
     protocol: int
@@ -101,7 +101,7 @@ class ProbeDetail(msgspec.Struct, frozen=True, tag="probe"):
 
 
 class PlacementDetail(msgspec.Struct, frozen=True, tag="placement"):
-    """Where a runtime computes: provider -> operator -> how many, those that strayed to the CPU, and what tells so."""
+    """Where a runtime computes: provider -> operator -> count, operators that fell back to the CPU, and the source."""
 
     operators: Dict[str, Dict[str, int]]
     strayed: Dict[str, int]
@@ -117,15 +117,15 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         gate: the check it belongs to, `parity/onnx/vision` or `throughput/onnx/vision/8`; see `clipval.gates`.
         metric: what was measured; unit: `cosine`, `share`, `samples/s`, `absolute`, ...
-        measured: the value; None where there is none.
-        count: samples, queries or rounds it was taken over.
+        measured: the value; None if there is none.
+        count: number of samples, queries or rounds.
         reference: what it is compared with; source: where that is from.
-        limit: the bound that decided, with `bound` saying how: `>=`, `<=`, `within`; because: why it is what it is.
-        verdict: `pass`, `fail`, or `info` for a figure that decides nothing.
+        limit, bound: the limit and its kind, `>=`, `<=` or `within`; because: the reason for the limit.
+        verdict: `pass`, `fail`, or `info` for a figure that is not gated.
         failure: class of failure: `model` (wrong numbers), `environment`, `input`, `usage`, `perf`.
-        worst: the samples that decided, in words; message: the sentence that the failed test shows.
+        worst: the samples that decided, as text; message: what the failed test shows.
         made_by: the backend; None for a figure of files or data. detail: what a report draws.
-        diagnosis: of a failed figure, where the candidate diverges: `clipval.diagnose.finding.Finding.detail`.
+        diagnosis: for a failed figure, where the candidate diverges: `clipval.diagnose.finding.Finding.detail`.
     """
 
     gate: str
@@ -149,7 +149,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def number(value: Optional[float], unit: str) -> str:
-    """A value in its unit, with as many digits as tell it from a bound that it is near to: of a rate at least three."""
+    """A value in its unit, with enough digits to tell it from a bound nearby: at least three for a rate."""
     if value is None or not math.isfinite(value):
         return "none"
     if unit == "cosine" and value > 0.99:
@@ -163,7 +163,7 @@ def number(value: Optional[float], unit: str) -> str:
 
 
 def wanted(figure: Figure) -> str:
-    """What a figure is held to: `>= 0.95`, `0.8830 +- 0.005`; its reference where nothing is held."""
+    """What is expected of a figure, `>= 0.95` or `0.8830 +- 0.005`; its reference if it is not gated."""
     if figure.bound == "within" and figure.limit is not None:
         return f"{number(figure.reference, figure.unit)} +- {figure.limit:g}"
     if figure.bound and figure.limit is not None:
@@ -177,12 +177,12 @@ def to_json(figure: Figure) -> str:
 
 
 def from_json(text: str) -> Figure:
-    """The figure of a line that `to_json` made."""
+    """The figure of a line written by `to_json`."""
     return msgspec.json.decode(text, type=Figure)
 
 
 def append(path: Path, figures: List[Figure]) -> None:
-    """Append figures as JSON lines and push them to the disk, so that a crash loses at most the running check."""
+    """Append figures as JSON lines and flush them to disk, so that a crash loses at most the running check."""
     with open(path, "ab") as stream:
         for figure in figures:
             stream.write(msgspec.json.encode(figure) + b"\n")
@@ -191,7 +191,7 @@ def append(path: Path, figures: List[Figure]) -> None:
 
 
 def read(path: Path) -> List[Figure]:
-    """Figures of a JSON lines file; a last line that a crash cut off is dropped.
+    """Figures of a JSON Lines file; a last line truncated by a crash is dropped.
 
     Raises:
         InputError: another line is damaged or of another schema.

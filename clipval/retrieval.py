@@ -3,8 +3,8 @@
 recall@k is the hit rate, as the recipe and CLIP_benchmark count it: the share of queries with any positive among
 their k best candidates. `image_retrieval` has captions as queries, `text_retrieval` has images as queries.
 
-Ties count against the model: a wrong candidate that scores the same stands before the positive. Counting only what
-is strictly greater would give perfect recall to constant or NaN embeddings.
+Ties count against the model: a wrong candidate with the same score ranks above the positive. Counting only strictly
+greater scores would give constant or NaN embeddings perfect recall.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Direction:
     Attributes:
         name: `image_retrieval` or `text_retrieval`.
         query_ids: n names; ranks: int64 [n], 1 is best, of the best positive.
-        margins: float64 [n], score of the best positive less that of the 5th wrong candidate: positive means a
-            hit at 5, and near zero means that rounding decides. NaN with fewer wrong candidates.
-        candidates: how many each query was ranked among; recall rises as they get fewer.
+        margins: float64 [n], score of the best positive minus that of the 5th wrong candidate: positive means a hit
+            at 5, near zero that rounding decides. NaN with fewer wrong candidates.
+            candidates: how many each query was ranked among; recall is higher with fewer.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Direction:
 def interval(hits: int, count: int) -> Tuple[float, float]:
     """Wilson 95 % interval of a share, for independent queries.
 
-    Captions of one image are not independent, so for image retrieval it is too narrow (by about 1.4 in a synthetic set
-    of five captions an image).
+    Captions of one image are not independent, so for image retrieval it is too narrow (by a factor of about 1.4 on a
+    synthetic set with five captions per image).
     """
     from scipy.stats import binomtest
 
@@ -78,10 +78,10 @@ class Retrieval:
 
 
 def check_embeddings(ids: Tuple[str, ...], values: np.ndarray, what: str) -> Unit:
-    """Embeddings scaled to unit length, or an error that names the sample.
+    """Embeddings scaled to unit length, or an InputError that names the sample.
 
     Args:
-        ids: n different names; values: float [n, width]; what: for the message, `text embeddings`.
+        ids: n unique names; values: float [n, width]; what: for the message, e.g. `text embeddings`.
 
     Raises:
         InputError: wrong shape or dtype, an id that occurs twice, NaN, Inf, zero length, a constant vector, or all
@@ -92,7 +92,7 @@ def check_embeddings(ids: Tuple[str, ...], values: np.ndarray, what: str) -> Uni
     if len(ids) != len(values) or len(set(ids)) != len(ids):
         raise InputError(f"{what}: {len(ids)} ids ({len(set(ids))} different) for {len(values)} rows")
     rows = unit_rows(values)
-    flat = values[:, 0] == values[:, 1]  # nearly none, so that few rows are read whole
+    flat = values[:, 0] == values[:, 1]  # true for hardly any row, so that few rows are read whole
     flat[flat] = np.ptp(values[flat], axis=1) == 0
     for wrong, word in (
         (~np.isfinite(rows.norm), "NaN or Inf in the embedding"),
@@ -103,7 +103,7 @@ def check_embeddings(ids: Tuple[str, ...], values: np.ndarray, what: str) -> Uni
             first = ids[int(np.argmax(wrong))]
             raise InputError(f"{what}: {word} of sample {first} ({int(wrong.sum())} of {len(ids)} samples)")
     unit = rows.unit[: len(ids)]
-    alike = np.abs(unit[0] - unit[-1]).max() < 1e-6  # a first look, which nearly always settles it
+    alike = np.abs(unit[0] - unit[-1]).max() < 1e-6  # a quick check, which nearly always decides it
     if len(unit) > 1 and alike and np.ptp(unit, axis=0).max() < 1e-6:
         raise InputError(f"{what}: all {len(ids)} embeddings are equal (first sample {ids[0]}); the model collapsed")
     return rows
@@ -120,10 +120,10 @@ def evaluate(
 
     Args:
         images: float [n, width]; captions: float [m, width]; need not be of unit length.
-        image_of_caption: int [m], index of each caption's image. Any number of captions an image, at least one.
+        image_of_caption: int [m], index of each caption's image. Any number of captions per image, at least one.
 
     Raises:
-        InputError: embeddings that `check_embeddings` refuses, widths that differ, captions of no image or images
+        InputError: embeddings that `check_embeddings` rejects, different widths, captions without an image or images
             without a caption.
     """
     vision = check_embeddings(image_ids, images, "image embeddings")
@@ -151,10 +151,10 @@ class Paired:
 
     Attributes:
         name: the direction; gains, losses: queries that only the candidate, only the reference hits.
-        difference: candidate's recall less the reference's; p_value: exact two-sided McNemar test, which takes
-            queries as independent.
-        flips: one entry a query that changed, the widest margin first: a flip with a margin near zero is
-            rounding, one with a wide margin is a fault.
+        difference: candidate's recall minus the reference's; p_value: exact two-sided McNemar test, which assumes
+        independent queries.
+        flips: one entry per query that changed, widest margin first: a flip with a margin near zero is rounding, one
+        with a wide margin a fault.
     """
 
     name: str
@@ -169,7 +169,7 @@ def pair(reference: Direction, candidate: Direction, k: int = GATED_K) -> Paired
     """Compare hits at k query by query.
 
     Raises:
-        InputError: the queries are not the same, or are ranked among more or fewer candidates.
+        InputError: the queries or the numbers of candidates differ.
     """
     from scipy.stats import binomtest
 

@@ -1,4 +1,4 @@
-"""What a run promised and what it did: the gates that must be evaluated, the figures that came, the verdict."""
+"""What a run promised and what it did: the gates to evaluate, the figures recorded, the verdict."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ KEPT_RUNS = 20
 
 @dataclass
 class Account:
-    """One run's account.
+    """The record of one run.
 
     Attributes:
-        promised: gate ids of the whole run, if no test is left out; file: JSON lines that figures are appended to.
-        deliberate: the person asked for less than the whole run (`-k`, a path) and named no backends, so that what is
-            left out is reported and does not fail. Otherwise everything promised must be evaluated.
-        narrowed_by: what leaves tests out, for the verdict line: `-k 'text'`.
+        promised: gate ids of the whole run, if no test is left out; file: JSON Lines that figures are appended to.
+        deliberate: the user asked for part of the run (`-k`, a path) and named no backends, so gates that are left
+        out are reported and do not fail. Otherwise everything promised must be evaluated.
+        narrowed_by: what leaves tests out, for the verdict line, e.g. `-k 'text'`.
         selected: gate ids of the tests that were collected and not deselected; None until that is known.
-        always: gates that are left out by nothing: the comparison with a baseline that was given.
-        chosen: gate ids of `--gate`, which are judged alone; None without it.
-        again: the command line of this run, which `--gate` narrows to some of its gates.
-        notes: more of what was not validated.
+        always: gates that nothing leaves out: the comparison with a given baseline.
+        chosen: gate ids of `--gate`, the only ones judged; None without it.
+        again: the command line of this run, to be narrowed with `--gate`.
+        notes: further lines on what was not validated.
         failures: one entry per failed test.
     """
 
@@ -50,7 +50,7 @@ class Account:
     started: float = field(default_factory=time.time)
 
     def add(self, figures: Sequence[Figure]) -> None:
-        """Keep figures and put them on the disk at once."""
+        """Record figures and write them to disk at once."""
         if figures:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             append(self.file, list(figures))
@@ -58,7 +58,7 @@ class Account:
 
     @property
     def left_out(self) -> List[str]:
-        """Gates of the whole run that the person left out, by `--gate` or, with no backends named, by a selection."""
+        """Gates of the whole run that the user left out, by `--gate` or, if no backends were named, by a selection."""
         kept = set(self.promised if self.chosen is None else self.chosen)
         if self.deliberate and self.selected is not None:
             kept &= {*self.selected, *self.always}
@@ -72,13 +72,13 @@ class Account:
 
     @property
     def missing(self) -> List[str]:
-        """Expected gates of which no figure came."""
+        """Expected gates without a figure."""
         evaluated = {figure.gate for figure in self.figures}
         return [gate for gate in self.expected if gate not in evaluated]
 
     @property
     def unexpected(self) -> List[str]:
-        """Gates of which a figure came though no test promised it."""
+        """Gates with a figure that no test promised."""
         expected = set(self.expected)
         return list(dict.fromkeys(figure.gate for figure in self.figures if figure.gate not in expected))
 
@@ -88,7 +88,7 @@ class Account:
         return bool(wrong or any(figure.verdict == FAIL for figure in self.figures))
 
     def run(self, chain: Chain) -> Run:
-        """The whole account as a report takes it."""
+        """The whole record, for a report."""
         spec = chain.spec
         model, weights = Path(spec.model.name).stem, Path(spec.model.pretrained).name
         subject = Subject(spec.name, model, weights, spec.data.name, spec.data.images, spec.data.captions)
@@ -113,14 +113,14 @@ class Account:
         )
 
     def _unexpected(self) -> List[Failure]:
-        message = "a figure of a gate that no test promised; name the gate with @pytest.mark.gate on the test"
+        message = "a figure for a gate that no test promised; name the gate with @pytest.mark.gate on the test"
         return [Failure(UNPROMISED, gate, f"{gate}: {message}") for gate in self.unexpected]
 
     def _not_gated(self) -> List[str]:
         verdicts = Counter(row_verdict(figure) for figure in self.figures if figure.verdict == INFO)
         verdicts.pop("", None)
         said = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-        return [f"throughput: rows ({said}) gate nothing; name --backends to gate them"] if said else []
+        return [f"throughput: rows ({said}) are not gated; name --backends to gate them"] if said else []
 
     def _advice(self) -> List[str]:
         rows = [(one.gate, one.detail.row) for one in self.figures if isinstance(one.detail, ThroughputDetail)]
@@ -130,7 +130,7 @@ class Account:
 
 
 def results_file(workdir: Path) -> Path:
-    """A new results file below the work directory; of old runs the newest `KEPT_RUNS` are kept."""
+    """A new results file below the work directory; of earlier runs the last `KEPT_RUNS` are kept."""
     runs = workdir / "runs"
     for old in sorted(runs.glob("*.jsonl"))[:-KEPT_RUNS]:
         old.unlink()

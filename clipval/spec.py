@@ -28,7 +28,7 @@ else:
 FOLDER = Path(__file__).parent / "specs"
 LEAST_COSINE, MOST_RECALL = 0.9, 0.1
 MOST = {"max_abs": 0.1, "norm": 0.1, "invariance": 0.1}
-Between = Annotated[float, msgspec.Meta(gt=0, lt=1)]  # a share, a cosine or a difference that can be missed both ways
+Between = Annotated[float, msgspec.Meta(gt=0, lt=1)]  # an open interval, so that a bound can both pass and fail
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Size = Annotated[int, msgspec.Meta(ge=1)]
@@ -39,7 +39,7 @@ Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8"]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A table of the TOML file: a misspelt key or a wrong type is an error that names it."""
+    """A table of the TOML file: a misspelt key or a wrong type is reported by name."""
 
 
 class ModelSpec(_Table, frozen=True):
@@ -49,10 +49,10 @@ class ModelSpec(_Table, frozen=True):
         name: open_clip architecture, a JSON config in open_clip's format relative to the spec file, `local-dir:FOLDER`
             or `hf-hub:ORG/NAME`.
         pretrained: default weights: tag, file or folder relative to the spec file, or `random`.
-        sha256: of files that hold these weights, so that they are known when they are given by path.
-        activation: that these weights were trained with, where neither tag nor folder says it.
+        sha256: of files with these weights, to recognise them when given by path.
+        activation: that these weights were trained with, if neither tag nor folder states it.
         image_size, context_length, embed_dim: sizes of the contract (pixels, tokens, elements).
-        resize_positions: the weights' position embeddings are of another image size and may be resized.
+        resize_positions: whether position embeddings of another image size may be resized.
     """
 
     name: str
@@ -69,13 +69,13 @@ class DataSpec(_Table, frozen=True):
     """The data set.
 
     Attributes:
-        name: as published tables call it: `flickr30k`, `mscoco_captions`, `shapes`.
-        kind: one of `clipval.datasets.MODULES`; a folder that holds another kind is still recognised.
-        images, captions: how many there must be; 0 takes what is there.
-        captions_sha256: of the captions in order, each ended by a newline; empty is not compared.
-        fingerprint: of ids, captions and the bytes of every image, as `clipval pin` prints it; empty is not compared.
-        duplicates: images that may be duplicates under another id.
-        get: one sentence for a person who has none: where from, and how it must lie.
+        name: its name in published tables: `flickr30k`, `mscoco_captions`, `shapes`.
+        kind: one of `clipval.datasets.MODULES`; a folder of another kind is still recognised.
+        images, captions: expected numbers; 0 allows any.
+        captions_sha256: of the captions in order, each ended by a newline; not compared if empty.
+        fingerprint: of ids, captions and the bytes of every image, from `clipval pin`; not compared if empty.
+        duplicates: number of images that may be duplicates with another id.
+        get: one sentence for users without the data: where to get it, and the expected layout.
     """
 
     name: str
@@ -89,15 +89,15 @@ class DataSpec(_Table, frozen=True):
 
 
 class GoldenSpec(_Table, frozen=True):
-    """Embeddings of a few samples, once found right, which PyTorch is held to.
+    """Pinned embeddings of a few samples, with which PyTorch is compared.
 
-    Parity compares backends with PyTorch, so what is wrong in the model itself, and so in every backend, shows here.
-    The pinned inputs, pixels and tokens, are kept with the embeddings: no decoder or tokenizer stands in between.
+    Parity compares backends with PyTorch, so an error in the model itself, and thus in every backend, shows only here.
+    Probe inputs come from a seed, so no decoder or tokenizer is involved.
 
     Attributes:
-        file: made by `clipval pin`; relative to the spec file.
-        vision_min, text_min: smallest cosine with them, of the pinned inputs.
-        cosine_min: smallest cosine with them, of the data set's own files, whose decoder may differ.
+        file: written by `clipval pin`; relative to the spec file.
+        vision_min, text_min: smallest allowed cosine for the probe inputs.
+        cosine_min: smallest allowed cosine for the data set's own files, whose decoder may differ.
         because: the reason for these numbers.
     """
 
@@ -113,12 +113,12 @@ class Reference(_Table, frozen=True):
 
     Attributes:
         metric: `image_retrieval_recall@5` and the like, a share in [0, 1].
-        backend: whose figure it is; a backend without one is compared with pytorch's.
-        value: the figure; count: queries it is a mean over, so one query moves it by 1 / count.
-        candidates: what each query is ranked among; 0 takes the data set's number, else the other direction's count.
-        within: allowed distance both ways: a gain that large means another metric, split or leakage.
-            None: shown, not gated.
-        source: where the figure is from; because: why `within` is what it is.
+        backend: that it was measured with; a backend without a figure is compared with pytorch's.
+        value: the figure; count: number of queries, so one query changes it by 1 / count.
+        candidates: number that each query is ranked among; 0 for the data set's, else the other direction's count.
+        within: allowed distance in both directions: too high means another metric or split, or leakage.
+        None: shown, not gated.
+        source: where the figure is from; because: the reason for `within`.
     """
 
     metric: Metric
@@ -135,12 +135,12 @@ class ParityBounds(_Table, frozen=True):
     """Bounds on a backend's embeddings against PyTorch's, per sample on unit-length vectors.
 
     Attributes:
-        backend, precision: which embeddings these bounds hold for; precision `fp32` or `fp16`.
-        tower: `vision` or `text`; empty for both, where a tower has no bounds of its own.
+        backend, precision: which embeddings these bounds apply to.
+        tower: `vision` or `text`; empty for towers without bounds of their own.
         cosine_min: smallest cosine over samples; cosine_mean: mean cosine over samples.
         max_abs: largest absolute difference of one element.
-        norm: largest |L2 norm - 1| of an embedding as the backend gave it.
-        invariance: largest absolute difference of one element between two batches that hold the same sample.
+        norm: largest |L2 norm - 1| of an embedding as returned by the backend.
+        invariance: largest absolute difference of one element of a sample between two batches.
         because: the reason for these numbers.
     """
 
@@ -159,7 +159,7 @@ class PairedBounds(_Table, frozen=True):
     """Allowed distance of a backend's recall@5 from PyTorch's on the same samples, as a share.
 
     Attributes:
-        precision: of the backend; empty for every one that has no bounds of its own.
+        precision: of the backend; empty for precisions without bounds of their own.
     """
 
     metric: Metric
@@ -178,7 +178,7 @@ class PublishedThroughput(_Table, frozen=True):
 
 
 class ThroughputSpec(_Table, frozen=True):
-    """Batch sizes to measure, published curves, and the least share of a published figure on its chip."""
+    """Batch sizes to measure, published curves, and the required share of a published figure on its chip."""
 
     batch_sizes: Annotated[Tuple[Size, ...], msgspec.Meta(min_length=1)] = (1, 4, 8, 16, 32, 64)
     floor: float = 0.9
@@ -187,7 +187,7 @@ class ThroughputSpec(_Table, frozen=True):
 
 
 class Spec(_Table, frozen=True):
-    """One spec. `path` is the file it was read from."""
+    """A spec. `path` is the file it was read from."""
 
     name: str
     title: str
@@ -222,7 +222,7 @@ class Spec(_Table, frozen=True):
         )
 
     def paired_bounds(self, metric: str, precision: str) -> PairedBounds:
-        """Bounds of a paired metric for a precision: its own, else those of every precision."""
+        """Bounds of a paired metric for a precision: its own, else those for any precision."""
         found: Dict[str, PairedBounds] = {one.precision: one for one in self.paired if one.metric == metric}
         return found.get(precision) or found[""]
 
@@ -235,7 +235,7 @@ class Spec(_Table, frozen=True):
         return None
 
     def size(self, reference: Reference) -> Tuple[int, int]:
-        """Queries and candidates that a figure was measured over; 0 candidates where nothing states them."""
+        """Numbers of queries and candidates of a figure; 0 candidates if unknown."""
         by_image = reference.metric.startswith("image_")
         stated = self.data.images if by_image else self.data.captions
         other = "text_" if by_image else "image_"
@@ -243,7 +243,7 @@ class Spec(_Table, frozen=True):
         return reference.count, reference.candidates or stated or next(iter(counts), 0)
 
     def beside(self, name: str) -> str:
-        """A path of the spec made absolute: relative ones lie beside the spec file."""
+        """A path relative to the spec file; any other name unchanged."""
         beside = Path(self.path).parent / name
         return str(beside) if name and beside.is_file() else name
 
@@ -282,13 +282,13 @@ def _check(spec: Spec) -> None:
             problems.append(f"reference {reference.metric}: give the number of its candidates, or data.{kind}")
     means = [one for one in spec.parity if one.cosine_mean < one.cosine_min]
     problems += [f"parity {one.backend}: cosine_mean {one.cosine_mean} is below cosine_min" for one in means]
-    problems += [*_given_twice(spec), *_cannot_fail(spec)]
+    problems += [*_duplicates(spec), *_cannot_fail(spec)]
     if problems:
         raise InputError(f"spec {spec.path}: {problems[0]}")
 
 
-def _given_twice(spec: Spec) -> List[str]:
-    """Tables of one key, of which only the first would be read."""
+def _duplicates(spec: Spec) -> List[str]:
+    """Duplicate tables, of which only the first would be used."""
     keys = [
         *(f"[[parity]] of {one.backend}, {one.precision}, {one.tower or 'both towers'}" for one in spec.parity),
         *(f"[[references]] of {one.metric}, {one.backend}" for one in spec.references),
@@ -301,8 +301,8 @@ def _given_twice(spec: Spec) -> List[str]:
 def _cannot_fail(spec: Spec) -> List[str]:
     """Bounds so wide that a broken model is within them.
 
-    Embeddings of two other samples have a cosine of 0.3 to 0.9 in a CLIP model, unit vectors of width 512 differ by
-    0.1 to 0.3 in one element, and a recall that is 0.1 off is another model's.
+    Embeddings of two different samples have a cosine of 0.3 to 0.9 in a CLIP model, unit vectors of width 512 differ by
+    0.1 to 0.3 in one element, and a recall that is 0.1 off means another model.
     """
     wide = [
         f"parity {one.backend}: cosine_min {one.cosine_min:g}" for one in spec.parity if one.cosine_min < LEAST_COSINE
@@ -316,7 +316,9 @@ def _cannot_fail(spec: Spec) -> List[str]:
     within = [(one.metric, one.within) for one in spec.references if one.within is not None]
     within += [(pair.metric, pair.within) for pair in spec.paired]
     wide += [f"{metric}: within {value:g}" for metric, value in within if value >= MOST_RECALL]
-    return [f"{one} cannot fail: a broken model is within it; see the shipped specs for bounds" for one in wide]
+    return [
+        f"{one} cannot fail: a broken model is within it; see the shipped specs for suitable bounds" for one in wide
+    ]
 
 
 class PublishedRecall(msgspec.Struct, frozen=True):
@@ -330,7 +332,7 @@ class PublishedRecall(msgspec.Struct, frozen=True):
 
 
 def published(model: str = "", pretrained: str = "", dataset: str = "") -> List[PublishedRecall]:
-    """Published recall of open_clip models on Flickr30k, Flickr8k and COCO, filtered by what is given.
+    """Published recall of open_clip models on Flickr30k, Flickr8k and COCO, filtered by the given names.
 
     The table ships as `clipval/specs/reference_recall.csv`; each row names its source.
     """

@@ -1,6 +1,6 @@
-"""Artifacts in a work directory, keyed by what they were made of.
+"""Artifacts in a work directory, keyed by everything they depend on.
 
-An artifact is a folder `<work>/<kind>/<digest>/` with a `manifest.json`: its whole key and the size and sha256 of
+An artifact is a folder `<work>/<kind>/<digest>/` with a `manifest.json`: its full key and the size and sha256 of
 each file. It is built in `<digest>.building` under a lock and published by one rename, so a killed, crashed or
 disk-full build leaves nothing that a later run would use. It is checked against its manifest once per process.
 """
@@ -28,10 +28,10 @@ from filelock import FileLock
 from clipval.errors import ClipvalError, InputError, disk_full, os_cause
 
 MANIFEST = "manifest.json"
-# They say where things lie, what went wrong and what was asked for, whose values are in the keys; not what a result is.
+# Paths, errors and options: they do not change what an artifact contains, or their values are part of its key.
 NEUTRAL = ("clipval.environment", "clipval.errors", "clipval.spec", "clipval.store")
 Build = Callable[[Path], Any]
-_hashing = [threading.Lock() for _ in range(64)]  # a file takes one of them, so that others are hashed meanwhile
+_hashing = [threading.Lock() for _ in range(64)]  # one per file (by hash), so that several files are hashed at a time
 
 
 def sha256(path: Union[str, Path]) -> str:
@@ -44,7 +44,7 @@ def sha256(path: Union[str, Path]) -> str:
 
 
 def once(path: Path) -> str:
-    """sha256 of a file, which is read once, by one of the threads, as long as its size and time of change stay."""
+    """sha256 of a file, cached while its size and modification time stay the same; threads hash a file only once."""
     found = path.stat()
     with _hashing[hash(path) % len(_hashing)]:
         return _once(path, found.st_size, found.st_mtime_ns)
@@ -57,9 +57,9 @@ def _once(path: Path, size: int, changed: int) -> str:
 
 @functools.lru_cache(maxsize=None)
 def code_hash(*stages: str) -> str:
-    """sha256 over the source of modules and of what they import of this package, so that no artifact is of other code.
+    """sha256 over the source of modules and of what they import from this package: changed code means a new artifact.
 
-    Imports for type checking do not count, nor do `NEUTRAL` modules.
+    Imports for type checking and `NEUTRAL` modules do not count.
     """
     digest = hashlib.sha256()
     for name in sorted(stage_modules(*stages)):
@@ -68,7 +68,7 @@ def code_hash(*stages: str) -> str:
 
 
 def stage_modules(*stages: str) -> Set[str]:
-    """The modules that decide what a stage makes: its own, and what these import, directly or not."""
+    """The modules that a stage's result depends on: its own and, directly or indirectly, their imports."""
     found: Set[str] = set()
     left = list(stages)
     while left:
@@ -80,7 +80,7 @@ def stage_modules(*stages: str) -> Set[str]:
 
 
 def _imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """Modules of the package that are imported anywhere below a node."""
+    """Modules of the package that are imported anywhere under a node."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
@@ -96,7 +96,7 @@ def _imported(tree: ast.AST, package: str) -> Iterator[str]:
 def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent is no package
+    except ModuleNotFoundError:  # its parent is not a package
         return False
 
 
@@ -116,9 +116,9 @@ class Store:
     """The work directory.
 
     Args:
-        root: the work directory; made when needed.
-        rebuild_before: artifacts older than this `time.time()` are built again (`--rebuild` gives the start of the
-            run, so that several processes of one run build each artifact once). None: use what is there.
+        root: the work directory; created when needed.
+        rebuild_before: artifacts older than this `time.time()` are rebuilt (`--rebuild` passes the start of the run, so
+        that several processes of one run build each artifact once). None: use what exists.
     """
 
     def __init__(self, root: Path, rebuild_before: Optional[float] = None) -> None:
@@ -128,7 +128,7 @@ class Store:
         self._failed: Dict[Path, ClipvalError] = {}
 
     def check(self) -> None:
-        """The work directory can be made and written.
+        """Check that the work directory can be created and written.
 
         Raises:
             InputError: it cannot.
@@ -141,14 +141,14 @@ class Store:
             raise InputError(self._explain(error)) from error
 
     def get(self, kind: str, key: Mapping[str, Any], build: Build, *, resumes: bool = False) -> Path:
-        """The folder of an artifact, built by `build(folder)` where it is missing, stale or damaged.
+        """The folder of an artifact, built by `build(folder)` if it is missing, stale or damaged.
 
         Args:
-            kind: a word for people; the folder's parent.
-            key: everything the result depends on, JSON-able.
-            build: fills the empty folder that it is given; what it raises is passed on and nothing is kept. What
-                failed is not built again by this store: the next call raises the same error.
-            resumes: `build` goes on with what a killed or failed one of the same key left in its folder.
+            kind: name of the folder's parent.
+            key: everything the result depends on, JSON-serialisable.
+            build: fills the empty folder that it is given; its exceptions are passed on and nothing is kept. A failed
+            build is not retried by this store: the next call raises the same error.
+            resumes: `build` continues with what a killed or failed build of the same key left in its folder.
 
         Raises:
             InputError: the work directory cannot be written or the disk is full.
@@ -172,9 +172,9 @@ class Store:
         return folder
 
     def folder(self, kind: str, key: Mapping[str, Any]) -> Path:
-        """A folder that a tool fills bit by bit with what depends on a key alone, such as its compiler's cache.
+        """A folder that a tool fills over time with data that depends only on a key, such as a compiler's cache.
 
-        Its key lies in it. It is emptied once a process where artifacts are built again.
+        The key is stored in it. With `rebuild_before` it is emptied once per process.
 
         Raises:
             InputError: the work directory cannot be written or the disk is full.
@@ -198,7 +198,7 @@ class Store:
         return folder
 
     def _place(self, kind: str, key: Mapping[str, Any]) -> Tuple[Dict[str, Any], Path]:
-        """A whole key, and where what depends on it lies."""
+        """The full key of an artifact, and its folder."""
         whole = json.loads(json.dumps({"kind": kind, **key}))
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
         return whole, self.root / kind / digest[:32]
@@ -230,13 +230,13 @@ class Store:
 
 @contextmanager
 def aside(folder: Path, resumes: bool = False) -> Iterator[Path]:
-    """A folder next to one that is being made, to be moved into its place when it is complete.
+    """A folder next to the target, to be renamed to it when complete.
 
-    It is empty, or with `resumes` holds what was left of one that was not completed.
+    It is empty, or with `resumes` holds what an incomplete build left.
     """
     scratch = folder.with_name(f"{folder.name}.building")
     if not resumes:
-        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
     scratch.mkdir(parents=True, exist_ok=resumes)
     try:
         yield scratch
@@ -246,12 +246,12 @@ def aside(folder: Path, resumes: bool = False) -> Iterator[Path]:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Write a file at once or not at all; its folder must exist."""
+    """Write a file atomically; its folder must exist."""
     descriptor, scratch = tempfile.mkstemp(prefix=f".{file.name}.", dir=str(file.absolute().parent))
     try:
         with open(descriptor, "wb") as stream:
             stream.write(content)
-        os.chmod(scratch, 0o644)  # mkstemp's files are private; these are for others too
+        os.chmod(scratch, 0o644)  # mkstemp's files are private; these may be read by others
         os.replace(scratch, str(file))
     except BaseException:
         os.unlink(scratch)
@@ -265,6 +265,6 @@ def _list(folder: Path) -> Dict[str, Dict[str, Any]]:
     def describe(path: str) -> Dict[str, Any]:
         return {"size": os.path.getsize(path), "sha256": once(Path(path))}
 
-    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
         relative = (path[len(str(folder)) + 1 :].replace(os.sep, "/") for path in paths)
         return dict(zip(relative, pool.map(describe, paths)))

@@ -1,7 +1,7 @@
-"""What is validated in the end: the spec with the command line's model in its place, and what of the spec still holds.
+"""What is validated: the spec with the command line's model, and which parts of the spec apply to it.
 
-A spec's figures, pinned embeddings, transform and activation are those of its own weights and data. Weights are known
-by their name, by their hash, or by `--pretrained-cfg`.
+A spec's figures, pinned embeddings, transform and activation belong to its own weights and data. Weights are
+identified by name, by hash, or by `--pretrained-cfg`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ ANOTHER_PIPELINE = (
 
 
 class Subject(NamedTuple):
-    """The spec of what is under test.
+    """The spec, adapted to the model under test.
 
     Attributes:
-        spec: with the model's name and weights as given, and without what the spec says of others.
-        fallback: the spec's transform, for weights of the spec's architecture that nothing says anything of.
-        left_out: what of the spec does not hold for these weights and data, and why; one line each.
-        pretrained_cfg: the tag that says what the weights are of, where the options name one.
+        spec: with the given model name and weights, and without what applies to other weights only.
+        fallback: the spec's transform, for unknown weights of the spec's architecture.
+        left_out: which parts of the spec do not apply to these weights and data, and why; one line each.
+        pretrained_cfg: the tag given by `--pretrained-cfg`, if any.
     """
 
     spec: Spec
@@ -43,12 +43,12 @@ class Subject(NamedTuple):
 
     @property
     def trained(self) -> bool:
-        """Recall means something: the weights are not seeded ones."""
+        """Whether recall is meaningful: the weights are not seeded."""
         return self.spec.model.pretrained != RANDOM
 
     @property
     def golden_file(self) -> Path:
-        """The file of the embeddings that the spec's model is pinned to; only where the spec names one."""
+        """The file of pinned embeddings; call it only if the spec names one."""
         assert self.spec.golden is not None
         return Path(self.spec.beside(self.spec.golden.file))
 
@@ -59,11 +59,11 @@ class Subject(NamedTuple):
         return model.name, model.pretrained, self.pretrained_cfg, model.activation
 
     def transform_of(self, found: Weights) -> PreprocessSpec:
-        """The weights' own transform, else the spec's; else the spec's of other weights or open_clip's, assumed."""
+        """The weights' own transform, else the spec's; else, assumed, the spec's for other weights or open_clip's."""
         return found.preprocess or self.spec.preprocess or self.fallback or DEFAULT
 
     def assumed(self, found: Weights) -> List[str]:
-        """What nothing states of trained weights and was assumed, one line each."""
+        """What was assumed about trained weights because nothing states it, one line each."""
         if not self.trained:
             return []
         nothing = "neither tag, folder nor spec states it"
@@ -77,7 +77,7 @@ class Subject(NamedTuple):
 
 
 def of(settings: Settings) -> Subject:
-    """The subject of a run. Reads the spec, and the weights' file where it stands in for the spec's."""
+    """The subject of a run. Reads the spec, and the weights' file if it replaces the spec's."""
     spec = specs.load(settings.spec)
     model = spec.model
     name = settings.model_name or spec.beside(model.name)
@@ -91,7 +91,7 @@ def of(settings: Settings) -> Subject:
     drawn = datasets.draws(spec.data.kind)
     other_data = f"other data, --data-dir {settings.data_dir}" if drawn and settings.data_dir is not None else ""
     why = others or other_data
-    speaks = not others or (same_model and seeded)  # of seeded weights a transform cannot be wrong
+    speaks = not others or (same_model and seeded)  # for seeded weights no transform is wrong
     references = spec.references
     if why:
         tag = settings.pretrained_cfg.rpartition("/")[2] or _tag_of(name, pretrained, spec.data)
@@ -116,11 +116,11 @@ def of(settings: Settings) -> Subject:
 def _left_out(spec: Spec, replaced: Spec, why: str, seeded: bool) -> Tuple[str, ...]:
     lines: List[str] = []
     if replaced.golden is None:
-        reason = f"the spec's embeddings are not of {why}" if spec.golden and why else "no embeddings were pinned"
+        reason = f"the spec's embeddings are not for {why}" if spec.golden and why else "no embeddings were pinned"
         seen = "shows in recall alone" if replaced.references and not seeded else "is not seen"
-        lines.append(f"golden: {reason}, so what is wrong in the model itself {seen}")
+        lines.append(f"golden: {reason}, so an error in the model itself {seen}")
     if seeded:
-        lines.append("recall: the weights are random, so figures of recall mean nothing")
+        lines.append("recall: the weights are random, so recall is meaningless")
     elif not spec.references:
         lines.append("recall: the spec has no [[references]], so recall is not gated")
     elif why:
@@ -132,7 +132,7 @@ def _left_out(spec: Spec, replaced: Spec, why: str, seeded: bool) -> Tuple[str, 
 
 
 def _same(name: str, own: str) -> bool:
-    """One architecture under two names: the same, or config files that say the same."""
+    """Whether two names mean one architecture: equal names, or config files of equal content."""
     if name == own:
         return True
     try:
@@ -143,7 +143,7 @@ def _same(name: str, own: str) -> bool:
 
 
 def _other_weights(spec: Spec, pretrained: str, says: str) -> str:
-    """Why weights are not known to be the spec's own; "" where they are."""
+    """Why the weights are not known to be the spec's own; "" if they are."""
     own = spec.model.pretrained
     if not own or pretrained in (own, spec.beside(own)) or says.rpartition("/")[2] == own:
         return ""
@@ -157,21 +157,21 @@ def _other_weights(spec: Spec, pretrained: str, says: str) -> str:
     known = (*spec.model.sha256, *((sha256(own_file),) if own_file.is_file() else ()))
     if found in known:
         return ""
-    hint = "" if own_file.is_file() else " (--pretrained-cfg says it)"
+    hint = "" if own_file.is_file() else " (use --pretrained-cfg if it is)"
     return f"{file.name} (sha256 {found[:12]}), which is not known to be {Path(own).name}{hint}"
 
 
 def _tag_of(name: str, pretrained: str, data: DataSpec) -> str:
-    """The tag that weights are: as given, or of a file by its hash where the published table has the data set."""
+    """The weights' tag: as given, or by a file's hash if the published table has the data set."""
     builtin = not name.endswith(".json") and not brings_weights(name)
     file = given_file(pretrained) if builtin and specs.published(dataset=data.name) else None
     return pretrained if file is None else tag_by_hash(architecture(name), sha256(file))
 
 
 def published(model: str, tag: str, data: DataSpec, own: List[Reference]) -> List[Reference]:
-    """Published recall of a model's weights on a data set, as references; empty where the shipped table has none.
+    """Published recall of a model's weights on a data set, as references; empty if the shipped table has none.
 
-    Distances are the spec's own for the metric, at least 0.01, since these figures come from another pipeline.
+    Tolerances are the spec's own for the metric, but at least 0.01, since these figures come from another pipeline.
     """
     found: List[Reference] = []
     queries = {"image_retrieval": data.captions, "text_retrieval": data.images}

@@ -1,7 +1,7 @@
-"""A run that is watched from outside itself: a child does the work, and a closing record decides beside its exit code.
+"""Watch a run from a parent process: the child's closing record counts, besides its exit code.
 
-A runtime's library, or a hook at the end of the process, may call `os._exit(0)` at any moment; nothing inside the
-process can prevent it. The child is a fork, so debuggers, coverage and the options of the interpreter stay as they are.
+A runtime's library or an exit hook may call `os._exit(0)` at any moment, and nothing inside the process can prevent
+it. The child is a fork, so debuggers, coverage and interpreter options still apply.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import sys
 import threading
 from typing import Callable, Optional, Set
 
-FROM_TERMINAL = 0x80  # SI_KERNEL of signal.h: Ctrl-C reached every process of the foreground group, the child too
+FROM_TERMINAL = 0x80  # SI_KERNEL of signal.h: Ctrl-C reached every process of the foreground group, including the child
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-DEBUGGERS = ("pydevd", "debugpy")  # they talk through threads, which a fork does not copy
+DEBUGGERS = ("pydevd", "debugpy")  # they use threads, which a fork does not copy
 
 _record: Optional[int] = None
 
 
 def why_not() -> str:
-    """Why this process cannot be watched; empty if it can."""
+    """Why this process cannot be watched; empty if it can be."""
     if not hasattr(os, "fork") or not hasattr(signal, "sigwaitinfo"):
         return "this system has no fork or sigwaitinfo"
     attached = [name for name in DEBUGGERS if name in sys.modules]
@@ -32,15 +32,15 @@ def why_not() -> str:
 
 
 def fork(say: Callable[[str], None]) -> Optional[int]:
-    """Split in two: None in the child, which goes on; in the parent the exit code, once the child has ended.
+    """Fork: None in the child, which continues; in the parent the exit code, once the child has ended.
 
     Args:
-        say: prints a line for a person, in the parent.
+        say: prints a line, in the parent.
     """
     global _record
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if stream is not None:
-            stream.flush()  # or both processes print what is left
+            stream.flush()  # or both processes print what is buffered
     signals = {getattr(signal, name) for name in FORWARDED} | {signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     parent, (reader, writer) = os.getpid(), os.pipe()
@@ -53,7 +53,7 @@ def fork(say: Callable[[str], None]) -> Optional[int]:
         return None
     os.close(writer)
     status = _wait(child, signals)
-    os.set_blocking(reader, False)  # a process that the child left behind may hold the other end open
+    os.set_blocking(reader, False)  # a process left behind by the child may keep the other end open
     try:
         record = os.read(reader, 16)
     except BlockingIOError:
@@ -65,21 +65,21 @@ def fork(say: Callable[[str], None]) -> Optional[int]:
 
 
 def watched() -> bool:
-    """This process is the child that somebody watches."""
+    """Whether this process is a watched child."""
     return _record is not None
 
 
 def close(code: int) -> None:
-    """The child's closing record: what it means to exit with. Nothing where nobody watches."""
+    """Write the child's closing record, its intended exit code; does nothing if it is not watched."""
     if _record is not None:
         os.write(_record, str(int(code)).encode())
 
 
 def verdict(status: int, record: Optional[int]) -> tuple[int, str]:
-    """The exit code of the whole, and a line about it where the child did not end as it said.
+    """The overall exit code, and a message if the child did not end as its record states.
 
     Args:
-        status: of `os.waitpid`; record: the child's closing record, None without one.
+        status: from `os.waitpid`; record: the child's closing record, None without one.
     """
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
@@ -91,14 +91,14 @@ def verdict(status: int, record: Optional[int]) -> tuple[int, str]:
     if record is None:
         return 1, (
             "clipval: FAIL: the process ended with exit code 0 before its verdict; "
-            "something in it called os._exit(0), e.g. a runtime"
+            "something called os._exit(0), e.g. a runtime"
         )
     ending = f"clipval: the run ended with exit code {record}; something in its exit hooks changed that to 0"
     return record, ending if record else ""
 
 
 def _wait(child: int, signals: Set[signal.Signals]) -> int:
-    """The child's status; signals that were sent to this process alone are passed on."""
+    """The child's status; signals sent to this process alone are passed on."""
     while True:
         heard = signal.sigwaitinfo(signals)
         if heard.si_signo != signal.SIGCHLD:
@@ -111,7 +111,7 @@ def _wait(child: int, signals: Set[signal.Signals]) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Be killed with the parent, so that `kill -9` of the run leaves nothing behind that holds a device."""
+    """Die with the parent, so that `kill -9` of the run leaves no process that holds a device."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(DEATH_SIGNAL, signal.SIGKILL)

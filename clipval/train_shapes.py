@@ -1,8 +1,8 @@
 """Train the small CLIP of the spec `shapes` on drawn scenes: python -m clipval.train_shapes --save FILE.
 
 Seeds, sizes and steps are the defaults below; about eight minutes on four CPU cores. Test images and
-captions come from another seed and are never trained on. The checkpoint is a plain state_dict in float16 with
-the token rows that no caption uses set to zero, so that it packs small.
+captions come from another seed and are never trained on. The checkpoint is a plain state_dict in float16; token rows
+that no caption uses are zero, so that it compresses well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def train(images: Any, tokens: Any, module: Any, *, epochs: int, batch_size: int
 
     Args:
         images: uint8 tensor [n, 3, 224, 224]; tokens: int64 tensor [n, 5, 77].
-        epochs: passes over the images; every image meets one of its captions at random each time.
+        epochs: passes over the images; each time an image is paired with a random one of its captions.
         rate: peak learning rate of a one-cycle schedule.
     """
     import torch

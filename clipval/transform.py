@@ -1,4 +1,4 @@
-"""The transform of images that belongs to weights: which one it is, and open_clip's own code for it."""
+"""The image transform that belongs to weights: its description, and open_clip's own code for it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from clipval.library import import_open_clip, open_clip_version
 
 
 class PreprocessSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How images are prepared for the weights; stated apart from the code that does it, so that a gate can compare.
+    """How images are prepared for the weights; described independently of the code, so that a gate can compare the two.
 
     Attributes:
         mean, std: per channel, RGB, of pixel values in [0, 1].
         interpolation: `bicubic`, `bilinear`, or `random` (in training; bicubic here).
         resize_mode: `shortest` edge to the size and crop, `longest` edge and pad, or `squash` to the size.
         fill_color: grey level of the padding.
-        source: where this is from.
+        source: where these values are from.
     """
 
     mean: Tuple[float, float, float]
@@ -30,7 +30,7 @@ class PreprocessSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     fill_color: int = 0
 
     def describe(self) -> str:
-        """In a few words, as `squash, bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5`."""
+        """In short, e.g. `squash, bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5`."""
         numbers = [f"{name} {' '.join(f'{one:g}' for one in getattr(self, name))}" for name in ("mean", "std")]
         return ", ".join([self.resize_mode, self.interpolation, *numbers])
 
@@ -44,7 +44,7 @@ DEFAULT = PreprocessSpec(
 
 
 def of_config(found: Dict[str, Any], source: str) -> PreprocessSpec:
-    """The transform that a tag's or a folder's config states; what it leaves out is open_clip's default."""
+    """The transform that a tag's or a folder's config states; missing keys take open_clip's default."""
     mean, std = (_three(found.get(name)) for name in ("mean", "std"))
     return PreprocessSpec(
         mean=mean or DEFAULT.mean,
@@ -66,7 +66,7 @@ def build(stated: PreprocessSpec, size: Tuple[int, int]) -> Callable[[Any], Any]
     """open_clip's evaluation transform: PIL image -> float32 tensor [3, height, width].
 
     Raises:
-        InputError: this open_clip cannot do it.
+        InputError: this version of open_clip does not support it.
     """
     open_clip = import_open_clip()
     more = {"resize_mode": stated.resize_mode, "interpolation": stated.interpolation, "fill_color": stated.fill_color}
@@ -75,8 +75,8 @@ def build(stated: PreprocessSpec, size: Tuple[int, int]) -> Callable[[Any], Any]
     plain = stated.resize_mode == "shortest" and stated.interpolation != "bilinear" and size[0] == size[1]
     if lacking and not plain:
         raise InputError(
-            f"open_clip {open_clip_version()} cannot resize {stated.describe()} to {size}; it knows shortest, bicubic, "
-            f"square alone. "
+            f"open_clip {open_clip_version()} cannot resize {stated.describe()} to {size}; it supports only shortest, "
+            f"bicubic, square. "
             f"pip install 'open_clip_torch>=2.24'"
         )
     side: Any = size[0] if size[0] == size[1] else size

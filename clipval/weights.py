@@ -1,4 +1,4 @@
-"""Which weights, where they lie, and what is said of them: their transform and their activation.
+"""Which weights, where they are stored, and what is known about them: their transform and activation.
 
 Weights are a tag that open_clip knows (downloaded), a local file or folder, or `random` (seeded weights: enough
 for parity and throughput, not for recall).
@@ -33,15 +33,15 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 class Weights(NamedTuple):
-    """Which weights, and what is said of them.
+    """Which weights, and what is known about them.
 
     Attributes:
-        asked: as they were asked for.
-        file: what holds them; None for seeded ones, and before a tag is downloaded.
+        asked: as they were given.
+        file: the file that holds them; None for seeded weights, and before a tag is downloaded.
         sha256: their identity.
-        tag: the weight tag that they are, by name, by hash or as `--pretrained-cfg` says; "" where that is not known.
-        preprocess: the transform that their tag or folder states; None where neither does.
-        quick_gelu: they were trained with QuickGELU, or with GELU; None where neither tag, folder nor spec says it.
+        tag: their weight tag, by name, by hash or from `--pretrained-cfg`; "" if unknown.
+        preprocess: the transform that their tag or folder states; None if neither does.
+        quick_gelu: trained with QuickGELU (else with GELU); None if neither tag, folder nor spec states it.
     """
 
     asked: str
@@ -53,18 +53,18 @@ class Weights(NamedTuple):
 
 
 def find_weights(name: str, pretrained: str, says: str = "", activation: str = "") -> Weights:
-    """Find the weights, downloading a tag's where needed, and hash them.
+    """Find the weights, download them if needed, and hash them.
 
     Args:
-        name: architecture, as `clipval.library.architecture` takes it.
+        name: architecture, see `clipval.library.architecture`.
         pretrained: weight tag, path of a file or folder, `local-dir:FOLDER`, `hf-hub:ORG/NAME`, or `random`.
         says: tag whose weights these are, as TAG or MODEL/TAG.
-        activation: `gelu` or `quick_gelu`, as a spec states it; "" where it does not.
+        activation: `gelu` or `quick_gelu` from the spec; "" if it states none.
 
     Raises:
-        InputError: there is no such tag or file, the download failed, or the architecture computes another activation
-            than the weights were trained with.
-        UsageError: `says` is no tag.
+        InputError: there is no such tag or file, the download failed, or the weights were trained with another
+            activation than the architecture's.
+        UsageError: `says` is not a tag.
     """
     weights = identify(name, pretrained, says, activation)
     if weights.file is not None or weights.asked == RANDOM:
@@ -74,7 +74,7 @@ def find_weights(name: str, pretrained: str, says: str = "", activation: str = "
 
 
 def identify(name: str, pretrained: str, says: str = "", activation: str = "") -> Weights:
-    """What is known of weights before anything is downloaded; see `find_weights`."""
+    """What is known about weights before anything is downloaded; see `find_weights`."""
     arch = architecture(name)
     owner, tag = library.find_tag(arch, says) if says else (arch, "")
     found = Weights(pretrained, None, "", tag)
@@ -113,10 +113,10 @@ def _said_by(folder: Path, found: Weights) -> Weights:
 
 
 def given_file(pretrained: str) -> Optional[Path]:
-    """The file that weights are given as, or the one in the folder that they are given as; None for a tag.
+    """The given file of weights, or the one in the given folder; None for a tag.
 
     Raises:
-        InputError: the folder is not there, or holds no one file of weights.
+        InputError: the folder does not exist, or does not hold exactly one file of weights.
     """
     if pretrained.startswith(library.HUB):
         return None
@@ -126,7 +126,7 @@ def given_file(pretrained: str) -> Optional[Path]:
 
 
 def _folder(pretrained: str) -> Optional[Path]:
-    """The folder that weights are given as; of a hub's cache folder of a repository, its snapshot."""
+    """The given folder of weights; for a repository's folder in the hub's cache, its snapshot."""
     if library.brings_weights(pretrained):
         return library.folder_of(pretrained)
     folder = Path(pretrained)
@@ -145,13 +145,13 @@ def _folder(pretrained: str) -> Optional[Path]:
 
 
 def _file_of(arch: str, pretrained: str, folder: Optional[Path]) -> Path:
-    """The file of weights that was given, or the one in a folder."""
+    """The given file of weights, or the one in a folder."""
     if folder is not None:
         return _file_in(pretrained, folder)
     path = Path(pretrained)
     if path.is_symlink() and not path.exists():
         raise InputError(
-            f"weights {path}: a link to {path.resolve()}, which is not there; copy a hub's snapshot with cp -rL"
+            f"weights {path}: a link to {path.resolve()}, which does not exist; copy a hub's snapshot with cp -rL"
         )
     if not path.is_file():
         known = f"; known tags: {', '.join(library.tags(arch))}" if library.tags(arch) else ""
@@ -178,13 +178,13 @@ def _file_in(pretrained: str, folder: Path) -> Path:
 
 
 def _check_activation(arch: str, found: Weights) -> None:
-    """The architecture computes what the weights were trained with: a wrong one costs recall and shows in no parity."""
+    """The activation must be the one of training: a wrong one costs recall, and parity cannot detect it."""
     computes = library.is_quick(arch)
     if found.quick_gelu is None or found.quick_gelu == computes:
         return
     other = library.twin(arch)
     if found.tag and computes and not other:
-        return  # roberta-ViT-B-32: open_clip's tag does not say QuickGELU, but has this architecture alone
+        return  # roberta-ViT-B-32: the only architecture, though open_clip's tag does not state QuickGELU
     word = {True: "QuickGELU", False: "GELU"}
     advice = f"give --model-name {other}" if other else f'give a JSON config with "quick_gelu": {not computes}'.lower()
     raise InputError(

@@ -1,4 +1,4 @@
-"""What the subcommands share: their shape, the chain behind them, and what a file's name tells."""
+"""Common parts of the subcommands: their declaration, the chain, and what a file name implies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL_OPTIONS = [
 
 
 class Command(NamedTuple):
-    """A subcommand: declares its options, runs, returns the exit code."""
+    """A subcommand: `declare` adds its options, `run` returns the exit code."""
 
     declare: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int]
@@ -27,32 +27,32 @@ class Command(NamedTuple):
 
 
 def chain_of(args: argparse.Namespace) -> Any:
-    """The chain of a command's options."""
+    """The chain for a command's options."""
     from clipval.chain import Chain
 
     return Chain(Settings.of(args))
 
 
 def model_options(parser: Parser) -> None:
-    """Options that say which model."""
+    """Add the options that select the model."""
     add_options(parser.add_argument, MODEL_OPTIONS)
 
 
 def tower_of_onnx(file: Path) -> Tower:
-    """The tower that an ONNX file holds."""
+    """The tower in an ONNX file."""
     from clipval import export
 
     return export.tower_of(file)
 
 
 def say_notes(backend: Any) -> None:
-    """Print what a person should know of a backend's file."""
+    """Print the notes on a backend's file."""
     for note in backend.notes:
         print(f"{backend.identity.name}: {note}", file=sys.stderr)
 
 
 def batch_of_name(file: Optional[Path]) -> int:
-    """Batch size in the name of a file that has a fixed one, 0 for none."""
+    """Batch size in a file's name if the backend's is fixed; 0 for none."""
     name = backends.of_file(file) if file is not None else None
     digits = file.stem.rpartition("_bs")[2] if file is not None and name and backends.kind(name).fixed_batch else ""
     return int(digits) if digits.isdigit() else 0

@@ -1,4 +1,4 @@
-"""Any two of an ONNX file, an OM file, a folder of embeddings and the model itself, sample by sample."""
+"""Compare any two of an ONNX file, an OM file, a folder of embeddings and the model itself, sample by sample."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def _declare(parser: Parser) -> None:
     add_options(parser.add_argument, ["--allow-health", "--allow-simulated", "--onnx-providers", "--probe-seed"])
     for name in ("first", "second"):
         parser.add_argument(name, metavar="ONNX|OM|DIR|pytorch", help="what is compared; the first is the reference")
-    parser.add_argument("--tower", choices=TOWER_NAMES, help="without it the names of the files tell")
-    parser.add_argument("--input", type=Path, metavar="DIR", help="prepared arrays; without it inputs are drawn")
-    parser.add_argument("--precision", choices=CLASSES, help="whose bounds hold; without it that of the less precise")
+    parser.add_argument("--tower", choices=TOWER_NAMES, help="default: by the files' names")
+    parser.add_argument("--input", type=Path, metavar="DIR", help="prepared arrays; default: drawn inputs")
+    parser.add_argument("--precision", choices=CLASSES, help="bounds to apply; default: of the less precise one")
     parser.add_argument("--batch-size", type=at_least(int, 1), metavar="N", help="default: the OM file's, else 8")
 
 
 def _compare(args: argparse.Namespace) -> int:
-    """Cosine sample by sample, and the largest difference of one element, held to the spec's bounds; exit 1 beyond."""
+    """Cosine per sample and largest difference of one element, checked against the spec's bounds; exit 1 outside."""
     from clipval import embeddings
     from clipval.gates.parity import agreement
 
@@ -48,7 +48,7 @@ def _compare(args: argparse.Namespace) -> int:
     known = [_precision(chain, where) for where in (first, second)]
     precision = args.precision or max(filter(None, known), key=CLASSES.index, default="")
     if not precision:
-        raise UsageError("compare: two folders do not say what they were computed in; give --precision")
+        raise UsageError("compare: the precision of two folders is unknown; give --precision")
     bounds = chain.spec.bounds("onnx", precision, tower.name)
     figures = agreement(one, other, second, tower, bounds)
     print(f"{args.first} ({first})\n{args.second} ({second})\n{len(one.ids)} samples, bounds of {precision}")
@@ -58,7 +58,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _made(chain: Chain, args: argparse.Namespace, name: str, tower: Tower) -> Tuple[Identity, Embeddings]:
-    """The embeddings that a source gives, or holds, and what made them."""
+    """The embeddings computed or held by a source, and their identity."""
     from clipval import embeddings
 
     path = Path(name)
@@ -87,7 +87,7 @@ def _inputs(chain: Chain, args: argparse.Namespace, tower: Tower) -> Tuple[Any, 
         return rows.ids, rows
     others = [name for name in (args.first, args.second) if Path(name).is_dir()]
     if others:
-        raise UsageError(f"compare: {others[0]} holds embeddings; give --input with the arrays that they are of")
+        raise UsageError(f"compare: {others[0]} holds embeddings; give --input with the arrays they were computed from")
     return probe.inputs(chain.model, tower, chain.probe_seed)
 
 
@@ -105,4 +105,4 @@ def _tower_of(args: argparse.Namespace) -> str:
     return found[0]
 
 
-COMMANDS = {"compare": Command(_declare, _compare, "any two of ONNX, OM, embeddings and pytorch")}
+COMMANDS = {"compare": Command(_declare, _compare, "compare any two of ONNX, OM, embeddings and pytorch")}

@@ -1,4 +1,4 @@
-"""What stands around the chain: a run's report, the host, published figures, embeddings to hold a model to."""
+"""Commands besides the recipe's steps: reports, the host, published figures, pinned embeddings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _declare_report(parser: Parser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    """Show a run's table, or compare two runs: last night's and tonight's."""
+    """Show a run, or compare two, e.g. last night's and tonight's."""
     from clipval import report
 
     runs = [report.load(file) for file in args.runs]
@@ -32,7 +32,7 @@ def _declare_doctor(parser: Parser) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    """Say line by line what this machine lacks; exit 1 when something required is missing."""
+    """List what this machine has and lacks; exit 1 if something required is missing."""
     from clipval import doctor
 
     findings = doctor.check(args.backends, args.device_id[0])
@@ -50,7 +50,7 @@ def _declare_pin(parser: Parser) -> None:
 
 
 def _pin(args: argparse.Namespace) -> int:
-    """A few of PyTorch's embeddings into a file; prints the lines of a spec that hold later runs to them."""
+    """Write a few of PyTorch's embeddings to a file; prints the spec lines that compare later runs with them."""
     from clipval import arrays, embeddings, probe
 
     chain = chain_of(args)
@@ -64,18 +64,18 @@ def _pin(args: argparse.Namespace) -> int:
         found[name] = embeddings.Golden(of_data, of_probe.values, inputs.sha256)
     embeddings.write_golden(args.save, found)
     print(f'[data]\ncaptions_sha256 = "{chain.dataset.captions_sha256()}"')
-    if datasets.kind(chain.spec.data.kind).draw is None:  # drawn images are files of this machine's JPEG coder
+    if datasets.kind(chain.spec.data.kind).draw is None:  # drawn images depend on this machine's JPEG encoder
         print(f'fingerprint = "{chain.dataset.fingerprint()}"')
     print(f'\n[golden]\nfile = "{args.save.name}"\ncosine_min = 0.99999')
     print("vision_min = 0.9999999999\ntext_min = 0.9999999999")
     counts = {name: len(one.of_data.ids) for name, one in found.items()}
-    print(f'because = "PyTorch by {counts["vision"]} images, {counts["text"]} captions and the probe inputs of seed 0"')
+    print(f'because = "PyTorch on {counts["vision"]} images, {counts["text"]} captions and the probe inputs of seed 0"')
     return 0
 
 
 def _declare_reference(parser: Parser) -> None:
-    parser.add_argument("--model-name", default="", metavar="NAME", help="open_clip architecture, as ViT-B-32")
-    parser.add_argument("--pretrained", default="", metavar="TAG", help="weight tag, as laion2b_s34b_b79k")
+    parser.add_argument("--model-name", default="", metavar="NAME", help="open_clip architecture, e.g. ViT-B-32")
+    parser.add_argument("--pretrained", default="", metavar="TAG", help="weight tag, e.g. laion2b_s34b_b79k")
     parser.add_argument("--dataset", default="", metavar="NAME", help="flickr30k, flickr8k or mscoco_captions")
 
 
@@ -97,6 +97,6 @@ def _reference(args: argparse.Namespace) -> int:
 COMMANDS = {
     "report": Command(_declare_report, _report, "show a run, or compare two"),
     "doctor": Command(_declare_doctor, _doctor, "what this machine lacks"),
-    "pin": Command(_declare_pin, _pin, "embeddings that later runs are held to"),
+    "pin": Command(_declare_pin, _pin, "pin embeddings for later runs"),
     "reference": Command(_declare_reference, _reference, "published recall figures"),
 }

@@ -1,4 +1,4 @@
-"""Which architectures of open_clip there are, what they need, and what was seen of them."""
+"""open_clip's architectures: sizes, requirements, and whether their export was tested."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _declare(parser: Parser) -> None:
 
 
 def _models(args: argparse.Namespace) -> int:
-    """Sizes, needs, and whether both towers export and agree with PyTorch: every architecture that was swept."""
+    """List architectures: sizes, requirements, and whether both towers export and agree with PyTorch."""
     from clipval import architectures
 
     rows = [row for row in architectures.read() if args.name.lower() in row.model.lower()]
@@ -39,4 +39,4 @@ def _seen(row: Architecture) -> str:
     return f"{row.export}, {row.vision:.0e} vision, {row.text:.0e} text"
 
 
-COMMANDS = {"models": Command(_declare, _models, "architectures, and what was seen of them")}
+COMMANDS = {"models": Command(_declare, _models, "architectures and whether their export was tested")}

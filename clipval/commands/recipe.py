@@ -1,4 +1,4 @@
-"""The recipe's own steps under its own flags: preprocess, export, compile, embed, evaluate."""
+"""The recipe's steps with its flags: preprocess, export, compile, embed, evaluate."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def _preprocess(args: argparse.Namespace) -> int:
     from clipval.library import brings_weights
 
     if args.pretrained is None and args.model_name is not None and not brings_weights(args.model_name):
-        args.pretrained = "random"  # nothing says which weights; their transform is assumed
+        args.pretrained = "random"  # no weights are given; their transform is assumed
     chain = chain_of(args)
     if args.data_dir is None and args.model_name is not None:
-        raise UsageError("preprocess --model-name: say which images with --data-dir")
+        raise UsageError("preprocess --model-name: give the images with --data-dir")
     given = args.data_dir is not None
     dataset = _given(args) if given else chain.dataset
     wanted = {"images": set(dataset.image_ids), "texts": set(dataset.caption_ids)}
@@ -91,13 +91,13 @@ def _declare_compile(parser: Parser) -> None:
         parser.add_argument,
         ["--precision-mode", "--keep-dtype", "--atc-flags", "--device-id", "--batch-sizes", "--jobs"],
     )
-    parser.add_argument("--soc-version", "--soc_version", metavar="SOC", help="without it npu-smi is asked")
+    parser.add_argument("--soc-version", "--soc_version", metavar="SOC", help="default: from npu-smi")
     parser.add_argument("--model", type=Path, help="one ONNX file")
-    parser.add_argument("--output", type=Path, help="OM file without its ending; needs one batch size")
+    parser.add_argument("--output", type=Path, help="OM file without its suffix; needs a single batch size")
     parser.add_argument("--onnx-prefix", type=Path, metavar="PREFIX", help="both towers: PREFIX_{vision,text}.onnx")
     parser.add_argument("--input-shape", "--input_shape", metavar="SHAPE", help="as image:8,3,224,224")
     for flag in ("--framework", "--input_format", "--log"):
-        parser.add_argument(flag, help="accepted as atc's; clipval sets it by the tower")
+        parser.add_argument(flag, help="accepted for compatibility with atc; clipval sets it by the tower")
 
 
 def _compile(args: argparse.Namespace) -> int:
@@ -144,7 +144,7 @@ def _declare_embed(parser: Parser) -> None:
     add_options(parser.add_argument, ["--device-id", "--threads", *ONNX_OPTIONS, "--precision-mode"])
     add_options(parser.add_argument, ["--om-runtime", "--device-timeout", "--allow-health"])
     add_options(parser.add_argument, ["--model-name", "--pretrained", "--pretrained-cfg", "--spec", "--workdir"])
-    parser.add_argument("--backend", choices=backends.names(), help="without it the model file's ending tells")
+    parser.add_argument("--backend", choices=backends.names(), help="default: by the model file's suffix")
     parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="prep_data/images or prep_data/texts")
     parser.add_argument("--output", type=Path, default=Path("om_outputs"), metavar="DIR", help="default: %(default)s")
@@ -177,10 +177,10 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _tower_of_input(folder: Path) -> str:
-    """A folder of token arrays is the text tower's, one of pixels the vision tower's."""
+    """The tower for a folder of arrays: text for tokens, vision for pixels."""
     first = next(iter(sorted(folder.glob("*.npy"))), None)
     if first is None:
-        raise InputError(f"--input {folder}: no .npy files; give the images or texts folder that preprocess made")
+        raise InputError(f"--input {folder}: no .npy files; give the images or texts folder written by preprocess")
     from clipval import arrays
 
     return "text" if arrays.load(first).dtype == np.int64 else "vision"
@@ -190,12 +190,14 @@ def _declare_evaluate(parser: Parser) -> None:
     add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
     parser.add_argument("--vision-embeds", type=Path, required=True, metavar="DIR", help="<id>_0.npy files")
     parser.add_argument("--text-embeds", type=Path, required=True, metavar="DIR", help="<id>_<k>_0.npy files")
-    parser.add_argument("--spec", metavar="NAME", help="hold the recall to this spec's figures; else it is only shown")
-    parser.add_argument("--backend", default="om", help="whose figures of the spec (default: %(default)s)")
+    parser.add_argument("--spec", metavar="NAME", help="gate recall by this spec's figures; default: only show it")
+    parser.add_argument(
+        "--backend", default="om", help="backend whose figures of the spec apply (default: %(default)s)"
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    """Embeddings to recall@k both ways; prints the recipe's Metrics line."""
+    """Embeddings to recall@k in both directions; prints the recipe's Metrics line."""
     from clipval import embeddings, retrieval, spec
     from clipval.backends import Identity
     from clipval.gates.retrieval import gated_metrics, recall
@@ -238,6 +240,6 @@ COMMANDS = {
     "preprocess": Command(_declare_preprocess, _preprocess, "images and captions to arrays"),
     "export": Command(_declare_export, _export, "both towers to ONNX"),
     "compile": Command(_declare_compile, _compile, "ONNX to OM with atc"),
-    "embed": Command(_declare_embed, _embed, "arrays to embeddings, by any backend"),
+    "embed": Command(_declare_embed, _embed, "arrays to embeddings, with any backend"),
     "evaluate": Command(_declare_evaluate, _evaluate, "embeddings to recall"),
 }

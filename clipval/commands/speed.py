@@ -1,4 +1,4 @@
-"""Throughput without a test runner: rows of one process, and a baseline of several."""
+"""Throughput without pytest: rows of one process, and a baseline from several."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _declare_bench(parser: Parser) -> None:
         "--perf-noise",
     ]
     add_options(parser.add_argument, names)
-    parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as ais_bench takes it")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as for ais_bench")
     parser.add_argument(
         "--batchsize", "--batch-size", type=at_least(int, 1), metavar="N", help="of --model; default: the OM file's"
     )
@@ -47,7 +47,7 @@ def _declare_bench(parser: Parser) -> None:
 def _bench(args: argparse.Namespace) -> int:
     """Throughput of one model file, or of every backend, tower and batch size of the spec.
 
-    Exit code 1: --save was given, and a row computes something else, was disturbed, or has too few calls.
+    Exit code 1: with --save, if a row's outputs are wrong, it was disturbed, or it has too few calls.
     """
     from clipval.throughput import baseline, rows
     from clipval.throughput.machine import Pace
@@ -55,7 +55,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.loop is not None and args.loop < 1:
         raise UsageError(f"bench --loop {args.loop}: at least 1")
     if args.save and args.model:
-        raise UsageError("bench --save: a baseline is of the spec's model; leave out --model")
+        raise UsageError("bench --save: a baseline is for the spec's model; leave out --model")
     chain = chain_of(args)
     pace = Pace(threads=args.threads)
     print(TABLE.format("row", "samples/s", "95 % interval", "1000*bs/mean ms", "undisturbed", "rounds", "verdict"))
@@ -66,7 +66,7 @@ def _bench(args: argparse.Namespace) -> int:
         print(f"by {identity}")
     useless = [said for row in found for said in _useless(row)]
     if args.save and useless:
-        print(f"bench --save: no baseline is made of this session, {useless[0]}", file=sys.stderr)
+        print(f"bench --save: no baseline is saved from this session: {useless[0]}", file=sys.stderr)
         return 1
     if args.save:
         timings = {name: one.timing for row in found for name, one in _named(row)}
@@ -92,7 +92,7 @@ def _named(row: Row) -> List[Tuple[str, Judged]]:
 
 
 def _useless(row: Row) -> List[str]:
-    """Why no baseline can be made of a row."""
+    """Why a row cannot be part of a baseline."""
     from clipval.throughput.verdict import BUSY, FAULTS, INSUFFICIENT
 
     bad = (*FAULTS, BUSY, INSUFFICIENT)
@@ -100,7 +100,7 @@ def _useless(row: Row) -> List[str]:
 
 
 def _benched(chain: Any, args: argparse.Namespace) -> Any:
-    """Open backends one after the other, with the batch size to measure."""
+    """Open backends one after another, each with the batch size to measure."""
     if args.model is None:
         for name in chain.settings.validated:
             for tower in chain.towers.values():
@@ -121,13 +121,13 @@ def _benched(chain: Any, args: argparse.Namespace) -> Any:
 
 
 def _bench_row(chain: Chain, backend: Backend, size: int, args: argparse.Namespace, pace: Pace) -> Row:
-    """Measure one row and print it; for a baseline timed for all of `--perf-max-time`, of a machine at its speed."""
+    """Measure and print one row; for a baseline for all of `--perf-max-time`, with the machine at full speed."""
     from clipval.export import example_rows
     from clipval.throughput import rows
     from clipval.throughput.feed import Feed
     from clipval.throughput.protocol import Plan, measure
 
-    own = args.model is None  # the spec's model, so that PyTorch is at hand to hold the outputs to
+    own = args.model is None  # the spec's model, so that outputs can be compared with PyTorch's
     data = chain.prepared.rows[backend.tower.name] if own else example_rows(backend.tower, 2 * size)
     subject = rows.subject(chain, backend, Feed(data, size), pace=pace if args.save else None, checked=own)
     settled = args.save is not None
@@ -139,19 +139,21 @@ def _bench_row(chain: Chain, backend: Backend, size: int, args: argparse.Namespa
         shown = f"{timing.samples_per_second:.1f}", f"{low:9.1f} .. {high:9.1f}", *(f"{value:.1f}" for value in figures)
         print(TABLE.format(name, *shown, timing.rounds, f"{one.verdict} {one.reason}").rstrip())
     if row.copies is not None:
-        print("copies: " + ", ".join(f"{name} {seconds * 1000:.3f} ms a call" for name, seconds in row.copies.items()))
+        print(
+            "copies: " + ", ".join(f"{name} {seconds * 1000:.3f} ms per call" for name, seconds in row.copies.items())
+        )
     return row
 
 
 def _declare_baseline(parser: Parser) -> None:
     _declare_bench(parser)
-    parser.add_argument("--sessions", type=int, default=5, metavar="N", help="fresh processes (default: %(default)s)")
+    parser.add_argument("--sessions", type=int, default=5, metavar="N", help="new processes (default: %(default)s)")
 
 
 def _make_baseline(args: argparse.Namespace) -> int:
-    """Throughput of several fresh processes into one file, for pytest --baseline FILE.
+    """Measure throughput in several new processes and write one file, for pytest --baseline FILE.
 
-    A session that was disturbed is made a second time, so that one moment does not cost the others.
+    A disturbed session is repeated once, so that the others are not lost.
     """
     import tempfile
 
@@ -160,9 +162,9 @@ def _make_baseline(args: argparse.Namespace) -> int:
     if args.save is None or args.save.is_dir() or args.sessions < baseline.MIN_SESSIONS:
         raise UsageError(f"baseline: give --save FILE and at least --sessions {baseline.MIN_SESSIONS}")
     args.save.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # of two --save the last one counts
+    # the last --save on the command line counts
     fixed = [sys.executable, "-m", "clipval", "bench", *_without(args.given[1:], "--sessions")]
-    # next to the file, so that a folder that cannot be written is found before anything is measured
+    # next to the file, so that a read-only folder is noticed before anything is measured
     with tempfile.TemporaryDirectory(dir=args.save.absolute().parent) as folder:
         commands = [[*fixed, "--save", str(Path(folder) / f"{n}.json")] for n in range(args.sessions)]
         sessions = [_session(command, f"{n} of {args.sessions}") for n, command in enumerate(commands, 1)]
@@ -175,14 +177,14 @@ def _make_baseline(args: argparse.Namespace) -> int:
 
 
 def _session(command: Sequence[str], name: str) -> Any:
-    """Run one session of a baseline, and once more where it was disturbed."""
+    """Run one session of a baseline, and repeat it once if it was disturbed."""
     import subprocess
 
     from clipval.throughput import baseline
 
     for said in (name, f"{name}, once more"):
         print(f"session {said}", file=sys.stderr)
-        rows = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # shown as they come, to a person
+        rows = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # shown as they come on a terminal
         code = subprocess.run(command, stdout=rows, check=False).returncode
         if code != 1:
             break
@@ -192,7 +194,7 @@ def _session(command: Sequence[str], name: str) -> Any:
 
 
 def _without(arguments: Sequence[str], flag: str) -> List[str]:
-    """Arguments less one flag and its value."""
+    """Arguments without one flag and its value."""
     kept = [one for one in arguments if not one.startswith(f"{flag}=")]
     if flag in kept:
         place = kept.index(flag)
@@ -202,5 +204,5 @@ def _without(arguments: Sequence[str], flag: str) -> List[str]:
 
 COMMANDS = {
     "bench": Command(_declare_bench, _bench, "throughput"),
-    "baseline": Command(_declare_baseline, _make_baseline, "throughput of several processes, to compare with"),
+    "baseline": Command(_declare_baseline, _make_baseline, "throughput of several processes, for later comparison"),
 }

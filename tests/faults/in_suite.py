@@ -78,7 +78,7 @@ def exit_code_changed() -> None:
     atexit.register(os._exit, 0)
 
 
-@fault("a figure of a gate that no test promised", "parity/onnx/other", "no test promised")
+@fault("a figure for a gate that no test promised", "parity/onnx/other", "no test promised")
 def unpromised_figure() -> None:
     real = parity.agreement
 

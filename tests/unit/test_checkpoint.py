@@ -315,7 +315,9 @@ def test_a_hubs_snapshot_and_its_cache_folder(snapshot):
 def test_a_dangling_link_is_said(snapshot):
     (snapshot.parent.parent / "blobs" / "123").unlink()
     for given in (snapshot, snapshot / "open_clip_pytorch_model.bin"):
-        with pytest.raises(InputError, match="a link to .*123, which is not there; copy a hub's snapshot with cp -rL"):
+        with pytest.raises(
+            InputError, match="a link to .*123, which does not exist; copy a hub's snapshot with cp -rL"
+        ):
             weights.find_weights(CONFIG, str(given))
 
 

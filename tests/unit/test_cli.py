@@ -97,7 +97,7 @@ def test_a_figure_is_of_as_many_samples(recipe, tmp_path, capsys, left_out):
         embeddings.write(tmp_path / name, embeddings.Embeddings(tuple(found.ids[n] for n in kept), found.values[kept]))
     given = ["--vision-embeds", tmp_path / "vision", "--text-embeds", tmp_path / "text"]
     assert run("evaluate", *given, "--spec", tmp_path / "own.toml") == (1 if left_out else 0)
-    words = {"": "PASS", "an image": "11 queries among 55 candidates, but the reference is of 12 among 60"}
+    words = {"": "PASS", "an image": "11 queries among 55 candidates, but the reference has 12 among 60"}
     assert words.get(left_out, "12 queries among 48 candidates") in capsys.readouterr().out
 
 

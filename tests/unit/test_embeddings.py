@@ -166,7 +166,7 @@ def test_wrong_files_are_named(tmp_path, name, array, words):
         (lambda content: content[:-1], ""),  # numpy's words differ by version
         (lambda content: content[:40], "EOF"),
         (lambda content: b"", "EOF"),
-        (lambda content: content + b"\0", "more bytes than its header tells"),
+        (lambda content: content + b"\0", "more bytes than its header states"),
         (lambda content: content.replace(b"(1, 512)", b"(1, 512("), ""),
         (lambda content: content.replace(b"(1, 512), }      ", b"(1, 9999999), }  "), ""),
     ],
@@ -175,14 +175,14 @@ def test_a_damaged_file_is_named(tmp_path, harm, words):
     embeddings.write(tmp_path, some())
     file = tmp_path / "3_1_0.npy"
     file.write_bytes(harm(file.read_bytes()))
-    with pytest.raises(InputError, match=f"3_1_0.npy: not an array that can be read .*{words}"):
+    with pytest.raises(InputError, match=f"3_1_0.npy: not a readable array .*{words}"):
         embeddings.read(tmp_path)
 
 
 def test_an_archive_is_not_an_array(tmp_path):
     np.savez(tmp_path / "a.npz", np.ones((1, 512), np.float32))
     (tmp_path / "a.npz").rename(tmp_path / "a_0.npy")
-    with pytest.raises(InputError, match="a_0.npy: not an array"):
+    with pytest.raises(InputError, match="a_0.npy: not a readable array"):
         embeddings.read(tmp_path)
 
 
@@ -327,7 +327,7 @@ def test_align_is_by_id():
     assert np.array_equal(turned.values, found.values[::-1])
     with pytest.raises(InputError, match=r"1 missing \['zz'\], 1 surplus \['5_1'\]"):
         embeddings.align(found, (*found.ids[:-1], "zz"))
-    with pytest.raises(InputError, match=r"2 twice \['a', 'a'\]"):
+    with pytest.raises(InputError, match=r"2 duplicates \['a', 'a'\]"):
         embeddings.align(Embeddings(("a", "a"), found.values[:2]), ("a", "a"))
     with pytest.raises(InputError, match=r"1 twice \['0_0'\]"):
         embeddings.align(found, (*found.ids, "0_0"))

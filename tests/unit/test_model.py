@@ -60,7 +60,7 @@ def test_an_open_clip_that_does_not_know_its_version(monkeypatch):
     wanted = weights.find_weights(CONFIG, weights.RANDOM)
     monkeypatch.delattr(library.import_open_clip(), "__version__", raising=False)
     assert weights.find_weights(CONFIG, weights.RANDOM) == wanted
-    with pytest.raises(InputError, match=r"open_clip \d+\.\d+.* knows no such architecture"):
+    with pytest.raises(InputError, match=r"no such architecture in open_clip \d+\.\d+"):
         weights.find_weights("ViT-B-33", "random")
 
 
@@ -109,7 +109,7 @@ def test_another_architecture_is_named(seeded, tmp_path):
 def test_missing_weights_say_what_to_get():
     with pytest.raises(InputError, match="known tags: .*laion2b_s34b_b79k"):
         weights.find_weights("ViT-B-32", "no_such_tag")
-    with pytest.raises(InputError, match="knows no such architecture"):
+    with pytest.raises(InputError, match="no such architecture"):
         weights.find_weights("ViT-B-33", "random")
     with pytest.raises(InputError, match="no such file"):
         library.architecture("missing.json")

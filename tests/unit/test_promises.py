@@ -38,7 +38,7 @@ def test_a_run_without_throughput_takes_no_baseline(arguments, said, saved, tmp_
 def test_a_baseline_is_read_before_anything_is_measured(tmp_path):
     ended = run(tmp_path / "none.json", tmp_path, "-m", "perf")
     assert ended.code == 4
-    assert "No such file or directory; make it with clipval baseline --save" in ended.output
+    assert "No such file or directory; record it with clipval baseline --save" in ended.output
 
 
 def test_a_selection_that_leaves_the_comparison_out_fails(saved, tmp_path):
@@ -57,10 +57,10 @@ def test_a_selection_that_leaves_the_comparison_out_fails(saved, tmp_path):
         (["-m", "perf", "--benchmark-disable"], "--benchmark-disable: this run promises throughput, which would not"),
         (["-m", "perf", "-p", "no:benchmark"], "throughput needs pytest-benchmark, which is not loaded"),
         (["--benchmark-only"], "--benchmark-only skips the accuracy gates"),
-        (["--gate=parity/onx/text"], "no such gate; did you mean parity/onnx/text"),
+        (["--gate=parity/onx/text"], "not a gate of this run; did you mean parity/onnx/text"),
         (
             ["--gate=recall", "-m", "perf"],
-            "--gate recall: this run promises no such gate; it promises e.g. throughput/",
+            "--gate recall: not a gate of this run; it has e.g. throughput/",
         ),
     ],
 )

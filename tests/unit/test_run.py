@@ -48,7 +48,7 @@ def test_a_figure_that_no_test_promised_fails_the_run(tmp_path):
     account.add([figure("parity/onnx/txet")])
     assert account.failed
     (failure,) = account.run(Chain(Settings())).failures
-    assert failure.message.startswith("parity/onnx/txet: a figure of a gate that no test promised")
+    assert failure.message.startswith("parity/onnx/txet: a figure for a gate that no test promised")
     account.selected = ["parity/onnx/vision", "parity/onnx/txet"]  # a gate of the user's own, named on its test
     assert not account.failed
 
@@ -75,7 +75,7 @@ def test_rows_of_throughput_that_gate_nothing_are_counted(tmp_path):
     rows = [throughput("onnx", "text", 8, 10.0, verdict) for verdict in ("NOISY", "VALID", "NOISY")]
     account.add([*rows, msgspec.structs.replace(rows[0], verdict="pass"), figure(verdict="info")])
     (line,) = account.run(Chain(Settings())).not_validated[-1:]
-    assert line.startswith("throughput: rows (2 NOISY, 1 VALID) gate nothing; name --backends")
+    assert line.startswith("throughput: rows (2 NOISY, 1 VALID) are not gated; name --backends")
 
 
 def test_rows_that_became_faster_suggest_a_new_baseline(tmp_path):

@@ -59,7 +59,7 @@ def test_other_weights_lose_figures_and_golden_and_are_told_why(other):
     assert found.spec.golden is None
     assert found.spec.references == []
     golden, recall = found.left_out
-    assert golden.startswith("golden: the spec's embeddings are not of other.pt (sha256 ")
+    assert golden.startswith("golden: the spec's embeddings are not for other.pt (sha256 ")
     assert recall.startswith("recall: not gated, the spec's figures are not of other.pt")
 
 
