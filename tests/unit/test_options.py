@@ -45,7 +45,7 @@ def test_values():
         (["--batch-sizes", "1,x"], "expected numbers from 1 to 2048"),
         (["--batch-sizes", "4096"], "expected numbers from 1 to 2048"),
         (["--threads", "0"], "at least 1"),
-        (["--device-id", "-1"], "expected one argument|at least 0"),
+        (["--device-id", "-1"], "expected one argument|logic ids from 0"),
         (["--opset-version", "19"], "14 on, ATC takes up to 18"),
         (["--perf-min-time", "nan"], "out of range"),
         (["--atc-flags", "'x"], "No closing quotation"),
