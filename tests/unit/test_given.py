@@ -8,7 +8,6 @@ from clipval.backends import given
 from clipval.backends.onnx import OnnxBackend
 from clipval.errors import InputError
 from clipval.towers import TEXT, VISION
-from tests import small
 
 
 @pytest.fixture(scope="module")
@@ -113,40 +112,3 @@ def test_the_other_towers_file_is_refused(exported, tower):
 def test_a_missing_file_is_named(exported):
     with pytest.raises(InputError, match=r"no file .*none_text\.onnx; expected PREFIX_vision\.onnx and PREFIX_text"):
         given.file(exported.with_name("none"), TEXT)
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory):
-    return small.write_spec(tmp_path_factory.mktemp("spec"))
-
-
-@pytest.fixture(scope="module")
-def work(spec, tmp_path_factory):
-    """A work directory with clipval's own exports of the small spec, and where these lie."""
-    folder = tmp_path_factory.mktemp("work")
-    done = small.run(spec, folder, "-m", "accuracy", "-k", "artifact or onnx_file")
-    assert done.code == 0, done.output[-3000:]
-    files = folder.parent / "own"
-    files.mkdir()
-    for tower in ("vision", "text"):
-        (file,) = (folder / "onnx").glob(f"*/{tower}.onnx")
-        export.copy(file, files / f"b_{tower}.onnx")
-    return folder, files / "b"
-
-
-def test_a_run_of_ready_files_is_held_to_the_bounds_of_their_precision(spec, work, tmp_path):
-    folder, prefix = work
-    for tower in (VISION, TEXT):
-        quantised(prefix, tmp_path, tower)
-    done = small.run(spec, folder, "-m", "accuracy", f"--onnx-prefix={tmp_path / 'int8'}")
-    parity = {one.gate: one for one in done.figures if one.metric == "minimum cosine" and "parity" in one.gate}
-    assert {one.limit for one in parity.values()} == {0.95}
-    assert {one.made_by.precision for one in parity.values()} == {"w8a8"}
-    assert not [gate for gate in done.red if gate.startswith(("parity", "artifact", "values"))], done.output[-3000:]
-
-
-def test_ready_files_of_other_weights_fail(spec, work, tmp_path, exported):
-    folder, _ = work
-    done = small.run(spec, folder, "-m", "accuracy", f"--onnx-prefix={exported}")
-    assert done.code == 1
-    assert "parity/onnx/vision" in done.red

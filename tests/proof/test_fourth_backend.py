@@ -8,6 +8,7 @@ import pytest
 
 from tests import small
 
+pytestmark = pytest.mark.proof
 BOUNDS = """
 [[parity]]
 backend = "fourth"
