@@ -90,7 +90,7 @@ def _create(arch: str) -> Any:
     try:
         return open_clip.create_model(arch, pretrained_hf=False)
     except Exception as error:  # transformers and the hub's client raise their own
-        raise _lacking(open_clip, arch, error) from error
+        raise _lacking(arch, config(arch)["text_cfg"].get("hf_model_name"), error) from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -112,18 +112,28 @@ def _loaded_tokenizer(name: str) -> Any:
     try:
         return open_clip.get_tokenizer(arch)
     except Exception as error:  # transformers and the hub's client raise their own
-        raise _lacking(open_clip, arch, error) from error
+        text = config(arch)["text_cfg"]
+        raise _lacking(arch, text.get("hf_tokenizer_name") or text.get("hf_model_name"), error) from error
 
 
-def _lacking(open_clip: Any, arch: str, error: Exception) -> ClipvalError:
-    """Why a text tower or tokenizer from a hub cannot be built: a missing package, or files that cannot be fetched."""
-    text = (open_clip.get_model_config(arch) or {}).get("text_cfg", {})
-    source = text.get("hf_tokenizer_name") or text.get("hf_model_name")
-    if source is None:
-        return InputError(f"model {arch}: open_clip cannot build it ({one_line(error)})")
+def _lacking(arch: str, source: Optional[str], error: Exception) -> ClipvalError:
+    """What a text tower or tokenizer lacks: the package, or files of the hub's `source` that cannot be fetched.
+
+    What open_clip does not know of a config is neither: an older one ends with a TypeError for a key of a newer one.
+    """
+    if source is None or isinstance(error, (TypeError, AttributeError, KeyError)):
+        return InputError(
+            f"model {arch}: open_clip {open_clip_version()} cannot build it ({one_line(error)}); is its config of "
+            f"another version?"
+        )
     if importlib.util.find_spec("transformers") is None:
         return BackendUnavailable(
             f"model {arch}: its text tower needs the package transformers, which is not installed: "
+            f"pip install 'clipval[transformers]'"
+        )
+    if isinstance(error, ImportError):
+        return BackendUnavailable(
+            f"model {arch}: its text tower needs another package ({one_line(error)}): "
             f"pip install 'clipval[transformers]'"
         )
     return InputError(

@@ -21,7 +21,8 @@ def test_values(chain, record, backend_name, tower_name):
 def test_distinct_inputs_give_distinct_embeddings(chain, record, backend_name, tower_name):
     tower = chain.towers[tower_name]
     where, found = chain.embeddings(backend_name, tower)
-    record(embeddings.distinct(found, where, tower, chain.input_digests(tower)))
+    untrained = None if chain.subject.trained else chain.embeddings(REFERENCE, tower).embeddings
+    record(embeddings.distinct(found, where, tower, chain.input_digests(tower), untrained))
 
 
 @pytest.mark.gate(embeddings.INVARIANCE)

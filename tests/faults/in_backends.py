@@ -10,7 +10,7 @@ import numpy as np
 from clipval import chain, embeddings
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
-from tests.faults.table import ACCURACY, REBUILD, fault
+from tests.faults.table import ACCURACY, REBUILD, SEEDED, fault
 
 
 def output(change: Callable[[np.ndarray], np.ndarray], tower: str = "text", backend: Type[Any] = OnnxBackend) -> None:
@@ -72,6 +72,16 @@ def sign_flipped() -> None:
 @fault("every text embedding equal", "distinct/onnx/text", "inputs with one embedding")
 def every_text_equal() -> None:
     output(lambda rows: np.repeat(np.eye(1, 512), len(rows), axis=0))
+
+
+@fault("every picture equal, of seeded weights", "distinct/onnx/vision", "inputs with one embedding", arguments=SEEDED)
+def every_picture_equal() -> None:
+    output(lambda rows: np.repeat(np.eye(1, 512), len(rows), axis=0), "vision")
+
+
+@fault("two pictures equal, of seeded weights", "distinct/onnx/vision", "inputs with one embedding", arguments=SEEDED)
+def two_pictures_equal() -> None:
+    output(lambda rows: np.concatenate([rows[:1], rows[:1], rows[2:]])[: len(rows)], "vision")
 
 
 @fault("an embedding takes a hundredth of the others in its batch", "invariance/onnx/text", "|difference| reordered")

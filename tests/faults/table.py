@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 ACCURACY = ("-m", "accuracy")
 REBUILD = (*ACCURACY, "--rebuild")  # the reference too, which is kept between runs
+SEEDED = (*ACCURACY, "--pretrained=random")
 
 
 class Fault(NamedTuple):

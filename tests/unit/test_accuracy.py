@@ -79,6 +79,34 @@ def test_one_input_twice_may_have_one_embedding(rows):
     assert verdicts(embeddings.distinct(Embeddings(IDS, rows), WHERE, TEXT, digests)) == ["pass", "pass"]
 
 
+def seeded(rows, size=1e-3):
+    """Embeddings as of an untrained network: all alike, up to a little of each input."""
+    alike = rows[0] + size * rows
+    return (alike / np.linalg.norm(alike, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rounded", [np.float32, np.float16])
+def test_an_untrained_network_is_held_to_what_the_reference_keeps_apart(rows, rounded):
+    reference = Embeddings(IDS, seeded(rows))
+    found = Embeddings(IDS, reference.values.astype(rounded).astype(np.float32))
+    assert verdicts(embeddings.distinct(found, WHERE, VISION, np.arange(64)))[1] == "fail"
+    assert verdicts(embeddings.distinct(found, WHERE, VISION, np.arange(64), reference)) == ["pass", "pass"]
+
+
+def test_an_untrained_network_that_collapses_in_a_backend_fails(rows):
+    reference = Embeddings(IDS, seeded(rows))
+    nearer = Embeddings(IDS, seeded(rows, 5e-4))
+    assert verdicts(embeddings.distinct(nearer, WHERE, VISION, np.arange(64), reference)) == ["pass", "fail"]
+    two = reference.values.copy()
+    two[9] = two[3]
+    found = embeddings.distinct(Embeddings(IDS, two), WHERE, VISION, np.arange(64), reference)
+    assert verdicts(found) == ["fail", "pass"]
+    assert "samples 3_0 and 9_0" in messages(found)
+    same = Embeddings(IDS, np.repeat(reference.values[:1], 64, axis=0))
+    assert verdicts(embeddings.distinct(same, WHERE, VISION, np.arange(64), reference)) == ["fail", "fail"]
+    assert verdicts(embeddings.distinct(same, WHERE, VISION, np.arange(64), same)) == ["fail", "fail"]
+
+
 def test_invariance_compares_by_id(rows):
     whole = Embeddings(IDS, rows)
     picked = embeddings.invariance_samples(64)

@@ -1,5 +1,6 @@
 """Loading weights: what loads, and what must be refused without running it."""
 
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -173,3 +174,15 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(away, monkeypatch):
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'clipval\[transformers\]'"):
         model.tokenizer(away)(["a"])
+
+
+def test_a_key_that_open_clip_does_not_know_is_no_missing_package(tmp_path):
+    """The tokenizer is from a hub that is not here; the cause is the config all the same."""
+    text = {"context_length": 32, "vocab_size": 1000, "hf_tokenizer_name": "nobody/none", "width": 64, "heads": 2}
+    vision = {"image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 32}
+    config = {"embed_dim": 48, "custom_text": True, "of_tomorrow": 1, "vision_cfg": vision, "text_cfg": text}
+    file = tmp_path / "tomorrows.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    found = weights.find_weights(str(file), weights.RANDOM)
+    with pytest.raises(InputError, match=r"open_clip \S+ cannot build it \(.*of_tomorrow"):
+        model.load(str(file), found, library.sizes(str(file)))

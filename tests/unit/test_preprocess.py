@@ -1,5 +1,6 @@
 """Prepared arrays are bit for bit the model's own transform's, and a run that was stopped goes on."""
 
+import inspect
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +20,7 @@ from clipval.datasets import karpathy, shapes
 from clipval.datasets.images import open_rgb
 from clipval.errors import InputError
 from clipval.towers import towers
+from clipval.transform import DEFAULT, build
 
 TOWERS = towers(224, 77, 512)
 SIZES = ((500, 333), (333, 500), (224, 224), (246, 151), (234, 487), (31, 17), (640, 90))
@@ -83,6 +86,10 @@ def files(tmp_path_factory):
     ids=["default", "bilinear", "squash", "longest"],
 )
 def test_bit_for_bit_the_models_own(files, tmp_path, more):
+    if not set(more) <= set(inspect.signature(models.import_open_clip().image_transform).parameters):
+        with pytest.raises(InputError, match="open_clip 2.20.0 cannot resize"):
+            build(msgspec.structs.replace(DEFAULT, **more), (224, 224))
+        return
     own = transform(**more)
     model = types.SimpleNamespace(transform=own, tokenize=tokenize)
     assert preprocess.Transform(own)._table is not None
