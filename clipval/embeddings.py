@@ -12,22 +12,19 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from clipval import arrays, store
+from clipval import arrays, result_files, store
 from clipval.arrays import Rows
 from clipval.backends import Backend, Identity
 from clipval.errors import InputError, one_line
 from clipval.towers import Tower
 
 THREADS = 8
-# ais_bench 0.0.2's folders: of a run without --output_dirname, and of each device if there are several.
-RUN = re.compile(r"[0-9]{4}_[0-9]{2}_[0-9]{2}-[0-9]{2}_[0-9]{2}_[0-9]{2}$")
-DEVICE = re.compile(r"device[0-9]+_[0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ def _publish(folder: Path, embeddings: Embeddings) -> None:
 
 
 def read(folder: Path, width: Optional[int] = None) -> Embeddings:
-    """Read a folder of `<id>_0.npy`, including one written by ais_bench, in natural order of the ids.
+    """Read a folder of `<id>_0.npy`, or one that ais_bench wrote in any format, in natural order of the ids.
 
     `<id>_1.npy` of one element is the recipe's second output, the logit scale, and is ignored. For ais_bench's
     timestamped folder its parent may be given; its per-device folders are read together.
@@ -166,16 +163,16 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
     """
     if not os.path.isdir(folder):  # Path.is_dir raises if the name is too long
         raise InputError(f"embeddings {folder}: no such folder; run embed, or give the folder of the .npy files")
-    files = _result_files(folder)
-    outputs = [path for path in files if path.stem.endswith("_0")]
-    with ThreadPoolExecutor(THREADS) as pool:
-        others = [path for path in files if not path.stem.endswith("_0")]
-        for path, array in zip(others, pool.map(arrays.load, others)):
-            if array.size != 1 or not path.stem.endswith("_1"):
-                raise InputError(f"{path}: not an embedding <id>_0.npy; remove it, or give the folder of embeddings")
-        found = list(pool.map(arrays.load, outputs))
+    files = result_files.listed(folder)
+    outputs, found = [], []
+    for path, array in zip(files, result_files.load(files)):
+        if path.stem.endswith("_0"):
+            outputs.append(path)
+            found.append(array)
+        elif array.size != 1 or not path.stem.endswith("_1"):
+            raise InputError(f"{path}: not an embedding <id>_0.npy; remove it, or give the folder of embeddings")
     if not found:
-        raise InputError(f"embeddings {folder}: {_why_none(folder)}")
+        raise InputError(f"embeddings {folder}: no <id>_0.npy in it; give the folder that embed or ais_bench wrote")
     if width is None:
         width = max(1, Counter(array.shape[-1] if array.ndim else 0 for array in found).most_common(1)[0][0])
     for path, array in zip(outputs, found):
@@ -184,40 +181,6 @@ def read(folder: Path, width: Optional[int] = None) -> Embeddings:
             raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run embed again")
     values = np.concatenate([array.reshape(1, -1) for array in found]).astype(np.float32)
     return Embeddings(tuple(path.stem[: -len("_0")] for path in outputs), values)
-
-
-def _result_files(folder: Path) -> List[Path]:
-    """The arrays of a folder, else of ais_bench's device folders or its only run in it.
-
-    Raises:
-        InputError: there are several runs, or one sample was computed on several devices.
-    """
-    files = [folder / name for name in arrays.names(folder)]
-    inside = sorted(name for name in os.listdir(folder) if (folder / name).is_dir())
-    runs = [name for name in inside if RUN.match(name)]
-    if files:
-        return files
-    if len(runs) > 1:
-        raise InputError(f"embeddings {folder}: several runs of ais_bench ({', '.join(runs)}); give the folder of one")
-    if runs:
-        return _result_files(folder / runs[0])
-    files = [folder / name / file for name in inside if DEVICE.match(name) for file in arrays.names(folder / name)]
-    name, count = Counter(path.name for path in files).most_common(1)[0] if files else ("", 0)
-    if count > 1:
-        where = ", ".join(path.parent.name for path in files if path.name == name)
-        raise InputError(f"embeddings {folder}: {name} was computed on several devices ({where}); give one's folder")
-    return sorted(files, key=lambda path: arrays.natural(path.stem))
-
-
-def _why_none(folder: Path) -> str:
-    """What a folder without embeddings holds instead, and what to do."""
-    found = [path.suffix for path in folder.rglob("*_0.*") if path.suffix in (".bin", ".txt")]
-    if found:
-        return (
-            f"{len(found)} {found[0]} files and no <id>_0.npy: ais_bench wrote them without dtype and shape; "
-            f"run it again with --outfmt NPY"
-        )
-    return "no <id>_0.npy in it; give the folder that embed or ais_bench wrote"
 
 
 class Golden(NamedTuple):

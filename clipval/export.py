@@ -275,7 +275,9 @@ def tower_of(file: Path) -> Tower:
     tower = next((tower for tower in (VISION, TEXT) if tower.input_name == name), None)
     if tower is None:
         raise InputError(f"ONNX {file}: input is {name!r}, expected {VISION.input_name!r} or {TEXT.input_name!r}")
-    widths = [_width(found.graph, tower) for found in (model, onnx.shape_inference.infer_shapes(model))]
+    # torch's normalize expands by a shape of its own, whose values must be followed; newer onnx does so unasked
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    widths = [_width(found.graph, tower) for found in (model, inferred)]
     width = next((width for width in widths if width), None)
     if width is None:
         raise InputError(f"ONNX {file}: has no output {tower.output_name!r} of a known width")
@@ -297,7 +299,8 @@ def operations(file: Path) -> float:
 
     model = onnx.load(str(file), load_external_data=False)
     for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 1
+        for first in value.type.tensor_type.shape.dim[:1]:  # the recipe's second output is a scalar
+            first.dim_value = 1
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {
         value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]

@@ -131,7 +131,10 @@ class OnnxBackend(Backend):
                 ) from error
             said, what = one_line(error), "Export it again"
             if "ArgMax" in said and "NOT_IMPLEMENTED" in said:  # the recipe's own export finds the end token this way
-                what = f"onnxruntime {self._runtime.__version__} has no ArgMax on int64, 1.20 and newer do; {what}"
+                what = (
+                    f"onnxruntime {self._runtime.__version__} has no ArgMax on int64, 1.20 and newer do; or export it "
+                    "with clipval export, which pools int32 tokens"
+                )
             cause = lfs_pointer(self._file) or f"onnxruntime cannot load it ({said}). {what}"
             raise InputError(f"ONNX {self._file}: {cause}") from error
 

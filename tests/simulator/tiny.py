@@ -17,7 +17,7 @@ def write(file: Path, tower: Tower, *, opset: int = 14, domain: str = "", recipe
 
     Args:
         recipe: as the recipe's own export has it: exp(logit_scale) is a second output with a number for a name, the
-            axes of the embedding have names, and ArgMax takes int64.
+            axes of the embedding have names, its length is expanded by a shape, and ArgMax takes int64.
     """
     from onnx import TensorProto, helper, save
 
@@ -31,6 +31,11 @@ def write(file: Path, tower: Tower, *, opset: int = 14, domain: str = "", recipe
         nodes = [node for node in nodes if node.output[0] != "narrow"]
         for node in nodes:
             node.input[:] = ["text" if name == "narrow" else name for name in node.input]
+        nodes[-1].input[1] = "expanded"
+        nodes[-1:-1] = [
+            helper.make_node("Shape", ["raw"], ["shape"]),
+            helper.make_node("Expand", ["length", "shape"], ["expanded"]),
+        ]
         nodes.append(helper.make_node("Constant", [], ["1775"], value_float=14.28))
         outputs = [helper.make_tensor_value_info(tower.output_name, TensorProto.FLOAT, ["-1", "axis_1"])]
         outputs.append(helper.make_tensor_value_info("1775", TensorProto.FLOAT, []))

@@ -312,12 +312,62 @@ def test_one_of_several_runs_must_be_named(tmp_path):
     assert embeddings.read(tmp_path / RUNS[1]).ids == some().ids
 
 
-@pytest.mark.parametrize("under", ["", RUNS[0], f"{RUNS[0]}/device0_0"])
-@pytest.mark.parametrize("ending", ["bin", "txt"])
-def test_how_ais_bench_must_write_is_said(tmp_path, under, ending):
-    (tmp_path / under).mkdir(parents=True, exist_ok=True)
-    (tmp_path / under / f"1_0.{ending}").write_bytes(bytes(2048))
-    with pytest.raises(InputError, match=rf"1 \.{ending} files and no <id>_0.npy.*with --outfmt NPY"):
+def saved(folder, ending, given, dtype=np.float32):
+    """Write as ais_bench does with --outfmt BIN and TXT."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, row in zip(given.ids, given.values.astype(dtype)):
+        if ending == "bin":
+            row.tofile(folder / f"{name}_0.bin")
+        else:
+            np.savetxt(folder / f"{name}_0.txt", np.c_[row], fmt="%f", newline=" ")
+
+
+def of_unit_length():
+    given = some()
+    return Embeddings(given.ids, arrays.unit(given.values).astype(np.float32))
+
+
+@pytest.mark.parametrize("under", ["", RUNS[0], f"{RUNS[0]}/device0", "device0_0"])
+@pytest.mark.parametrize(("ending", "dtype"), [("bin", np.float32), ("bin", np.float16), ("txt", np.float32)])
+def test_ais_benchs_other_formats(tmp_path, under, ending, dtype):
+    given = of_unit_length()
+    given.values[3] *= 3  # one that is off does not hide what the others are
+    saved(tmp_path / under, ending, given, dtype)
+    (tmp_path / under / f"0_0_1.{ending}").write_bytes(
+        b"14.285714" if ending == "txt" else bytes(np.dtype(dtype).itemsize)
+    )
+    found = embeddings.read(tmp_path)
+    assert found.ids == given.ids
+    assert np.abs(found.values - given.values.astype(dtype)).max() <= (5.1e-7 if ending == "txt" else 0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder: saved(folder, "bin", some()), "12 .bin files, which tell no dtype.*--outfmt NPY"),
+        (
+            lambda folder: (folder / "2_0_0.bin").write_bytes(bytes(2047)),
+            "2_0_0.bin: 2047 bytes, no whole number of <f4",
+        ),
+        (lambda folder: (folder / "2_0_0.bin").write_bytes(bytes(2044)), r"2_0_0.bin: <f4 \(1, 511\), expected"),
+        (lambda folder: saved(folder, "txt", some(2)), r"results of several runs \(12 .bin, 2 .txt files\)"),
+        (lambda folder: saved(folder / "device0", "bin", some(2)), None),  # below results that are asked for
+    ],
+)
+def test_bytes_that_tell_too_little_are_refused(tmp_path, harm, words):
+    saved(tmp_path, "bin", of_unit_length())
+    harm(tmp_path)
+    if words is None:
+        assert len(embeddings.read(tmp_path).ids) == 12
+        return
+    with pytest.raises(InputError, match=words):
+        embeddings.read(tmp_path)
+
+
+def test_a_cut_text_is_named(tmp_path):
+    saved(tmp_path, "txt", some())
+    (tmp_path / "4_1_0.txt").write_bytes(b"0.1 0.2 -")
+    with pytest.raises(InputError, match="4_1_0.txt: not the numbers of an embedding"):
         embeddings.read(tmp_path)
 
 
