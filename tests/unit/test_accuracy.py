@@ -162,10 +162,10 @@ def test_a_figure_without_tolerance_is_shown():
 @pytest.mark.parametrize(
     ("metric", "images", "captions", "words"),
     [
-        ("image_retrieval_recall@5", 1000, 4999, "4999 queries among 1000 candidates, .* is of 5000 among 1000"),
+        ("image_retrieval_recall@5", 1000, 4999, "4999 queries among 1000 candidates, .* has 5000 among 1000"),
         ("image_retrieval_recall@5", 970, 5000, "5000 queries among 970 candidates"),
         ("text_retrieval_recall@5", 1001, 5000, "1001 queries among 5000 candidates"),
-        ("text_retrieval_recall@5", 1000, 4750, "1000 queries among 4750 candidates, .* is of 1000 among 5000"),
+        ("text_retrieval_recall@5", 1000, 4750, "1000 queries among 4750 candidates, .* has 1000 among 5000"),
         ("text_retrieval_recall@1", 970, 4850, "970 queries among 4850 candidates"),
     ],
 )
