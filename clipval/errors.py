@@ -94,7 +94,7 @@ _ADVICE = {
     errno.EISDIR: "it is a folder, not a file; give a file",
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
-    errno.EROFS: "its file system is read-only; give another place",
+    errno.EROFS: "it cannot be written; give another place",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EIO: "check the disk or network share",

@@ -7,7 +7,7 @@ import re
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Type, TypeVar
 
 from clipval import datasets
 from clipval.backends import REFERENCE, BackendSettings, kind, names, providers
@@ -19,7 +19,9 @@ CAPTION_FORMATS = ("csv", "clip_benchmark")
 # Allowed half-width of the 95 % interval of a row's median, as a share of it, by clock. Not the coefficient of
 # variation: a few outliers on a busy host widen that, but do not move a median.
 NOISE = {"inference": 0.05, "execute": 0.025}
+_NOISE = f"{NOISE['inference']:g}, on a device's own clock {NOISE['execute']:g}"
 ONNX_OPTIONS = ("--onnx-providers", "--onnx-provider-options", "--allow-cpu-operators")
+Number = TypeVar("Number", int, float)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "cann": "CANNExecutionProvider"}
 
 
@@ -118,8 +120,10 @@ def _operators(text: str) -> Tuple[str, ...]:
     return found
 
 
-def at_least(kind: Callable[[str], Any], least: float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
+def at_least(kind: Type[Number], least: float) -> Callable[[str], Number]:
+    """A parser of numbers from `least` up to a million."""
+
+    def parse(text: str) -> Number:
         try:
             value = kind(text)
         except ValueError:
@@ -151,99 +155,66 @@ def _flags(text: str) -> Tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"atc flags {text!r}: {error}") from None
 
 
-def table() -> Dict[str, Dict[str, Any]]:
-    """Flag -> keyword arguments of `add_argument`; the README's table is held to this."""
-    return {
-        "--spec": {"metavar": "NAME", "help": "what to validate: a shipped spec or a TOML file"},
-        "--model-name": {"metavar": "NAME", "help": "open_clip architecture or JSON config, instead of the spec's"},
-        "--pretrained": {"metavar": "W", "help": "weights: tag, file, folder, or random; instead of the spec's"},
-        "--pretrained-cfg": {"metavar": "TAG", "help": "the tag that a file's weights are of, for their transform"},
-        "--resize-positions": {"action": "store_true", "help": "interpolate position embeddings of another size"},
-        "--data-dir": {"type": Path, "metavar": "DIR", "help": "folder of images with their annotation file"},
-        "--data-format": {"choices": tuple(datasets.names()), "help": "kind of data set; without it recognised"},
-        "--captions-format": {"choices": CAPTION_FORMATS, "help": "how annotations are read"},
-        "--backends": {
-            "type": _backends,
-            "metavar": "LIST",
-            "help": f"of {','.join(names())}; named backends are required",
-        },
-        "--batch-sizes": {"type": _sizes, "metavar": "LIST", "help": "batch sizes of throughput, as 1,8,64"},
-        "--opset-version": {"type": _opset, "metavar": "N", "help": "ONNX opset, 14 to 18"},
-        "--onnx-providers": {
-            "type": _providers,
-            "metavar": "LIST",
-            "help": "execution providers: cpu, cuda, cann, full names",
-        },
-        "--onnx-provider-options": {
-            "type": _provider_options,
-            "metavar": "OPTIONS",
-            "help": "of the first provider, as precision_mode=must_keep_origin_dtype,device_id=1",
-        },
-        "--allow-cpu-operators": {
-            "type": _operators,
-            "metavar": "LIST",
-            "help": "ONNX operators that may compute on the CPU beside another provider, as LayerNormalization,Gelu",
-        },
-        "--threads": {"type": at_least(int, 1), "metavar": "N", "help": "CPU threads of pytorch and onnx"},
-        "--workdir": {"type": Path, "metavar": "DIR", "help": "where artifacts and results are kept"},
-        "--rebuild": {"action": "store_true", "help": "build every artifact again"},
-        "--probe-seed": {
-            "type": at_least(int, 0),
-            "metavar": "N",
-            "help": "seed of the probe inputs; without it each run draws a new one",
-        },
-        "--onnx-prefix": {
-            "type": Path,
-            "metavar": "PREFIX",
-            "help": "ready ONNX files of anybody, PREFIX_vision.onnx and PREFIX_text.onnx",
-        },
-        "--om-dir": {"type": Path, "metavar": "DIR", "help": "ready OM files with the recipe's names"},
-        "--soc-version": {"metavar": "SOC", "help": "as Ascend910B4; without it npu-smi is asked"},
-        "--precision-mode": {"metavar": "MODE", "help": "of atc; without it atc computes in fp16"},
-        "--keep-dtype": {"type": Path, "metavar": "FILE", "help": "of atc: operators that keep their dtype"},
-        "--atc-flags": {
-            "type": _flags,
-            "metavar": "FLAGS",
-            "help": "more flags for atc in one string: --atc-flags='--a=1 --b=2'",
-        },
-        "--jobs": {
-            "type": at_least(int, 1),
-            "metavar": "N",
-            "help": "files that atc compiles at a time; default: an eighth of the cores, at least 1",
-        },
-        "--device-id": {
-            "type": _devices,
-            "metavar": "LIST",
-            "help": "NPUs by logic id, as 0 or 0,1; each is validated",
-        },
-        "--om-runtime": {
-            "choices": OM_RUNTIMES,
-            "help": "what runs OM files: aclruntime, or pyACL, which comes with CANN",
-        },
-        "--device-timeout": {
-            "type": at_least(float, 1),
-            "metavar": "S",
-            "help": "a device call that takes longer ends the run as failed",
-        },
-        "--allow-health": {"action": "store_true", "help": "use an NPU whose health is Alarm or worse"},
-        "--allow-simulated": {"action": "store_true", "help": "let a simulated NPU pass gates"},
-        "--perf-min-time": {"type": at_least(float, 0.01), "metavar": "S", "help": "seconds of timed calls a row"},
-        "--perf-max-time": {"type": at_least(float, 0.01), "metavar": "S", "help": "seconds a row at most"},
-        "--perf-noise": {
-            "type": at_least(float, 0.001),
-            "metavar": "SHARE",
-            "help": "allowed +- of a row's median; without it "
-            f"{NOISE['inference']:g}, on a device's own clock {NOISE['execute']:g}",
-        },
-        "--baseline": {"type": Path, "metavar": "FILE", "help": "throughput must not fall below this baseline"},
-        "--report": {"type": Path, "metavar": "DIR", "help": "write report.json, report.md, report.html there"},
-        "--diagnose": {"action": "store_true", "help": "say of each red parity gate where the tower diverges, and why"},
-        "--gate": {
-            "type": _listed,
-            "metavar": "LIST",
-            "help": "judge these gates alone, e.g. parity/onnx/text or parity",
-        },
-    }
+class Option(NamedTuple):
+    """One option; its name and default are those of a field of `Settings`.
+
+    Attributes:
+        metavar: of its value; empty for a switch and for `choices`.
+        parse: text of the command line -> value.
+    """
+
+    flag: str
+    metavar: str
+    help: str
+    parse: Callable[[str], object] = str
+    choices: Tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its field of `Settings`."""
+        return self.flag[2:].replace("-", "_")
+
+
+# The README's table is held to this.
+OPTIONS = (
+    Option("--spec", "NAME", "what to validate: a shipped spec or a TOML file"),
+    Option("--model-name", "NAME", "open_clip architecture or JSON config, instead of the spec's"),
+    Option("--pretrained", "W", "weights: tag, file, folder, or random; instead of the spec's"),
+    Option("--pretrained-cfg", "TAG", "weight tag of a file's weights, for their transform"),
+    Option("--resize-positions", "", "interpolate position embeddings of another size"),
+    Option("--data-dir", "DIR", "folder of images with their annotation file", Path),
+    Option("--data-format", "", "kind of data set; default: by content", choices=tuple(datasets.names())),
+    Option("--captions-format", "", "how annotations are read", choices=CAPTION_FORMATS),
+    Option("--backends", "LIST", f"of {','.join(names())}; named backends are required", _backends),
+    Option("--batch-sizes", "LIST", "batch sizes of throughput, e.g. 1,8,64", _sizes),
+    Option("--opset-version", "N", "ONNX opset, 14 to 18", _opset),
+    Option("--onnx-providers", "LIST", "execution providers: cpu, cuda, cann, full names", _providers),
+    Option("--onnx-provider-options", "OPTIONS", "of the first provider: NAME=VALUE,NAME=VALUE", _provider_options),
+    Option("--allow-cpu-operators", "LIST", "operators that may run on the CPU instead, e.g. Gelu", _operators),
+    Option("--threads", "N", "CPU threads of pytorch and onnx", at_least(int, 1)),
+    Option("--workdir", "DIR", "folder of artifacts and results", Path),
+    Option("--rebuild", "", "build every artifact again"),
+    Option("--probe-seed", "N", "seed of the probe inputs; default: a new one in each run", at_least(int, 0)),
+    Option("--onnx-prefix", "PREFIX", "ready ONNX files, PREFIX_vision.onnx and PREFIX_text.onnx", Path),
+    Option("--om-dir", "DIR", "ready OM files with the recipe's names", Path),
+    Option("--soc-version", "SOC", "chip, e.g. Ascend910B4; default: from npu-smi"),
+    Option("--precision-mode", "MODE", "atc precision mode; default: atc's, fp16"),
+    Option("--keep-dtype", "FILE", "atc: operators that keep their dtype", Path),
+    Option("--atc-flags", "FLAGS", "more flags for atc in one string: --atc-flags='--a=1 --b=2'", _flags),
+    Option("--jobs", "N", "files that atc compiles in parallel; default: an eighth of the cores", at_least(int, 1)),
+    Option("--device-id", "LIST", "NPUs by logic id, e.g. 0 or 0,1; each is validated", _devices),
+    Option("--om-runtime", "", "runtime of OM files: aclruntime, or pyACL, which comes with CANN", choices=OM_RUNTIMES),
+    Option("--device-timeout", "S", "a device call that takes longer ends the run as failed", at_least(float, 1)),
+    Option("--allow-health", "", "use an NPU whose health is Alarm or worse"),
+    Option("--allow-simulated", "", "let a simulated NPU pass gates"),
+    Option("--perf-min-time", "S", "seconds of timed calls per row", at_least(float, 0.01)),
+    Option("--perf-max-time", "S", "most seconds per row", at_least(float, 0.01)),
+    Option("--perf-noise", "SHARE", f"allowed +- of a row's median; default: {_NOISE}", at_least(float, 0.001)),
+    Option("--baseline", "FILE", "throughput must not fall below this baseline", Path),
+    Option("--report", "DIR", "write report.json, report.md, report.html there", Path),
+    Option("--diagnose", "", "report for each failed parity gate where the tower diverges, and why"),
+    Option("--gate", "LIST", "judge only these gates, e.g. parity/onnx/text or parity", _listed),
+)
 
 
 def add_options(add: Callable[..., Any], only: Optional[List[str]] = None) -> None:
@@ -253,24 +224,29 @@ def add_options(add: Callable[..., Any], only: Optional[List[str]] = None) -> No
         only: flags to declare; None declares all.
     """
     defaults = Settings()
-    for flag, keywords in table().items():
-        if only is None or flag in only:
-            name = flag[2:].replace("-", "_")
-            default = getattr(defaults, name)
-            shown = "" if default in (None, False, "", ()) else f" (default: {_show(default)})"
-            add(flag, **{**keywords, "dest": name, "default": default, "help": keywords["help"] + shown})
+    for one in OPTIONS:
+        if only is not None and one.flag not in only:
+            continue
+        default = getattr(defaults, one.name)
+        shown = "" if default in (None, False, "", ()) else f" (default: {_show(default)})"
+        common = {"dest": one.name, "default": default, "help": one.help + shown}
+        if one.choices:
+            add(one.flag, choices=one.choices, **common)
+        elif one.metavar:
+            add(one.flag, type=one.parse, metavar=one.metavar, **common)
+        else:
+            add(one.flag, action="store_true", **common)
 
 
 def arguments(settings: Settings) -> List[str]:
     """The settings as a command line, without those that control output: to repeat part of a run."""
     found: List[str] = []
-    for flag in table():
-        name = flag[2:].replace("-", "_")
-        value = getattr(settings, name)
-        if value == getattr(Settings(), name) or name in ("gate", "rebuild", "report"):
+    for one in OPTIONS:
+        value = getattr(settings, one.name)
+        if value == getattr(Settings(), one.name) or one.name in ("gate", "rebuild", "report"):
             continue
-        shown = shlex.join(value) if name == "atc_flags" else _show(value)
-        found.append(flag if value is True else f"{flag}={shown}")
+        shown = shlex.join(value) if one.name == "atc_flags" else _show(value)
+        found.append(one.flag if value is True else f"{one.flag}={shown}")
     return found
 
 
@@ -282,5 +258,5 @@ def pytest_addoption(parser: Any) -> None:
     add_options(parser.getgroup("clipval", "clipval: what is validated, and how").addoption)
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -33,11 +33,11 @@ from tests.faults.planted import FAULTS
 HEAD = """# Planted faults
 
 Each fault is planted into an artifact, a backend or the data, one at a time, and the real acceptance suite is run on
-it (`pytest -m proof`; two at random in every plain `pytest`). The gate meant for it must be red and name the place.
-The last column is the size at which a fault is just caught on {images} scenes; faults without one are there or not.
+it (`pytest -m proof`; two at random in every plain `pytest`). The intended gate must fail and name the place.
+The last column is the smallest size of a fault that is caught on {images} scenes; faults without one have no size.
 Made by `python -m tests.faults.sizes`.
 
-| fault | gate that catches it | just caught at |
+| fault | gate that catches it | smallest size caught |
 |---|---|---|"""
 
 

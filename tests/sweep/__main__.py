@@ -19,10 +19,10 @@ from tests.sweep.one import run
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Architectures
 
-Every architecture of open_clip, with seeded weights: its sizes, and whether both towers were seen to export (opset 14)
-and to agree with PyTorch in ONNX Runtime on the CPU. Distance is the largest 1 - cosine over probe inputs: token rows
-of every length over the whole vocabulary, and pictures at the extremes. "not tried" is too large for the machine of the
-sweep, or needs files of a hub. Made by `python -m tests.sweep`; `python -m clipval models` prints the same.
+Every architecture of open_clip, with seeded weights: its sizes, and whether both towers export (opset 14)
+and agree with PyTorch in ONNX Runtime on the CPU. Distance is the largest 1 - cosine over probe inputs: token rows
+of every length over the whole vocabulary, and extreme pictures. "not tried" means too large for the machine, or files
+from a hub are needed. Made by `python -m tests.sweep`; `python -m clipval models` prints the same.
 
 | {columns} |
 |{rule}|"""

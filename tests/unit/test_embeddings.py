@@ -379,7 +379,7 @@ def test_align_is_by_id():
         embeddings.align(found, (*found.ids[:-1], "zz"))
     with pytest.raises(InputError, match=r"2 duplicates \['a', 'a'\]"):
         embeddings.align(Embeddings(("a", "a"), found.values[:2]), ("a", "a"))
-    with pytest.raises(InputError, match=r"1 twice \['0_0'\]"):
+    with pytest.raises(InputError, match=r"1 duplicates \['0_0'\]"):
         embeddings.align(found, (*found.ids, "0_0"))
 
 

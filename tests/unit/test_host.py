@@ -206,7 +206,7 @@ def test_pythons_with_a_wheel(python):
 
 def test_pythons_without_a_wheel():
     advice = aclruntime.wheel_advice((3, 13))
-    assert advice.startswith("it has wheels for Python 3.7 to 3.12, none for 3.13")
+    assert advice.startswith("it has wheels for Python 3.7 to 3.12, not for 3.13")
     assert "pyACL, which comes with CANN" in advice
 
 

@@ -531,7 +531,7 @@ def test_a_call_that_does_not_come_back_ends_the_run_as_failed(host, build, tmp_
     )
     assert done.returncode == -9
     assert f"clipval: FAIL: om backend, text tower, {file}: a run: device 0 did not return within 1 s" in done.stderr
-    assert "npu-smi then: Ascend910B4 NPU 0 chip 0, health Warning" in done.stderr
+    assert "npu-smi reports: Ascend910B4 NPU 0 chip 0, health Warning" in done.stderr
     (figure,) = results.read(found)
     assert (figure.gate, figure.verdict, figure.failure) == ("parity/om/text", "fail", "environment")
     assert "did not return" in figure.message

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clipval.options import Settings, add_options, table
+from clipval.options import OPTIONS, Settings, add_options
 
 
 def parse(*arguments):
@@ -15,8 +15,8 @@ def parse(*arguments):
 
 
 def test_every_option_has_a_setting_and_a_help():
-    assert {flag[2:].replace("-", "_") for flag in table()} == set(vars(Settings()))
-    assert all(entry["help"] for entry in table().values())
+    assert {one.name for one in OPTIONS} == set(vars(Settings()))
+    assert all(one.help for one in OPTIONS)
 
 
 def test_defaults_are_the_settings_own():

@@ -29,12 +29,12 @@ def rows(text):
 @BOTH
 def test_the_option_table_is_the_options(text):
     assert [(flag, default) for flag, default, _ in rows(text)] == [
-        (flag, default_of(flag)) for flag in options.table()
+        (one.flag, default_of(one.flag)) for one in options.OPTIONS
     ]
 
 
 def test_the_english_meanings_are_the_help_texts():
-    assert [meaning for _, _, meaning in rows(ENGLISH)] == [entry["help"] for entry in options.table().values()]
+    assert [meaning for _, _, meaning in rows(ENGLISH)] == [one.help for one in options.OPTIONS]
 
 
 def commands(text):
@@ -51,7 +51,7 @@ def test_both_have_the_same_commands_and_figures():
 
 @BOTH
 def test_flags_in_the_text_exist(text):
-    known = set(options.table()) | {"--benchmark-json", "--junitxml"}
+    known = {one.flag for one in options.OPTIONS} | {"--benchmark-json", "--junitxml"}
     parser_flags = set()
     for command in cli.COMMANDS.values():
         parser = cli.Parser()

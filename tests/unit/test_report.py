@@ -148,8 +148,8 @@ def test_a_run_that_passed_says_so():
 def test_an_empty_run_has_a_report(verdict):
     run = Run(verdict=verdict)
 
-    assert "No figure was made." in open_page(run).text
-    assert "no figure was made" in report.markdown(run)
+    assert "No figures." in open_page(run).text
+    assert "no figures" in report.markdown(run)
     assert report.summary(run) == f"{verdict.upper()}: 0 gates passed, 0 failed"
     assert "## Figures in both: 0" in report.compare(run, run)
 
@@ -350,7 +350,7 @@ def test_the_page_has_a_card_a_cause_with_what_follows_folded_away():
     failed = text[text.index('id="failed"') : text.index('id="unvalidated"')]
     assert failed.count("<li>") == 4  # two causes, an error, what was not evaluated
     assert "7 more gates failed because of it" in failed
-    assert failed.index("Why this bound") > failed.index("0.930000")
+    assert failed.index("Reason for the bound") > failed.index("0.930000")
     assert "--gate=parity/onnx/vision</code>" in failed
 
 
