@@ -32,6 +32,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
 AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 # Prefixes of wrappers: DistributedDataParallel, torch.compile, timm's and torch's moving averages.
 PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.")
+SCALE = "logit_scale"
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # buffers, not weights
 
 
@@ -48,7 +49,7 @@ def read(file: Path) -> Dict[str, Any]:
         loaded = _read_torchscript(file)
     else:
         loaded = _read_torch(file, kind)
-    state = without_prefixes(_unwrapped(file, loaded))
+    state = _of_the_model(file, without_prefixes(_unwrapped(file, loaded)))
     _refuse_other_libraries(file, state)
     return {name: value for name, value in state.items() if name not in OPENAI_SIZES}
 
@@ -277,6 +278,45 @@ def without_prefixes(state: Dict[str, Any]) -> Dict[str, Any]:
                 {name[len(prefix) :] if name.startswith(prefix) else name: value for name, value in state.items()}
             )
     return state
+
+
+def _of_the_model(file: Path, state: Dict[str, Any]) -> Dict[str, Any]:
+    """A CLIP that is one part of what was trained, as `clip.visual.proj` beside `criterion.weight`: without the others.
+
+    Every form of a CLIP has a `logit_scale`; a prefix that nothing else has is not a model's.
+    """
+    prefixes = [name[: -len(SCALE)] for name in state if name.endswith(f".{SCALE}")]
+    prefixes = [one for one in prefixes if sum(name.startswith(one) for name in state) > 2]
+    if SCALE in state or not prefixes:
+        return state
+    if len(prefixes) > 1:
+        raise _refused(
+            file, f"holds several models ({', '.join(prefixes)})", "Save the state_dict of the one that is meant"
+        )
+    inner = {name[len(prefixes[0]) :]: value for name, value in state.items() if name.startswith(prefixes[0])}
+    return without_prefixes(inner)
+
+
+def refuse_values(file: Path, state: Dict[str, Any], wanted: Dict[str, Any]) -> None:
+    """Raise where a weight is no number of the model's: whole numbers of a quantised model, NaN or infinity.
+
+    Raises:
+        InputError: one is; it names the weight.
+    """
+    for name, value in state.items():
+        if not wanted[name].dtype.is_floating_point:
+            continue
+        if not value.dtype.is_floating_point:
+            kind = str(value.dtype).rpartition(".")[2]
+            advice = "Give the checkpoint that was quantised; quantised ONNX files are validated with --onnx-prefix"
+            raise _refused(file, f"{name} holds {kind}, as quantised weights do, without its scale", advice)
+        bad = int((~value.float().isfinite()).sum())
+        if bad:
+            raise _refused(
+                file,
+                f"{bad} of {value.numel()} numbers of {name} are NaN or infinite",
+                "The training diverged, or a conversion to fp16 overflowed; give an earlier checkpoint or fp32 weights",
+            )
 
 
 def _refuse_other_libraries(file: Path, state: Dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import hashlib
 import importlib
@@ -126,11 +127,20 @@ def architecture(name: str) -> str:
             )
         return path.stem
     if name not in open_clip.list_models():
-        raise InputError(
-            f"model {name!r}: no such architecture in open_clip {open_clip_version()}; "
-            f"see open_clip.list_models(), or give a .json config file"
-        )
+        close = near(name, open_clip.list_models())
+        advice = f"did you mean {close}?" if close else "see `clipval models`, or give a .json config file"
+        raise InputError(f"model {name!r}: no such architecture in open_clip {open_clip_version()}; {advice}")
     return name
+
+
+def near(given: str, known: List[str]) -> str:
+    """Names like the given one, in another case or with other separators: `ViT-B/32`, `laion2b-s34b`; "" for none."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.lower())
+
+    same = [name for name in known if plain(name) == plain(given)]
+    return " or ".join(same or difflib.get_close_matches(given, known, 2, 0.8))
 
 
 @lru_cache(maxsize=None)

@@ -171,6 +171,10 @@ def _fill(module: Any, file: Path, arch: str, resize_positions: bool) -> None:
     state = _in_open_clips_names(module, checkpoint.read(file))
     _check_positions(module, state, file, arch, resize_positions)
     wanted = module.state_dict()
+    kept_elsewhere = {name.rpartition(".")[2] for name, _ in module.named_buffers() if name not in wanted}
+    state = {  # TorchScript archives hold the attention mask too
+        name: value for name, value in state.items() if name in wanted or name.rpartition(".")[2] not in kept_elsewhere
+    }
     differ = [
         f"{name} is {list(state[name].shape)}, the architecture has {list(wanted[name].shape)}"
         for name in wanted
@@ -183,6 +187,7 @@ def _fill(module: Any, file: Path, arch: str, resize_positions: bool) -> None:
         raise InputError(
             f"checkpoint {file}: not of architecture {arch} ({differ[0]}{more}). Give --model-name its architecture"
         )
+    checkpoint.refuse_values(file, state, wanted)
     module.load_state_dict(state, strict=True)
 
 

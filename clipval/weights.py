@@ -7,6 +7,7 @@ for parity and throughput, not for recall).
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -29,6 +30,7 @@ WEIGHT_FILES = (
     "pytorch_model.pth",
     "model.pth",
 )
+SHARD = re.compile(r"-[0-9]{5}-of-([0-9]{5})\.")  # of transformers: model-00001-of-00002.safetensors
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -155,11 +157,23 @@ def _file_of(arch: str, pretrained: str, folder: Optional[Path]) -> Path:
         )
     if not path.is_file():
         known = f"; known tags: {', '.join(library.tags(arch))}" if library.tags(arch) else ""
+        near = library.near(pretrained, library.tags(arch))
+        known = f"; did you mean {near}?" if near else known
         raise InputError(
             f"weights {pretrained!r} for {arch}: neither a weight tag of this architecture nor a file. "
             f"Give --pretrained a tag (needs the network), a checkpoint file or folder, or 'random'{known}"
         )
+    _refuse_shard(path)
     return path
+
+
+def _refuse_shard(file: Path) -> None:
+    shards = SHARD.search(file.name)
+    if shards and int(shards[1]) > 1:
+        raise InputError(
+            f"weights {file}: one of {int(shards[1])} shards, which open_clip does not read; merge them into one file "
+            f"as docs/weights.md shows"
+        )
 
 
 def _file_in(pretrained: str, folder: Path) -> Path:
@@ -171,6 +185,8 @@ def _file_in(pretrained: str, folder: Path) -> Path:
     lost = [file for file in found if not file.exists()]
     if lost:
         return _file_of("", str(lost[0]), None)
+    if not named and found:
+        _refuse_shard(found[0])
     if not named and len(found) != 1:
         listed = ", ".join(file.name for file in found) or "none"
         raise InputError(f"weights {folder}: expected one file of weights in this folder, found {listed}; give one")

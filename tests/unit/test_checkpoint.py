@@ -55,6 +55,14 @@ WRAPPED = {
     },
     "an average alone": lambda state: {"state_dict_ema": state, "epoch": 3},
     "an average beside": lambda state: {"state_dict_ema": {}, "state_dict": state},
+    "a part of what was trained": lambda state: {
+        "state_dict": {
+            **prefixed(state, "clip."),
+            "criterion.logit_scale": state["logit_scale"],
+            "head.weight": state["logit_scale"],
+        }
+    },
+    "an adapter's base": lambda state: prefixed(state, "base_model.model."),
     "a counted average": lambda state: {**prefixed(state, "module."), "n_averaged": state["logit_scale"] * 0},
 }
 
@@ -62,6 +70,36 @@ WRAPPED = {
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 def test_training_checkpoints(wrap, state, tmp_path):
     same(checkpoint.read(save(tmp_path / "epoch.pt", wrap(state))), state)
+
+
+def test_of_two_models_neither_is_taken(state, tmp_path):
+    both = {**prefixed(state, "student."), **prefixed(state, "teacher.")}
+    with pytest.raises(InputError, match=r"holds several models \(student\., teacher\.\)"):
+        checkpoint.read(save(tmp_path / "both.pt", both))
+
+
+def test_a_traced_model_of_open_clip_holds_its_attention_mask(seeded, state, tmp_path):
+    import torch
+
+    example = {"encode_text": torch.zeros(1, 77, dtype=torch.int64), "encode_image": torch.zeros(1, 3, 224, 224)}
+    torch.jit.save(torch.jit.trace_module(seeded.module, example, check_trace=False), str(tmp_path / "traced.pt"))
+    assert "attn_mask" in checkpoint.read(tmp_path / "traced.pt")
+    found = model.load(CONFIG, weights.find_weights(CONFIG, str(tmp_path / "traced.pt")), towers())
+    same(found.module.state_dict(), state)
+
+
+NO_NUMBERS = {
+    "int8": (lambda one: (100 * one).char(), "visual.conv1.weight holds int8, as quantised weights do"),
+    "NaN": (lambda one: one.where(one != one.max(), one * float("nan")), "1 of .* of visual.conv1.weight are NaN"),
+    "fp16 overflow": (lambda one: (one + 1e6).half(), "numbers of visual.conv1.weight are NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_weights_that_are_no_numbers_of_the_model_are_refused(change, words, state, tmp_path):
+    state["visual.conv1.weight"] = change(state["visual.conv1.weight"])
+    with pytest.raises(InputError, match=words):
+        model.load(CONFIG, weights.find_weights(CONFIG, str(save(tmp_path / "w.pt", state))), towers())
 
 
 def test_torch_save_before_1_6(state, tmp_path):
@@ -232,13 +270,18 @@ def transformers_state(state):
     return made
 
 
+def documented(words):
+    """The Python of docs/weights.md that has these words in it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text(encoding="utf-8"), re.DOTALL)
+    return next(block for block in blocks if words in block)
+
+
 def test_transformers_weights_are_named_and_convert_as_documented(state, tmp_path):
     made = transformers_state(state)
     with pytest.raises(InputError, match="of transformers' CLIPModel.*open_clip_model.safetensors.*docs/weights.md"):
         checkpoint.read(save(tmp_path / "pytorch_model.bin", made))
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text(encoding="utf-8"), re.DOTALL)
     names = {}
-    exec(code, names)
+    exec(documented("def convert"), names)
     same(names["convert"](made), state)
 
 
@@ -329,6 +372,22 @@ def test_a_folder_of_several_files_or_none(tmp_path, state):
     save(tmp_path / "epoch_2.pt", state)
     with pytest.raises(InputError, match=r"found epoch_1.pt, epoch_2.pt"):
         weights.find_weights(CONFIG, str(tmp_path))
+
+
+def test_shards_are_named_and_merge_as_documented(tmp_path, state, monkeypatch):
+    from safetensors.torch import save_file
+
+    names = sorted(state)
+    for n, part in enumerate((names[:50], names[50:])):
+        shard = tmp_path / "FOLDER" / f"model-0000{n + 1}-of-00002.safetensors"
+        shard.parent.mkdir(exist_ok=True)
+        save_file({name: state[name].contiguous() for name in part}, str(shard))
+    for given in (shard.parent, shard):
+        with pytest.raises(InputError, match="one of 2 shards, .* merge them into one file as docs/weights.md shows"):
+            weights.find_weights(CONFIG, str(given))
+    monkeypatch.chdir(tmp_path)
+    exec(documented("shards"), {})
+    same(checkpoint.read(tmp_path / "merged.safetensors"), state)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"model_cfg": {"embed_dim": 3}}', "[1]"])

@@ -112,6 +112,11 @@ def test_missing_weights_say_what_to_get():
         weights.find_weights("ViT-B-32", "no_such_tag")
     with pytest.raises(InputError, match="no such architecture"):
         weights.find_weights("ViT-B-33", "random")
+    for name in ("ViT-B/32", "vit_b_32"):
+        with pytest.raises(InputError, match=r"did you mean ViT-B-32\?"):
+            library.architecture(name)
+    with pytest.raises(InputError, match=r"did you mean laion2b_s34b_b79k\?"):
+        weights.find_weights("ViT-B-32", "laion2B-s34B-b79K")
     with pytest.raises(InputError, match="no such file"):
         library.architecture("missing.json")
 
