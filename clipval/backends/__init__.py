@@ -233,16 +233,17 @@ class Kind:
         suffix: of the artifact's file; empty for a backend that opens the model itself.
         artifact: builds or finds the file for a tower and batch size; None if the suffix is empty.
         ahead: builds the artifacts of several towers and batch sizes in parallel; a failed one fails again when it is
-        needed. None: each is built when it is needed.
+            needed. None: each is built when it is needed.
         fixed_batch: the artifact takes one batch size only.
         sizes: batch sizes of given ready files that every tower has, None if no files were given; None for a kind that
             takes no ready files.
-            one_session: a device holds one session at a time, and `--device-id` selects the devices to validate.
-            dumped: the device can dump the artifact's inner tensors, which diagnosis reads.
-            precision: which of a spec's parity bounds apply to an identity: `fp32`, `fp16`, or a ready file's own.
-            host: what a host of this backend has and lacks, for a device number.
-            judged_as: the backend whose parity bounds apply to an identity; empty for its own.
-            origin: text for what artifacts depend on besides model, device and precision.
+        one_session: a device holds one session at a time, and `--device-id` selects the devices to validate.
+        compiled: makes the artifact of any ONNX file: settings, file, folder, its contract, batch size -> the artifact.
+        dumped: the device can dump the artifact's inner tensors, which diagnosis reads.
+        precision: which of a spec's parity bounds apply to an identity: `fp32`, `fp16`, or a ready file's own.
+        host: what a host of this backend has and lacks, for a device number.
+        judged_as: the backend whose parity bounds apply to an identity; empty for its own.
+        origin: text for what artifacts depend on besides model, device and precision.
     """
 
     open: Callable[[Materials, Opening], Backend]
@@ -252,6 +253,7 @@ class Kind:
     fixed_batch: bool = False
     sizes: Optional[Callable[[BackendSettings, Sequence[Tower]], Optional[Tuple[int, ...]]]] = None
     one_session: bool = False
+    compiled: Optional[Callable[[BackendSettings, Path, Path, Tower, int], Path]] = None
     dumped: bool = False
     precision: Callable[[Identity], str] = _fp32
     host: Callable[[int], List[Finding]] = _no_host

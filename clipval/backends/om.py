@@ -312,6 +312,10 @@ def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
     return om_files.compiled(made.store, made.onnx(tower), tower, batch_size, atc_options(asked))
 
 
+def _compiled(asked: BackendSettings, onnx: Path, folder: Path, tower: Tower, batch_size: int) -> Path:
+    return atc.compile_om(onnx, folder, f"{tower.name}_bs{batch_size}", tower, batch_size, atc_options(asked))
+
+
 def _ahead(made: Materials, needed: Sequence[Tuple[Tower, int]]) -> None:
     if made.settings.om_dir is None and len(needed) > 1:
         for tower, _ in needed:
@@ -358,6 +362,7 @@ KIND = Kind(
     fixed_batch=True,
     sizes=_sizes,
     one_session=True,
+    compiled=_compiled,
     dumped=True,
     precision=lambda where: atc.precision_class(where.precision),
     host=host.check_host,

@@ -45,6 +45,10 @@ def _declare(parser: Parser) -> None:
     )
     parser.add_argument("--om-json", type=Path, metavar="FILE", help="for --dump: output of atc --mode=1 for the OM")
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help="keep the dumps of --backend om there")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="DIR", help="write the smallest part that shows the fault there, to send"
+    )
+    parser.add_argument("--replay", type=Path, metavar="DIR", help="run a bundle again; exit code 1 if it still shows")
     parser.add_argument("--ladder", action="store_true", help="print every tap, not only those around the first excess")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the finding with its ladder")
 
@@ -54,15 +58,35 @@ def _diagnose(args: argparse.Namespace) -> int:
 
     Exit codes: 0 no excess, 1 something was found, 2 wrong usage or input.
     """
-    from clipval.diagnose import finding
+    from clipval.diagnose import finding, parts
 
+    if args.replay:
+        return _replay(args)
     found = _of_dump(args) if args.dump else _of_candidate(args)
     print("\n".join(found.lines()))
     if args.ladder or found.first:
         print("\n".join(finding.table(found, 0 if args.ladder else 4)))
     if args.json:
         args.json.write_text(json.dumps(found.detail(), indent=1), encoding="utf-8")
+    if args.bundle and found.found:
+        print(parts.bundle(chain_of(args), "om" if args.dump else _backend(args), found, args.bundle))
     return int(found.found)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from clipval.diagnose import parts
+
+    chain = chain_of(args)
+    try:
+        still, said = parts.replay(chain, _backend(args), args.replay)
+    finally:
+        chain.close()
+    print(said)
+    return int(still)
+
+
+def _backend(args: argparse.Namespace) -> str:
+    return args.backend or (backends.of_file(args.model) if args.model else None) or "onnx"
 
 
 def _of_candidate(args: argparse.Namespace) -> Any:
@@ -72,7 +96,7 @@ def _of_candidate(args: argparse.Namespace) -> Any:
         raise UsageError(f"diagnose --model {args.model}: no such file")
     chain = chain_of(args)
     chain.check_inputs()
-    name = args.backend or (backends.of_file(args.model) if args.model else None) or "onnx"
+    name = _backend(args)
     tower = chain.towers[args.tower or _tower_of(args.model)]
     picked = candidate.samples(chain, tower, args.sample, args.samples)
     try:

@@ -14,6 +14,7 @@ from clipval.arrays import spread
 from clipval.ascend.atc import DEFAULT_MODE
 from clipval.chain import Chain
 from clipval.diagnose import checks, graph, ladder
+from clipval.diagnose.bundle import Material
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
 from clipval.diagnose.locate import EXCESS
 from clipval.diagnose.taps import relative
@@ -202,8 +203,10 @@ def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -
         f"{finding.candidate}: the graph agrees with PyTorch at every tap when it is run node by node, but the "
         f"backend's own result is {off:.1e} off: the error is in the runtime: its optimisations or its provider"
     )
-    advice = ("--onnx-providers cpu", "another onnxruntime; report this with the bundle")
-    return replace(finding, verdict=DIVERGENCE, sentence=sentence, advice=advice)
+    advice = ("--onnx-providers cpu", "another onnxruntime; report this with what --bundle DIR writes")
+    end, rows = climbed.graph.outputs[0], climbed.recorded.rows
+    wrong = Material(climbed.graph, rows, end, max(noise, WORKED / EXCESS), climbed.graph.precision, runtime=True)
+    return replace(finding, verdict=DIVERGENCE, sentence=sentence, advice=advice, material=wrong)
 
 
 def annotated(chain: Chain, backend: str, tower: Tower, figures: Sequence[Figure]) -> List[Figure]:

@@ -6,6 +6,7 @@ it is.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -67,6 +68,30 @@ def part(graph: Graph, tensor: str, given: Mapping[str, np.ndarray], change: Opt
     model = graph.cut(numbers, kinds, [tensor])
     found = run(change(model) if change else model, fed, [tensor], graph.file)
     return as_array(found[tensor], found.get(f"{tensor}{WIDE}"))
+
+
+def model(whole: Any, rows: np.ndarray, wanted: str, change: Optional[Cut] = None) -> np.ndarray:
+    """One result of a small model with one input, node by node."""
+    changed = change(copy.deepcopy(whole)) if change else whole
+    return _run_rows(changed, rows, [wanted])[wanted]
+
+
+def all_of(whole: Any, rows: np.ndarray) -> Dict[str, np.ndarray]:
+    """Every result of a small model with one input."""
+    from onnx import helper
+
+    shown, held = copy.deepcopy(whole), {one.name for one in whole.graph.output}
+    names = [name for node in whole.graph.node for name in node.output if name]
+    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in held)
+    return _run_rows(shown, rows, names)
+
+
+def _run_rows(whole: Any, rows: np.ndarray, wanted: Sequence[str]) -> Dict[str, np.ndarray]:
+    import onnxruntime
+
+    fed = {whole.graph.input[0].name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))}
+    found = run(whole, fed, wanted, whole.graph.name)
+    return {name: as_array(found[name], found.get(f"{name}{WIDE}")) for name in wanted if found[name].has_value()}
 
 
 def as_array(value: Any, wide: Any = None) -> np.ndarray:

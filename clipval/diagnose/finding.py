@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict, List, Tuple
 
 from clipval.diagnose.locate import Rung
@@ -26,6 +26,7 @@ class Finding:
         first: name of the rung where the excess starts; empty for none.
         samples: how many were used.
         precision: `fp32`, `fp16` or `bf16`, whose noise the ladder has; empty if nothing was compared.
+        material: `clipval.diagnose.bundle.Material`; None if no tensor is wrong.
     """
 
     verdict: str
@@ -40,6 +41,7 @@ class Finding:
     first: str = ""
     samples: int = 0
     precision: str = ""
+    material: Any = field(default=None, repr=False, compare=False)
 
     @property
     def found(self) -> bool:
@@ -57,7 +59,8 @@ class Finding:
         A rung has its excess and its `state`: `compared`, `absent` without a tensor, or `not finite`, whose error is
         None, since JSON has no infinity.
         """
-        return {**asdict(self), "ladder": [_plain(rung) for rung in self.ladder]}
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "material"}
+        return {**plain, "ladder": [_plain(rung) for rung in self.ladder]}
 
 
 def _plain(rung: Rung) -> Dict[str, Any]:

@@ -1,6 +1,6 @@
 """An ONNX graph for diagnosis: nodes with names and module paths, and parts of it as separate models.
 
-In `clipval.diagnose` only this module and `twin` import onnx.
+In `clipval.diagnose` only this module, `twin`, `cut`, `bundle` and `evaluate` import onnx.
 """
 
 from __future__ import annotations

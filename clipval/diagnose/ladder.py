@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 import numpy as np
 
 from clipval.diagnose import evaluate, graph, pairs, taps
+from clipval.diagnose.bundle import Material
 from clipval.diagnose.finding import DIVERGENCE, NONE, Finding
 from clipval.diagnose.locate import EXCESS, FLOOR, Rung, suspects
 from clipval.diagnose.part import Part
@@ -220,7 +221,9 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
         return Finding(NONE, candidate, _no_excess(ladder, candidate), ladder=rungs, **common)
     part = Part.of(ladder, first)
     rung = ladder.rungs[first]
-    causes = tuple(part.causes())
+    causes, recorded, precision = tuple(part.causes()), ladder.recorded, ladder.graph.precision
+    truth = recorded.taps[first].truth
+    good = frozenset(ladder.tensors[n] for n, one in ladder.rungs.items() if one.good)
     where = f"PyTorch module {part.module or 'the tower itself'} ({part.operators})"
     start = f"its input is within {rung.noise:.1g}" if rung.error_in is None else f"input {rung.error_in:.1e} off"
     excess = rung.excess or 0.0
@@ -241,7 +244,8 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
         ladder=rungs,
         first=rung.name,
         samples=len(ladder.recorded.rows),
-        precision=ladder.graph.precision,
+        precision=precision,
+        material=Material(ladder.graph, recorded.rows, rung.tensor, rung.noise, precision, good, truth),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 import numpy as np
 
 from clipval.diagnose import evaluate, graph, pairs
+from clipval.diagnose.bundle import Material
 from clipval.diagnose.dump import Dump, Operator, Statistic
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
 from clipval.diagnose.graph import SAME_VALUES
@@ -31,12 +32,15 @@ class Compared:
         rungs: by ONNX tensor, in order of computation.
         operators: ONNX tensor -> the operator that outputs it.
         without: names of operators in the dump's model whose tensors could not be compared.
+        rows: the inputs; own: ONNX tensor -> the device's values, in the graph's order of axes.
     """
 
     graph: graph.Graph
     rungs: Dict[str, Rung] = field(default_factory=dict)
     operators: Dict[str, Operator] = field(default_factory=dict)
     without: List[str] = field(default_factory=list)
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    own: Dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def fused_names(file: Path) -> Dict[str, List[str]]:
@@ -126,18 +130,16 @@ def compare(
                     held[number, name] = values
                     errors.setdefault(number, []).append((relative(values, truth), name))
     compared, numbers = _chosen(whole, places, errors, noise, fused)
-    own = {name: held[number, name] for name, number in numbers.items()}
-    _run_alone(compared, own, shapes, change)
+    compared.rows, compared.own = rows, {name: held[number, name] for name, number in numbers.items()}
+    _run_alone(compared, shapes, change)
     return compared
 
 
-def _run_alone(
-    compared: Compared, own: Mapping[str, np.ndarray], shapes: Mapping[str, np.ndarray], change: Optional[Twin]
-) -> None:
+def _run_alone(compared: Compared, shapes: Mapping[str, np.ndarray], change: Optional[Twin]) -> None:
     """Add each rung's local excess: the part between it and its known inputs, run on the candidate's tensors."""
     if change is None:
         return
-    given = {name: np.asarray(values, np.float32) for name, values in own.items()}
+    given = {name: np.asarray(values, np.float32) for name, values in compared.own.items()}
     for name, rung in compared.rungs.items():
         fed = {**shapes, **{one: given[one] for one in rung.parents}}
         exact = evaluate.part(compared.graph, name, fed)
@@ -263,6 +265,9 @@ def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, pass
         ladder=rungs,
         first=rung.name,
         precision=precision,
+        material=Material(
+            compared.graph, compared.rows, name, rung.noise, precision, frozenset(good), device=compared.own
+        ),
     )
 
 

@@ -89,6 +89,26 @@ def test_a_fault_below_the_noise_of_fp16_is_said_to_be_below(chain, tmp_path, si
     assert "a fault is below that unless it is" in found.sentence
 
 
+def test_a_bundle_of_an_om_is_replayed_on_every_backend(small_spec, tmp_path):
+    work = [f"--spec={small_spec}", f"--workdir={tmp_path / 'work'}", "--allow-simulated"]
+
+    def diagnosed(*arguments, fault=""):
+        outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [sys.executable, "-m", "clipval", "diagnose", *work, *arguments]
+        variables = {**outside, **simulator.environment(fault=fault)}
+        return subprocess.run(command, env=variables, cwd=small.ROOT, capture_output=True, text=True, check=False)
+
+    sent = str(tmp_path / "sent")
+    done = diagnosed("--backend=om", "--tower=vision", "--samples=2", f"--bundle={sent}", fault="wrong_layer")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "resblocks.1/mlp/c_fc/Add_output_0" in done.stdout.splitlines()[-1]
+    again = diagnosed("--replay", sent, "--backend=om", fault="wrong_layer")
+    assert (again.returncode, "still shows on om simulated" in again.stdout) == (1, True), again.stdout + again.stderr
+    for backend in ("om", "onnx"):
+        fixed = diagnosed("--replay", sent, f"--backend={backend}")
+        assert (fixed.returncode, "no longer shows" in fixed.stdout) == (0, True), fixed.stdout + fixed.stderr
+
+
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_a_clean_om_has_no_excess(small_spec, tmp_path, tower):
     command = [sys.executable, "-m", "clipval", "diagnose", "--backend", "om", "--tower", tower, "--allow-simulated"]

@@ -10,7 +10,7 @@ import pytest
 from clipval import cli, options
 from clipval.ascend import atc, dumping
 from clipval.chain import Chain
-from clipval.diagnose import dump, graph, npu, om
+from clipval.diagnose import bundle, dump, graph, npu, om
 from clipval.errors import BackendUnavailable, InputError
 from tests import simulator
 from tests.faults import in_blocks
@@ -69,7 +69,10 @@ def test_a_dump_is_analysed_without_cann(made, tmp_path, capsys, monkeypatch):
     assert "transformer.resblocks.1.mlp.c_fc to transformer.resblocks.1.mlp.gelu" in capsys.readouterr().out
     ladder = json.loads((tmp_path / "finding.json").read_text())["ladder"]
     assert len(ladder) > 60
-    assert cli.main(arguments) == 1  # names in the dump alone
+    sent = tmp_path / "sent"
+    assert cli.main([*arguments, "--bundle", str(sent)]) == 1  # names in the dump alone
+    assert bundle.total(sent) < 1 << 20
+    assert cli.main(["diagnose", "--replay", str(sent)]) == 0  # the graph that it was compiled from is right
     assert "transformer.resblocks.1." in capsys.readouterr().out
     assert cli.main(["diagnose", "--dump", str(tmp_path / "dump")]) == 2
     assert "give --onnx FILE" in capsys.readouterr().err

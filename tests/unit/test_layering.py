@@ -15,7 +15,10 @@ ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HOMES = {
     "open_clip": {"library.py"},
-    "onnx": {"export.py", "backends/onnx.py", "backends/given.py", "diagnose/graph.py", "diagnose/twin.py"},
+    "onnx": {
+        *("export.py", "backends/onnx.py", "backends/given.py"),
+        *("diagnose/graph.py", "diagnose/twin.py", "diagnose/cut.py", "diagnose/bundle.py", "diagnose/evaluate.py"),
+    },
     "onnxruntime": {"backends/onnx.py", "diagnose/evaluate.py"},
     "torch": {
         *("library.py", "checkpoint.py", "model.py", "export.py", "backends/pytorch.py"),
