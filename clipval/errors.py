@@ -63,7 +63,7 @@ def lfs_pointer(file: Path) -> str:
     if not head.startswith(LFS):
         return ""
     size = re.search(rb"^size (\d+)$", head, re.MULTILINE)
-    held = f" of {int(size[1]) / 1e6:.0f} MB" if size else ""
+    held = f" of {int(size[1]) / 1e6:.3g} MB" if size else ""
     return f"a git-lfs pointer to a file{held}, not the file itself. Run 'git lfs pull' in its repository"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Type, TypeVar
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Type, TypeVar, Union
 
 from clipval import datasets
 from clipval.backends import REFERENCE, BackendSettings, kind, names, providers
@@ -72,6 +73,15 @@ class Settings(BackendSettings):
     def strict(self) -> bool:
         """Whether backends were named: then each of their gates must be evaluated, however the run is narrowed."""
         return self.backends is not None
+
+
+def _expanded(text: str) -> str:
+    """With the home folder for a leading `~`, which shells leave as it is in `--option=~/file`."""
+    return os.path.expanduser(text)
+
+
+def _path(text: str) -> Path:
+    return Path(_expanded(text))
 
 
 def _backends(text: str) -> Tuple[str, ...]:
@@ -161,13 +171,14 @@ class Option(NamedTuple):
     Attributes:
         metavar: of its value; empty for a switch and for `choices`.
         parse: text of the command line -> value.
+        choices: what it may be; a function where that is known only when it is declared.
     """
 
     flag: str
     metavar: str
     help: str
     parse: Callable[[str], object] = str
-    choices: Tuple[str, ...] = ()
+    choices: Union[Tuple[str, ...], Callable[[], List[str]]] = ()
 
     @property
     def name(self) -> str:
@@ -177,13 +188,13 @@ class Option(NamedTuple):
 
 # The README's table is held to this.
 OPTIONS = (
-    Option("--spec", "NAME", "what to validate: a shipped spec or a TOML file"),
-    Option("--model-name", "NAME", "open_clip architecture or JSON config, instead of the spec's"),
-    Option("--pretrained", "W", "weights: tag, file, folder, or random; instead of the spec's"),
+    Option("--spec", "NAME", "what to validate: a shipped spec or a TOML file", _expanded),
+    Option("--model-name", "NAME", "open_clip architecture or JSON config, instead of the spec's", _expanded),
+    Option("--pretrained", "W", "weights: tag, file, folder, or random; instead of the spec's", _expanded),
     Option("--pretrained-cfg", "TAG", "weight tag of a file's weights, for their transform"),
     Option("--resize-positions", "", "interpolate position embeddings of another size"),
-    Option("--data-dir", "DIR", "folder of images with their annotation file", Path),
-    Option("--data-format", "", "kind of data set; default: by content", choices=tuple(datasets.names())),
+    Option("--data-dir", "DIR", "folder of images with their annotation file", _path),
+    Option("--data-format", "", "kind of data set; default: by content", choices=datasets.names),
     Option("--captions-format", "", "how annotations are read", choices=CAPTION_FORMATS),
     Option("--backends", "LIST", f"of {','.join(names())}; named backends are required", _backends),
     Option("--batch-sizes", "LIST", "batch sizes of throughput, e.g. 1,8,64", _sizes),
@@ -192,14 +203,14 @@ OPTIONS = (
     Option("--onnx-provider-options", "OPTIONS", "of the first provider: NAME=VALUE,NAME=VALUE", _provider_options),
     Option("--allow-cpu-operators", "LIST", "operators that may run on the CPU instead, e.g. Gelu", _operators),
     Option("--threads", "N", "CPU threads of pytorch and onnx", at_least(int, 1)),
-    Option("--workdir", "DIR", "folder of artifacts and results", Path),
+    Option("--workdir", "DIR", "folder of artifacts and results", _path),
     Option("--rebuild", "", "build every artifact again"),
     Option("--probe-seed", "N", "seed of the probe inputs; default: a new one in each run", at_least(int, 0)),
-    Option("--onnx-prefix", "PREFIX", "ready ONNX files, PREFIX_vision.onnx and PREFIX_text.onnx", Path),
-    Option("--om-dir", "DIR", "ready OM files with the recipe's names", Path),
+    Option("--onnx-prefix", "PREFIX", "ready ONNX files, PREFIX_vision.onnx and PREFIX_text.onnx", _path),
+    Option("--om-dir", "DIR", "ready OM files with the recipe's names", _path),
     Option("--soc-version", "SOC", "chip, e.g. Ascend910B4; default: from npu-smi"),
     Option("--precision-mode", "MODE", "atc precision mode; default: atc's, fp16"),
-    Option("--keep-dtype", "FILE", "atc: operators that keep their dtype", Path),
+    Option("--keep-dtype", "FILE", "atc: operators that keep their dtype", _path),
     Option("--atc-flags", "FLAGS", "more flags for atc in one string: --atc-flags='--a=1 --b=2'", _flags),
     Option("--jobs", "N", "files that atc compiles in parallel; default: an eighth of the cores", at_least(int, 1)),
     Option("--device-id", "LIST", "NPUs by logic id, e.g. 0 or 0,1; each is validated", _devices),
@@ -210,8 +221,8 @@ OPTIONS = (
     Option("--perf-min-time", "S", "seconds of timed calls per row", at_least(float, 0.01)),
     Option("--perf-max-time", "S", "most seconds per row", at_least(float, 0.01)),
     Option("--perf-noise", "SHARE", f"allowed +- of a row's median; default: {_NOISE}", at_least(float, 0.001)),
-    Option("--baseline", "FILE", "throughput must not fall below this baseline", Path),
-    Option("--report", "DIR", "write report.json, report.md, report.html there", Path),
+    Option("--baseline", "FILE", "throughput must not fall below this baseline", _path),
+    Option("--report", "DIR", "write report.json, report.md, report.html there", _path),
     Option("--diagnose", "", "report for each failed parity gate where the tower diverges, and why"),
     Option("--gate", "LIST", "judge only these gates, e.g. parity/onnx/text or parity", _listed),
 )
@@ -231,7 +242,8 @@ def add_options(add: Callable[..., Any], only: Optional[List[str]] = None) -> No
         shown = "" if default in (None, False, "", ()) else f" (default: {_show(default)})"
         common = {"dest": one.name, "default": default, "help": one.help + shown}
         if one.choices:
-            add(one.flag, choices=one.choices, **common)
+            known = one.choices() if callable(one.choices) else one.choices  # a plugin may add kinds of data sets
+            add(one.flag, choices=tuple(known), **common)
         elif one.metavar:
             add(one.flag, type=one.parse, metavar=one.metavar, **common)
         else:

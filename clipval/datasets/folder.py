@@ -14,10 +14,12 @@ import msgspec
 import numpy as np
 
 from clipval.datasets import RetrievalDataset
-from clipval.errors import InputError, one_line
+from clipval.errors import InputError, lfs_pointer, one_line
 
 Parsed = TypeVar("Parsed")
 ENDINGS = (".txt", ".csv", ".tsv", ".token", ".json")
+OTHERS = (".jsonl", ".parquet", ".arrow", ".xlsx", ".tar")  # of other layouts, to be named where nothing is found
+COCOS = "annotations"  # sub-folder of COCO's own archive
 ENOUGH = 1 << 16  # bytes of either end of a file that identify its kind
 
 
@@ -59,8 +61,8 @@ def gather(folder: Path, annotations: Path, rows: Iterable[Row]) -> RetrievalDat
     )
 
 
-def annotation_files(folder: Path) -> List[Path]:
-    """Files of a folder that may be annotations, by suffix.
+def annotation_files(folder: Path, endings: Tuple[str, ...] = ENDINGS) -> List[Path]:
+    """Files of a folder that may be annotations, by suffix; those of `annotations/` if it has none, as COCO's own.
 
     Raises:
         InputError: there is no such folder, or it cannot be listed.
@@ -72,7 +74,10 @@ def annotation_files(folder: Path) -> List[Path]:
     except OSError as error:
         raise InputError(f"data {folder}: cannot be listed ({error.strerror}); check its permissions") from error
     # Skip hidden files: macOS leaves a "._x" next to each x that it copies.
-    return [folder / name for name in names if name.lower().endswith(ENDINGS) and name[0] != "."]
+    found = [folder / name for name in names if name.lower().endswith(endings) and name[0] != "."]
+    if not found and COCOS in names and (folder / COCOS).is_dir():
+        return annotation_files(folder / COCOS, endings)
+    return found
 
 
 def recognised(folder: Path, recognises: Callable[[str], bool]) -> List[Path]:
@@ -93,7 +98,9 @@ def one_of(folder: Path, files: List[Path], holds: str) -> Path:
         if found:
             names = ", ".join(path.name for path in found)
             raise InputError(f"data {folder}: several annotation files ({names}); keep one")
-    raise InputError(f"data {folder}: no annotation file; expected images and {holds}")
+    others = [path.name for path in annotation_files(folder, ENDINGS + OTHERS)]
+    unknown = f"; {', '.join(others[:3])} {'is' if len(others) == 1 else 'are'} of no known layout" if others else ""
+    raise InputError(f"data {folder}: no annotation file; expected images and {holds}{unknown}")
 
 
 def _ends(path: Path) -> str:
@@ -122,6 +129,8 @@ def text_of(file: Path) -> str:
         raise InputError(f"annotations {file}, line {line}: not UTF-8; save the file as UTF-8") from error
     except OSError as error:
         raise InputError(f"annotations {file}: cannot be read ({error.strerror})") from error
+    if lfs_pointer(file):
+        raise InputError(f"annotations {file}: {lfs_pointer(file)}")
     if "\0" in text:
         raise InputError(f"annotations {file}: holds NUL bytes, so it is not a text file")
     return text

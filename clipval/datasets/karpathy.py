@@ -64,20 +64,23 @@ def _parse_csv(file: Path, text: str) -> Iterator[Row]:
     named = FIRST.match(text)
     separator = named.group(1) if named else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    started, first = 0, True
+    started, first, swapped = 0, True, False
     try:
         for cells in reader:
             line, started = started + 1, reader.line_num
             if not any(cell.strip() for cell in cells):
                 continue
-            header, first = first and cells[0].strip().lower() in HEADERS, False
+            names = [cell.strip().lower() in HEADERS for cell in cells]
+            if first and names == [False, True]:
+                swapped = True  # caption,image
+            header, first = first and any(names[:2]), False
             if len(cells) != 2:
                 shown = separator.join(cells)[:60]
                 raise InputError(
                     f"annotations {file}, line {line}: {len(cells)} columns, expected 2 (image,caption): {shown!r}; "
                     f"put a caption with {separator!r} in double quotes"
                 )
-            image, caption = (cell.strip() for cell in cells)
+            image, caption = (cell.strip() for cell in (reversed(cells) if swapped else cells))
             if header:
                 continue
             if not image or not caption:

@@ -75,6 +75,15 @@ def coco_with_split(folder):
     karpathy_json(folder, "dataset_coco.json")
 
 
+def coco_as_unpacked(folder):
+    """COCO's own archives: annotations/ beside the folders of images, the other kinds of annotation in it too."""
+    coco(folder)
+    (folder / "annotations").mkdir()
+    (folder / "captions_val2014.json").rename(folder / "annotations" / "captions_val2014.json")
+    boxes = {"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}
+    (folder / "annotations" / "instances_val2014.json").write_text(json.dumps(boxes), encoding="utf-8")
+
+
 FORMS = {
     "csv": ("karpathy", rows("image caption", ",")),
     "csv, no header": ("karpathy", rows("", ",")),
@@ -87,6 +96,7 @@ FORMS = {
     "token": ("kaggle", lines("results_20130124.token", "{}#{}\t{}")),
     "karpathy json": ("karpathy_json", karpathy_json),
     "coco": ("coco", coco),
+    "coco, as unpacked": ("coco", coco_as_unpacked),
     "coco and karpathy": ("coco", coco_with_split),
 }
 
@@ -117,6 +127,27 @@ def test_kaggles_broken_row_is_read(folder):
     text = "image_name| comment_number| comment\n1.jpg| 0| a man\n1.jpg| 1   A dog runs across the grass .\n"
     (folder / "results.csv").write_text(text, encoding="utf-8")
     assert datasets.read(folder).captions == ("a man", "A dog runs across the grass .")
+
+
+def test_columns_in_the_other_order(folder, recipe):
+    turned = [("caption", "image"), *((one, name) for name, some in CAPTIONS.items() for one in some)]
+    with open(folder / "captions.csv", "w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows(turned)
+    assert datasets.read(folder).fingerprint() == recipe.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "test.parquet", "captions.json"])
+def test_a_layout_that_is_not_known_is_named(folder, name):
+    (folder / name).write_text('[{"image": "1.jpg", "caption": "a"}]', encoding="utf-8")
+    with pytest.raises(InputError, match=f"no annotation file; expected images and .*; {name} is of no known layout"):
+        datasets.read(folder)
+
+
+def test_annotations_that_were_not_pulled_are_named(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 605000\n"
+    (folder / "flickr30k_test_karpathy.txt").write_text(pointer, encoding="utf-8")
+    with pytest.raises(InputError, match=r"karpathy.txt: a git-lfs pointer to a file of 0.605 MB"):
+        datasets.read(folder)
 
 
 def test_kaggles_captions_go_by_their_numbers(folder):

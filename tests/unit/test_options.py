@@ -37,6 +37,14 @@ def test_values():
     assert found.data_dir == Path("d")
 
 
+def test_a_leading_tilde_is_the_home_folder(monkeypatch):
+    """Shells leave it in `--option=~/file`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    found = parse("--data-dir=~/flickr", "--pretrained=~/weights.pt", "--spec=~/own.toml", "--workdir", "a~b")
+    assert (found.data_dir, found.workdir) == (Path("/home/me/flickr"), Path("a~b"))
+    assert (found.pretrained, found.spec) == ("/home/me/weights.pt", "/home/me/own.toml")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
