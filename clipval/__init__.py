@@ -2,11 +2,11 @@
 
 Data flows one way, and a module imports only from its left:
 
-errors -> towers -> store, environment, arrays -> ascend -> backends, datasets -> library -> transform
+errors -> towers -> store, environment, supervise, arrays -> ascend -> backends, datasets -> library -> transform
 -> options -> spec -> result_files -> embeddings -> weights -> subject, checkpoint -> model -> preprocess, probe
 -> export -> parity, ranks, doctor
--> retrieval, architectures -> chain -> throughput -> results -> gates, diagnose -> report -> run
--> promise, entry, supervise -> plugin -> train_shapes, commands -> cli -> __main__
+-> retrieval, architectures, shards -> reference -> chain -> throughput -> results -> gates, diagnose -> report -> run
+-> promise, entry -> plugin -> train_shapes, commands -> cli -> __main__
 
 A module of a package counts as the package. `tests/unit/test_layering.py` holds the imports to this.
 """

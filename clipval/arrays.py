@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, List, Sequence, Tuple, Union
+from typing import Any, Iterable, List, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 from numpy.lib import format as npy
 
-from clipval.errors import InputError, lfs_pointer, one_line
+from clipval.errors import InputError, lfs_pointer, one_line, os_cause
 from clipval.towers import Tower
 
 Index = Union[slice, Sequence[int], np.ndarray]
+
+
+class Source(Protocol):
+    """Rows of one tower that are made or read when they are sliced.
+
+    Attributes:
+        ids: their names in order; tower: dtype and shape of a row.
+    """
+
+    @property
+    def ids(self) -> Tuple[str, ...]: ...
+
+    @property
+    def tower(self) -> Tower: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Index) -> np.ndarray: ...
+
+    def part(self, start: int, stop: int) -> Source:
+        """The rows from `start` up to `stop`."""
+        ...
+
+    def stamp(self) -> str:
+        """A digest that is another one where what a row is made of was changed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,8 +71,32 @@ class PreparedRows:
             rows[n] = read(self.folder / f"{name}.npy", self.tower.dtype, self.tower.shape(1))[0]
         return rows
 
+    def part(self, start: int, stop: int) -> PreparedRows:
+        """The rows from `start` up to `stop`."""
+        return replace(self, ids=self.ids[start:stop])
 
-Rows = Union[PreparedRows, np.ndarray]
+    def stamp(self) -> str:
+        """sha256 over the names, sizes and times of the files, which are not read."""
+        return stamp(self.folder / f"{name}.npy" for name in self.ids)
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """sha256 over the names, sizes and times of files, which are not read.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            found = os.stat(file)
+        except OSError as error:
+            raise InputError(os_cause(error)) from error
+        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+Rows = Union[Source, np.ndarray]
 
 
 def listed(folder: Path, tower: Tower) -> PreparedRows:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from clipval import backends, datasets, environment, export, library, preprocess, probe, store, subject
+from clipval import backends, datasets, environment, export, library, preprocess, probe, reference, store, subject
 from clipval import model as models
 from clipval import spec as specs
-from clipval.backends import REFERENCE, Backend, Encoder, Identity, base_name
+from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, base_name
 from clipval.backends.pool import ColdStart, Pool
 from clipval.datasets import RetrievalDataset
-from clipval.embeddings import Embeddings, Golden, Made, embed, read_golden, read_made, write_made
+from clipval.embeddings import Embeddings, Golden, Made, align, embed, read_golden
 from clipval.errors import InputError, UsageError
 from clipval.options import Settings
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
+from clipval.shards import files
 from clipval.towers import Tower
 from clipval.weights import Weights, find_weights, identify
 
-REFERENCE_BATCH = 32  # fewer calls: torch's threads synchronise at every operator, which is slow on a busy host
 PREFERRED_BATCH = 8  # batch size of accuracy: every default run has an OM for it
 
 
@@ -192,19 +194,35 @@ class Chain:
         return Made(backend.identity, embed(backend, rows.ids, rows, batch_size))
 
     def _reference(self, tower: Tower) -> Made:
-        rows = self.prepared.rows[tower.name]
+        rows, device = self.prepared.rows[tower.name], self.settings.reference_device
         key = {
             **self.model_key,
             "tower": tower.name,
             "prepared": rows.folder.parent.name,
-            "batch": REFERENCE_BATCH,
-            "code": store.code_hash("clipval.embeddings", "clipval.backends.pytorch"),
+            "batch": reference.BATCH,
+            "device": device,
+            "code": store.code_hash("clipval.reference", "clipval.backends.pytorch"),
         }
 
         def build(folder: Path) -> None:
-            write_made(folder, self._embed(REFERENCE, tower, REFERENCE_BATCH))
+            reference.make(folder, key, rows, lambda: self.backend(REFERENCE, tower, reference.BATCH))
+            if device != "cpu":
+                self._hold_to_cpu(tower, files.read(folder))
 
-        return read_made(self.store.get("reference", key, build), rows.ids)
+        made = files.read(self.store.get("reference", key, build, resumes=True))
+        return made._replace(embeddings=align(made.embeddings, rows.ids))
+
+    def _hold_to_cpu(self, tower: Tower, made: Made) -> None:
+        """Hold a GPU's embeddings to those of the same model on the CPU, on a drawn sample."""
+        rows, on_cpu = self.prepared.rows[tower.name], copy.copy(self)
+        on_cpu.settings = replace(self.settings, reference_device="cpu")
+        picked = reference.drawn(len(rows), self.probe_seed)
+        backend = backends.kind(REFERENCE).open(on_cpu, Opening(tower, None, reference.BATCH, 0))
+        ids = tuple(rows.ids[n] for n in picked)
+        wanted = embed(backend, ids, rows[picked], reference.BATCH)
+        found = Embeddings(ids, made.embeddings.values[picked])
+        bounds = self.spec.bounds("onnx", self.precision(made.identity), tower.name)
+        reference.hold(tower, found, wanted, bounds, self.probe_seed)
 
     def golden(self, tower: Tower) -> Golden:
         """The spec's pinned embeddings."""

@@ -10,11 +10,11 @@ import os
 import sys
 from typing import Dict, List, Optional
 
-from clipval.commands import Command, Parser, compare, diagnose, lookup, models, recipe, speed
+from clipval.commands import Command, Parser, compare, diagnose, embed, lookup, models, recipe, speed
 from clipval.errors import ClipvalError, os_cause
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE, like any other command
-PARTS = (recipe, speed, lookup, models, diagnose, compare)
+PARTS = (recipe, embed, speed, lookup, models, diagnose, compare)
 COMMANDS: Dict[str, Command] = {name: one for part in PARTS for name, one in part.COMMANDS.items()}
 
 

@@ -10,11 +10,12 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
-import msgspec
 import numpy as np
 from tqdm import tqdm
 
@@ -42,20 +43,18 @@ class Made(NamedTuple):
     embeddings: Embeddings
 
 
-def write_made(folder: Path, made: Made) -> None:
-    """Write embeddings as one array, with the identity of the backend."""
-    np.save(folder / "values.npy", made.embeddings.values)
-    (folder / "identity.json").write_bytes(msgspec.json.encode(made.identity))
-
-
-def read_made(folder: Path, ids: Tuple[str, ...]) -> Made:
-    """What `write_made` wrote; the ids are the caller's."""
-    identity = Identity(*msgspec.json.decode((folder / "identity.json").read_bytes()))
-    return Made(identity, Embeddings(ids, np.load(folder / "values.npy")))
-
-
 def embed(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> Embeddings:
-    """Embed every row.
+    """Embed every row; see `batches`."""
+    values = np.empty((len(ids), backend.tower.width), np.float32)
+    start = 0
+    for found in shown(batches(backend, ids, rows, batch_size), backend, len(ids), batch_size):
+        values[start : start + len(found)] = found
+        start += len(found)
+    return Embeddings(tuple(ids), values)
+
+
+def batches(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> Iterator[np.ndarray]:
+    """Embed rows batch by batch; neither rows nor embeddings pile up.
 
     Args:
         backend: an open backend; stays open.
@@ -63,6 +62,9 @@ def embed(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> 
         rows: [n, *row_shape] in the tower's dtype. Read batch by batch.
         batch_size: rows per call. If the backend's is fixed, the last batch is padded with copies of its last row, and
             their outputs are dropped.
+
+    Yields:
+        float32 [at most batch_size, width], which the backend may overwrite in its next call.
 
     Raises:
         InputError: rows or embeddings whose dtype, shape or number breaks the contract.
@@ -77,9 +79,7 @@ def embed(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> 
         raise InputError(
             f"{backend.identity}: its {tower.name} model takes batches of {backend.batch_size}, asked for {batch_size}"
         )
-    values = np.empty((len(ids), tower.width), np.float32)
-    starts = range(0, len(ids), batch_size)
-    for start in tqdm(starts, desc=f"{backend.identity.name} {tower.name}", disable=None, leave=False):
+    for start in range(0, len(ids), batch_size):
         count = min(batch_size, len(ids) - start)
         batch = np.ascontiguousarray(rows[start : start + count])
         _check_rows(backend, batch, count, ids[start])
@@ -87,8 +87,14 @@ def embed(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -> 
             batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - count, axis=0)])
         found = backend.run(batch)
         _check_embeddings(backend, found, len(batch), ids[start])
-        values[start : start + count] = found[:count]  # a copy: the backend may reuse its buffer
-    return Embeddings(tuple(ids), values)
+        yield found[:count]
+
+
+def shown(blocks: Iterable[np.ndarray], backend: Backend, count: int, batch_size: int) -> Iterable[np.ndarray]:
+    """The same, with a progress bar on a terminal."""
+    named, total = f"{backend.identity.name} {backend.tower.name}", -(-count // max(1, batch_size))
+    progress: Iterable[np.ndarray] = tqdm(blocks, desc=named, total=total, disable=None, leave=False)
+    return progress
 
 
 def _check_rows(backend: Backend, batch: np.ndarray, count: int, first: str) -> None:
@@ -111,15 +117,23 @@ def _check_embeddings(backend: Backend, found: Any, count: int, first: str) -> N
 
 
 def write(folder: Path, embeddings: Embeddings) -> None:
-    """Write `<id>_0.npy`, float32 [1, width] each; a new folder appears only when it is complete.
+    """Write embeddings; see `write_blocks`."""
+    write_blocks(folder, embeddings.ids, [embeddings.values])
+
+
+def write_blocks(folder: Path, ids: Sequence[str], blocks: Iterable[np.ndarray]) -> None:
+    """Write `<id>_0.npy`, float32 [1, width] each, block by block; a new folder appears only when it is complete.
+
+    Args:
+        ids: n names; blocks: their embeddings in order, float32 [any number, width] each, written as they come.
 
     Raises:
         InputError: an id is a duplicate, the folder cannot be written, or it holds arrays of other samples, which
             would be evaluated together with these.
     """
-    names = {f"{name}_0.npy" for name in embeddings.ids}
-    if len(names) != len(embeddings.ids):
-        twice = Counter(embeddings.ids).most_common(1)[0][0]
+    names = {f"{name}_0.npy" for name in ids}
+    if len(names) != len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
         raise InputError(f"{folder}: sample {twice} is a duplicate; one file would replace the other")
     try:
         foreign = sorted(set(arrays.names(folder)) - names) if os.path.isdir(folder) else []
@@ -127,26 +141,31 @@ def write(folder: Path, embeddings: Embeddings) -> None:
             raise InputError(
                 f"{folder}: holds {len(foreign)} arrays of other samples ({foreign[0]}); empty it or give another"
             )
-        _publish(folder.resolve(), embeddings)
+        _publish(folder.resolve(), ids, blocks)
     except OSError as error:
         reason = error.strerror or error  # numpy reports a full disk without an errno
         raise InputError(f"{folder}: cannot be written ({reason}); free space or give another folder") from error
 
 
-def _publish(folder: Path, embeddings: Embeddings) -> None:
+def _publish(folder: Path, ids: Sequence[str], blocks: Iterable[np.ndarray]) -> None:
     """Write next to the folder, then rename: a partial folder would be evaluated as a smaller data set."""
-    with store.aside(folder) as scratch:
-
-        def save(n: int) -> None:
-            np.save(scratch / f"{embeddings.ids[n]}_0.npy", embeddings.values[n : n + 1])
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(save, range(len(embeddings.ids))))
-        if not folder.exists():
-            os.replace(scratch, folder)
-            return
-        for path in scratch.iterdir():
-            os.replace(path, folder / path.name)
+    new = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        with store.aside(folder) as scratch, ThreadPoolExecutor(THREADS) as pool:
+            left = iter(ids)
+            for block in blocks:
+                places = [scratch / f"{name}_0.npy" for name in islice(left, len(block))]
+                list(pool.map(np.save, places, block[:, None]))
+            if not folder.exists():
+                os.replace(scratch, folder)
+                return
+            for path in scratch.iterdir():
+                os.replace(path, folder / path.name)
+    except BaseException:  # also of the rows, which are read meanwhile
+        for parent in new:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def read(folder: Path, width: Optional[int] = None) -> Embeddings:
@@ -238,6 +257,8 @@ def align(embeddings: Embeddings, ids: Sequence[str]) -> Embeddings:
     Raises:
         InputError: ids that are missing, surplus or duplicates.
     """
+    if embeddings.ids == tuple(ids) and len(set(ids)) == len(ids):
+        return embeddings  # without a copy
     row = {name: n for n, name in enumerate(embeddings.ids)}
     missing = [name for name in ids if name not in row]
     surplus = sorted(set(embeddings.ids) - set(ids))

@@ -15,6 +15,7 @@ from clipval.backends import REFERENCE, BackendSettings, kind, names, providers
 from clipval.errors import UsageError
 
 OM_RUNTIMES = ("aclruntime", "pyacl")
+REFERENCE_DEVICES = ("cpu", "cuda")
 DEFAULT_BACKENDS = ("pytorch", "onnx")
 CAPTION_FORMATS = ("csv", "clip_benchmark")
 # Allowed half-width of the 95 % interval of a row's median, as a share of it, by clock. Not the coefficient of
@@ -151,7 +152,7 @@ def _opset(text: str) -> int:
     return int(text)
 
 
-def _devices(text: str) -> Tuple[int, ...]:
+def listed_devices(text: str) -> Tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"devices {text!r}; expected logic ids from 0, such as 0 or 0,1")
@@ -203,6 +204,7 @@ OPTIONS = (
     Option("--onnx-provider-options", "OPTIONS", "of the first provider: NAME=VALUE,NAME=VALUE", _provider_options),
     Option("--allow-cpu-operators", "LIST", "operators that may run on the CPU instead, e.g. Gelu", _operators),
     Option("--threads", "N", "CPU threads of pytorch and onnx", at_least(int, 1)),
+    Option("--reference-device", "", "device of PyTorch; a GPU is compared with the CPU", choices=REFERENCE_DEVICES),
     Option("--workdir", "DIR", "folder of artifacts and results", _path),
     Option("--rebuild", "", "build every artifact again"),
     Option("--probe-seed", "N", "seed of the probe inputs; default: a new one in each run", at_least(int, 0)),
@@ -213,7 +215,7 @@ OPTIONS = (
     Option("--keep-dtype", "FILE", "atc: operators that keep their dtype", _path),
     Option("--atc-flags", "FLAGS", "more flags for atc in one string: --atc-flags='--a=1 --b=2'", _flags),
     Option("--jobs", "N", "files that atc compiles in parallel; default: an eighth of the cores", at_least(int, 1)),
-    Option("--device-id", "LIST", "NPUs by logic id, e.g. 0 or 0,1; each is validated", _devices),
+    Option("--device-id", "LIST", "NPUs by logic id, e.g. 0 or 0,1; each is validated", listed_devices),
     Option("--om-runtime", "", "runtime of OM files: aclruntime, or pyACL, which comes with CANN", choices=OM_RUNTIMES),
     Option("--device-timeout", "S", "a device call that takes longer ends the run as failed", at_least(float, 1)),
     Option("--allow-health", "", "use an NPU whose health is Alarm or worse"),

@@ -16,8 +16,8 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Set, Tuple, TypeVar
 
@@ -26,8 +26,8 @@ from numpy.lib import format as npy
 from PIL import Image
 from tqdm import tqdm
 
-from clipval import environment, store
-from clipval.arrays import PreparedRows
+from clipval import arrays, environment, store
+from clipval.arrays import Index, PreparedRows
 from clipval.datasets.images import open_rgb
 from clipval.model import Model, check_tokens
 from clipval.towers import Tower
@@ -192,6 +192,60 @@ def opened(dataset: RetrievalDataset, towers: Dict[str, Tower], folder: Path) ->
     ids = {"vision": dataset.image_ids, "text": dataset.caption_ids}
     rows = {name: PreparedRows(folder / tower.prepared, ids[name], tower) for name, tower in towers.items()}
     return PreparedData(folder, rows)
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Rows of one tower, made of images or captions when they are sliced, so that no array need lie on the disk.
+
+    Attributes:
+        ids: their names in order; items: image files or captions; tower: dtype and shape of a row.
+        model: whose transform and tokenizer make them; None where none is sliced.
+    """
+
+    ids: Tuple[str, ...]
+    items: Tuple[Any, ...]
+    tower: Tower
+    model: Optional[Model] = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        """Rows [n, *row_shape], what `prepare` would have written.
+
+        Raises:
+            InputError: an image cannot be read; the file is named.
+        """
+        assert self.model is not None
+        picked = self.items[index] if isinstance(index, slice) else [self.items[n] for n in index]
+        if self.tower.name == "text":
+            return tokens(picked, self.model, self.tower)
+        rows = np.empty(self.tower.shape(len(picked)), np.float32)
+        each_in_threads(lambda n: self._transform(open_rgb(picked[n]), rows[n]), range(len(picked)))
+        return rows
+
+    @cached_property
+    def _transform(self) -> Transform:
+        assert self.model is not None
+        return Transform(self.model.transform)
+
+    def part(self, start: int, stop: int) -> RawRows:
+        """The rows from `start` up to `stop`."""
+        return replace(self, ids=self.ids[start:stop], items=self.items[start:stop])
+
+    def stamp(self) -> str:
+        """sha256 over captions, or over names, sizes and times of images, which are not read."""
+        if self.tower.name == "text":
+            return hashlib.sha256(json.dumps(self.items).encode()).hexdigest()
+        return arrays.stamp(self.items)
+
+
+def raw(dataset: RetrievalDataset, tower: Tower, model: Optional[Model] = None) -> RawRows:
+    """A data set's images or captions as rows of a tower, in the order of its ids."""
+    if tower.name == "text":
+        return RawRows(dataset.caption_ids, dataset.captions, tower, model)
+    return RawRows(dataset.image_ids, dataset.image_paths, tower, model)
 
 
 def pixels(path: Path, model: Model) -> np.ndarray:

@@ -48,7 +48,7 @@ def fork(say: Callable[[str], None]) -> Optional[int]:
     if child == 0:
         os.close(reader)
         _record = writer
-        _end_with(parent)
+        end_with(parent)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return None
     os.close(writer)
@@ -110,7 +110,7 @@ def _wait(child: int, signals: Set[signal.Signals]) -> int:
             return status
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Die with the parent, so that `kill -9` of the run leaves no process that holds a device."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:

@@ -144,6 +144,7 @@ class BackendSettings:
     onnx_provider_options: Tuple[Tuple[str, str], ...] = ()
     allow_cpu_operators: Tuple[str, ...] = ()
     threads: Optional[int] = None
+    reference_device: str = "cpu"
     onnx_prefix: Optional[Path] = None
     om_dir: Optional[Path] = None
     soc_version: Optional[str] = None
@@ -220,6 +221,10 @@ def _nothing_else(_: BackendSettings) -> str:
     return ""
 
 
+def _on_host(_: BackendSettings) -> str:
+    return ""
+
+
 def _no_host(_: int) -> List[Finding]:
     return []
 
@@ -238,6 +243,7 @@ class Kind:
         sizes: batch sizes of given ready files that every tower has, None if no files were given; None for a kind that
             takes no ready files.
         one_session: a device holds one session at a time, and `--device-id` selects the devices to validate.
+        accelerator: what it computes on with these settings: `NPU`, `GPU`, or empty for this machine's processor.
         compiled: makes the artifact of any ONNX file: settings, file, folder, its contract, batch size -> the artifact.
         dumped: the device can dump the artifact's inner tensors, which diagnosis reads.
         precision: which of a spec's parity bounds apply to an identity: `fp32`, `fp16`, or a ready file's own.
@@ -253,6 +259,7 @@ class Kind:
     fixed_batch: bool = False
     sizes: Optional[Callable[[BackendSettings, Sequence[Tower]], Optional[Tuple[int, ...]]]] = None
     one_session: bool = False
+    accelerator: Callable[[BackendSettings], str] = _on_host
     compiled: Optional[Callable[[BackendSettings, Path, Path, Tower, int], Path]] = None
     dumped: bool = False
     precision: Callable[[Identity], str] = _fp32

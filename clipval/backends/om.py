@@ -362,6 +362,7 @@ KIND = Kind(
     fixed_batch=True,
     sizes=_sizes,
     one_session=True,
+    accelerator=lambda _: "NPU",
     compiled=_compiled,
     dumped=True,
     precision=lambda where: atc.precision_class(where.precision),

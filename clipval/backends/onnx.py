@@ -301,8 +301,9 @@ def _open(made: Materials, asked: Opening) -> Backend:
     assert asked.file is not None
     chosen = made.settings
     options, cache = chosen.onnx_provider_options, None
+    if providers.accelerator(chosen.onnx_providers[0]) and "device_id" not in dict(options):
+        options = (("device_id", str(asked.device)), *options)
     if chosen.onnx_providers[0] == CANN:
-        options = (*((("device_id", str(asked.device)),) if "device_id" not in dict(options) else ()), *options)
         cache = _cann_cache(made, asked, options)
     return OnnxBackend(
         asked.tower,
@@ -353,6 +354,7 @@ KIND = Kind(
     suffix=".onnx",
     artifact=_artifact,
     sizes=_sizes,
+    accelerator=lambda asked: providers.accelerator(asked.onnx_providers[0]),
     precision=lambda where: providers.precision_class(where.precision),
     judged_as=_judged_as,
     origin=_origin,

@@ -45,6 +45,11 @@ def configured(provider: str, given: Options) -> Dict[str, str]:
     return {**DEFAULTS.get(provider, {}), **dict(given)}
 
 
+def accelerator(provider: str) -> str:
+    """What a provider computes on, where it has numbered devices, which its option `device_id` picks: NPU or GPU."""
+    return {CANN: "NPU", CUDA: "GPU", TENSORRT: "GPU"}.get(provider, "")
+
+
 def precision(provider: str, options: Mapping[str, str]) -> str:
     """The precision of a provider with its options: `fp32`, or a word that `precision_class` knows.
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
-from clipval import backends
+from clipval import backends, datasets
+from clipval.datasets import RetrievalDataset
 from clipval.options import Settings, add_options
 from clipval.towers import Tower
 
@@ -43,6 +44,11 @@ def tower_of_onnx(file: Path) -> Tower:
     from clipval import export
 
     return export.tower_of(file)
+
+
+def given_data(args: argparse.Namespace) -> RetrievalDataset:
+    """The data set of `--data-dir`."""
+    return datasets.read(args.data_dir, named=args.data_format, captions_format=args.captions_format)
 
 
 def say_notes(backend: Any) -> None:

@@ -60,8 +60,11 @@ def _compare(args: argparse.Namespace) -> int:
 def _made(chain: Chain, args: argparse.Namespace, name: str, tower: Tower) -> Tuple[Identity, Embeddings]:
     """The embeddings computed or held by a source, and their identity."""
     from clipval import embeddings
+    from clipval.shards import files
 
     path = Path(name)
+    if files.here(path):
+        return files.read(path, tower.width)
     if path.is_dir():
         return Identity("embeddings", "saved", name, "unknown"), embeddings.read(path, tower.width)
     kind = name if name == backends.REFERENCE else backends.of_file(path)

@@ -1,4 +1,4 @@
-"""The recipe's steps with its flags: preprocess, export, compile, embed, evaluate."""
+"""The recipe's steps with its flags: preprocess, export, compile, evaluate; `embed` has its own module."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import numpy as np
 
-from clipval import backends, datasets
-from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, say_notes, tower_of_onnx
-from clipval.datasets import RetrievalDataset
+from clipval.commands import Command, Parser, chain_of, given_data, model_options, tower_of_onnx
 from clipval.errors import ClipvalError, InputError, UsageError
-from clipval.options import ONNX_OPTIONS, Settings, add_options, at_least
+from clipval.options import Settings, add_options
 
 if TYPE_CHECKING:
     from clipval.ascend.atc import AtcOptions
@@ -38,7 +36,7 @@ def _preprocess(args: argparse.Namespace) -> int:
     if args.data_dir is None and args.model_name is not None:
         raise UsageError("preprocess --model-name: give the images with --data-dir")
     given = args.data_dir is not None
-    dataset = _given(args) if given else chain.dataset
+    dataset = given_data(args) if given else chain.dataset
     wanted = {"images": set(dataset.image_ids), "texts": set(dataset.caption_ids)}
     for folder, ids in wanted.items():
         foreign = sorted(path.name for path in (args.save_dir / folder).glob("*.npy") if path.stem not in ids)
@@ -52,11 +50,6 @@ def _preprocess(args: argparse.Namespace) -> int:
     print(f"{args.save_dir}: {len(dataset.image_ids)} images, {len(dataset.caption_ids)} texts")
     print(f"transform: {model.preprocess.describe()} ({model.preprocess.source})")
     return 0
-
-
-def _given(args: argparse.Namespace) -> RetrievalDataset:
-    """The data set of `--data-dir`."""
-    return datasets.read(args.data_dir, named=args.data_format, captions_format=args.captions_format)
 
 
 def _declare_export(parser: Parser) -> None:
@@ -140,56 +133,10 @@ def _batch_of_shape(shape: Optional[str]) -> Tuple[int, ...]:
     return (int(first),)
 
 
-def _declare_embed(parser: Parser) -> None:
-    add_options(parser.add_argument, ["--device-id", "--threads", *ONNX_OPTIONS, "--precision-mode"])
-    add_options(parser.add_argument, ["--om-runtime", "--device-timeout", "--allow-health"])
-    add_options(parser.add_argument, ["--model-name", "--pretrained", "--pretrained-cfg", "--spec", "--workdir"])
-    parser.add_argument("--backend", choices=backends.names(), help="default: by the model file's suffix")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="prep_data/images or prep_data/texts")
-    parser.add_argument("--output", type=Path, default=Path("om_outputs"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--output-dirname", "--output_dirname", metavar="NAME", help="folder inside --output")
-    parser.add_argument(
-        "--batch-size", "--batchsize", type=at_least(int, 1), metavar="N", help="default: the OM file's, else 8"
-    )
-    parser.add_argument("--outfmt", choices=("NPY",), default="NPY", help="default: %(default)s")
-
-
-def _embed(args: argparse.Namespace) -> int:
-    """Prepared arrays to embeddings: <output>/<dirname>/<id>_0.npy."""
-    from clipval import arrays, embeddings
-
-    name = args.backend or (backends.of_file(args.model) if args.model else None) or backends.REFERENCE
-    chain = chain_of(args)
-    tower = chain.towers[_tower_of_input(args.input)]
-    rows = arrays.listed(args.input, tower)
-    size = args.batch_size or batch_of_name(args.model) or 8
-    backend = chain.pool.open_file(name, tower, args.model, size)
-    say_notes(backend)
-    try:
-        found = embeddings.embed(backend, rows.ids, rows, size)
-    finally:
-        backend.close()
-    target = args.output / (args.output_dirname or f"{tower.name}_embed_bs{size}")
-    embeddings.write(target, found)
-    print(f"{target}: {len(found.ids)} embeddings of the {tower.name} tower by {backend.identity}, batch {size}")
-    return 0
-
-
-def _tower_of_input(folder: Path) -> str:
-    """The tower for a folder of arrays: text for tokens, vision for pixels."""
-    first = next(iter(sorted(folder.glob("*.npy"))), None)
-    if first is None:
-        raise InputError(f"--input {folder}: no .npy files; give the images or texts folder written by preprocess")
-    from clipval import arrays
-
-    return "text" if arrays.load(first).dtype == np.int64 else "vision"
-
-
 def _declare_evaluate(parser: Parser) -> None:
     add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
-    parser.add_argument("--vision-embeds", type=Path, required=True, metavar="DIR", help="<id>_0.npy files")
-    parser.add_argument("--text-embeds", type=Path, required=True, metavar="DIR", help="<id>_<k>_0.npy files")
+    parser.add_argument("--vision-embeds", type=Path, required=True, metavar="DIR", help="<id>_0.npy files or shards")
+    parser.add_argument("--text-embeds", type=Path, required=True, metavar="DIR", help="<id>_<k>_0.npy files or shards")
     parser.add_argument("--spec", metavar="NAME", help="gate recall by this spec's figures; default: only show it")
     parser.add_argument(
         "--backend", default="om", help="backend whose figures of the spec apply (default: %(default)s)"
@@ -201,10 +148,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     from clipval import embeddings, retrieval, spec
     from clipval.backends import Identity
     from clipval.gates.retrieval import gated_metrics, recall
+    from clipval.shards import files
 
-    vision, text = (embeddings.read(folder, width=None) for folder in (args.vision_embeds, args.text_embeds))
+    vision, text = (files.read_any(folder) for folder in (args.vision_embeds, args.text_embeds))
     if args.data_dir is not None:
-        dataset = _given(args)
+        dataset = given_data(args)
         vision, text = embeddings.align(vision, dataset.image_ids), embeddings.align(text, dataset.caption_ids)
     row = {name: n for n, name in enumerate(vision.ids)}
     owners = [embeddings.image_id_of(name) for name in text.ids]
@@ -240,6 +188,5 @@ COMMANDS = {
     "preprocess": Command(_declare_preprocess, _preprocess, "images and captions to arrays"),
     "export": Command(_declare_export, _export, "both towers to ONNX"),
     "compile": Command(_declare_compile, _compile, "ONNX to OM with atc"),
-    "embed": Command(_declare_embed, _embed, "arrays to embeddings, with any backend"),
     "evaluate": Command(_declare_evaluate, _evaluate, "embeddings to recall"),
 }
