@@ -11,31 +11,49 @@ import os
 import signal
 import sys
 import threading
-from typing import Callable, Optional, Set
+import time
+from typing import Callable, List, NamedTuple, Optional, Set
 
 FROM_TERMINAL = 0x80  # SI_KERNEL of signal.h: Ctrl-C reached every process of the foreground group, including the child
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-DEBUGGERS = ("pydevd", "debugpy")  # they use threads, which a fork does not copy
+TERMINAL = (signal.SIGINT, signal.SIGQUIT)  # typed, they have reached the child too
+LOOK = 0.2  # seconds between two looks at the child
+ENDING = 60.0  # seconds that a run may take to end after its verdict: closing devices, deleting scratch files
+# Modules with threads of their own, which a fork does not copy: debuggers, and a runtime that waits for them at exit
+THREADED = ("pydevd", "debugpy", "onnxruntime")
 
 _record: Optional[int] = None
+
+
+class _Ended(NamedTuple):
+    """How a child ended: its status of `os.waitpid`, and its closing record."""
+
+    status: int
+    record: Optional[int]
+
+
+def _nothing(child: int, said: str) -> None:
+    return None
 
 
 def why_not() -> str:
     """Why this process cannot be watched; empty if it can be."""
     if not hasattr(os, "fork") or not hasattr(signal, "sigwaitinfo"):
         return "this system has no fork or sigwaitinfo"
-    attached = [name for name in DEBUGGERS if name in sys.modules]
-    if attached:
-        return f"{attached[0]} is attached"
+    loaded = [name for name in THREADED if name in sys.modules]
+    if loaded:
+        return f"{loaded[0]} is loaded, and a fork does not copy its threads"
     return "threads are running" if threading.active_count() > 1 else ""
 
 
-def fork(say: Callable[[str], None]) -> Optional[int]:
+def fork(say: Callable[[str], None], rescue: Callable[[int, str], Optional[int]] = _nothing) -> Optional[int]:
     """Fork: None in the child, which continues; in the parent the exit code, once the child has ended.
 
     Args:
         say: prints a line, in the parent.
+        rescue: called in the parent if the child ended without a verdict, with its pid and how it ended; saves what is
+            left of its run, and may return another exit code.
     """
     global _record
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
@@ -52,16 +70,13 @@ def fork(say: Callable[[str], None]) -> Optional[int]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return None
     os.close(writer)
-    status = _wait(child, signals)
-    os.set_blocking(reader, False)  # a process left behind by the child may keep the other end open
-    try:
-        record = os.read(reader, 16)
-    except BlockingIOError:
-        record = b""
-    code, said = verdict(status, int(record) if record else None)
+    ended = _wait(child, signals, reader, say)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    code, said = verdict(*ended)
     if said:
         say(said)
-    return code
+    other = rescue(child, said) if said and ended.record is None else None
+    return code if other is None else other
 
 
 def watched() -> bool:
@@ -97,17 +112,44 @@ def verdict(status: int, record: Optional[int]) -> tuple[int, str]:
     return record, ending if record else ""
 
 
-def _wait(child: int, signals: Set[signal.Signals]) -> int:
-    """The child's status; signals sent to this process alone are passed on."""
+def _wait(child: int, signals: Set[signal.Signals], reader: int, say: Callable[[str], None]) -> _Ended:
+    """How the child ended; signals sent to this process alone are passed on.
+
+    A thread that a library started before the fork may receive a signal instead of this one, SIGCHLD without a trace,
+    so each signal has a handler, and the child is looked at from time to time. A child that does not end after its
+    verdict, e.g. in an exit hook that waits for a device or for a thread of the parent, is killed.
+    """
+    strays: List[int] = []
+    for one in signals:
+        signal.signal(one, lambda number, _: strays.append(number))
+    os.set_blocking(reader, False)  # a process left behind by the child may keep the other end open
+    record, deadline = None, float("inf")
     while True:
-        heard = signal.sigwaitinfo(signals)
-        if heard.si_signo != signal.SIGCHLD:
-            if heard.si_code != FROM_TERMINAL:
-                os.kill(child, heard.si_signo)
-            continue
+        heard = signal.sigtimedwait(signals, LOOK)
+        passed, strays[:] = [number for number in strays if number not in TERMINAL], []
+        if heard is not None and heard.si_code != FROM_TERMINAL:
+            passed.append(heard.si_signo)
+        for number in passed:
+            if number != signal.SIGCHLD:
+                os.kill(child, number)
         pid, status = os.waitpid(child, os.WNOHANG)
+        if record is None:
+            record = _read(reader)
+            deadline = time.monotonic() + ENDING if record is not None else deadline
         if pid:
-            return status
+            return _Ended(status, record)
+        if time.monotonic() > deadline:
+            say(f"clipval: the run had its verdict (exit code {record}), but did not end within {ENDING:g} s of it")
+            os.kill(child, signal.SIGKILL)
+            deadline = float("inf")
+
+
+def _read(reader: int) -> Optional[int]:
+    try:
+        found = os.read(reader, 16)
+    except BlockingIOError:
+        return None
+    return int(found) if found else None
 
 
 def end_with(parent: int) -> None:
