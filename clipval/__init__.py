@@ -6,7 +6,7 @@ errors -> towers -> store, environment, supervise, arrays -> ascend -> backends,
 -> options -> spec -> result_files -> embeddings -> weights -> subject, checkpoint -> model -> preprocess, probe
 -> export -> parity, ranks, doctor
 -> retrieval, architectures, shards -> reference -> chain -> throughput -> results -> gates, diagnose -> report -> run
--> promise, entry -> plugin -> train_shapes, commands -> cli -> __main__
+-> promise, entry -> rescue -> plugin -> train_shapes, commands -> cli -> __main__
 
 A module of a package counts as the package. `tests/unit/test_layering.py` holds the imports to this.
 """

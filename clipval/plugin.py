@@ -19,7 +19,7 @@ from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple
 import msgspec
 import pytest
 
-from clipval import gates, options, promise, report, supervise
+from clipval import gates, options, promise, report, rescue, supervise
 from clipval.ascend import watchdog
 from clipval.chain import Chain
 from clipval.errors import ClipvalError
@@ -52,7 +52,8 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, None]:
         if config.inipath != ini and config.option.inifilename is None:
             os.execv(sys.executable, [sys.executable, "-m", "pytest", "-c", str(ini), *args])
         config.stash[UNWATCHED] = supervise.why_not()
-        code = None if config.stash[UNWATCHED] else supervise.fork(partial(_say, config))
+        began = time.time()
+        code = None if config.stash[UNWATCHED] else supervise.fork(partial(_say, config), partial(_save, config, began))
         if code is not None:
             os._exit(code)  # the child has already run all exit hooks
     outcome = yield
@@ -64,6 +65,18 @@ def _say(config: pytest.Config, line: str) -> None:
     capture = config.pluginmanager.get_plugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
         print(line, file=sys.stderr, flush=True)
+
+
+def _save(config: pytest.Config, began: float, child: int, ended: str) -> Optional[int]:
+    """Save what is left of a run without a verdict; another exit code, if that is known better."""
+    try:
+        found = rescue.save(Chain(options.Settings.of(config.option)), _line(config), child, ended, began)
+    except Exception as error:  # the run has failed already; what the exit code says must stay
+        _say(config, f"clipval: no report of the run could be written ({error})")
+        return None
+    for line in found.lines if found else ():
+        _say(config, line)
+    return found.code if found else None
 
 
 def _root(config: pytest.Config) -> Path:
@@ -81,15 +94,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STARTED] = getattr(config, "workerinput", {}).get("clipval_started", time.time())
     config.stash[CHAIN] = Chain(settings, config.stash[STARTED] if settings.rebuild else None)
     reports = not hasattr(config, "workerinput") and not config.option.collectonly
-    line = promise.Line(
-        config.option,
-        folder=config.invocation_params.dir,
-        acceptance=_acceptance(config),
-        distributed=_distributed(config),
-        timer=config.pluginmanager.has_plugin("benchmark"),
-    )
     try:
-        config.stash[ACCOUNT] = promise.account(config.stash[CHAIN], line)
+        config.stash[ACCOUNT] = promise.account(config.stash[CHAIN], _line(config))
         if reports:
             promise.check_outputs(config.option)
     except ClipvalError as error:
@@ -101,6 +107,16 @@ def pytest_configure(config: pytest.Config) -> None:
     watchdog.tell(results=str(config.stash[ACCOUNT].file.absolute()), also=watched, say=os.dup(2))
     if reports:
         config.pluginmanager.register(Keeper(config))  # without a name, so that -p no:NAME cannot disable it
+
+
+def _line(config: pytest.Config) -> promise.Line:
+    return promise.Line(
+        config.option,
+        folder=config.invocation_params.dir,
+        acceptance=_acceptance(config),
+        distributed=_distributed(config),
+        timer=config.pluginmanager.has_plugin("benchmark"),
+    )
 
 
 def _shared_threads(config: pytest.Config, settings: options.Settings) -> options.Settings:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
+METRIC = "device call"  # of the failed figure
 SIZE = 1 << 14
 DEADLINE = struct.Struct("d")  # of the current call, on the system-wide monotonic clock; 0 for none
 TICK = 0.5  # seconds between two checks
@@ -137,7 +138,7 @@ def _state(device: int) -> str:
 
 def _record(file: Path, gate: str, message: str) -> None:
     """Append a failed figure, in the format of `clipval.results.read`."""
-    figure = {"gate": gate, "metric": "device call", "unit": "", "verdict": "fail"}
+    figure = {"gate": gate, "metric": METRIC, "unit": "", "verdict": "fail"}
     figure.update({"failure": "environment", "message": message})
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

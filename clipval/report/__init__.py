@@ -9,6 +9,7 @@ from clipval.report.files import MARKDOWN as MARKDOWN
 from clipval.report.files import markdown as markdown
 from clipval.report.files import page as page
 from clipval.report.files import write as write
+from clipval.report.junit import junit as junit
 from clipval.report.panels import Assets as Assets
 from clipval.report.run import JSON as JSON
 from clipval.report.run import UNPROMISED as UNPROMISED

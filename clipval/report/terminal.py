@@ -156,6 +156,8 @@ def _cause(cause: Cause) -> List[str]:
     worst = f" ({first.worst.split(', ')[0]})" if first.worst else ""
     if row_verdict(first) and not first.bound:
         said = f"{row_verdict(first)}: {first.because}"
+    elif first.measured is None and not first.bound and first.message:  # an event, such as a device call that hangs
+        said = first.message
     else:
         said = f"{first.metric} is {number(first.measured, first.unit)}, expected {wanted(first)}{worst}{more}"
     follow = list(dict.fromkeys(one.gate for one in cause.consequences))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from clipval import results, store
+from clipval import report, results, store
 from tests import small
 
 pytestmark = pytest.mark.proof
@@ -116,3 +116,30 @@ def test_writes_that_stop_half_way(kind, kilobytes, small_spec, workdir):
     assert not list((workdir / kind).rglob(store.MANIFEST))  # what the next run goes on with is no artifact
     again = small.run(small_spec, workdir, "-m", "accuracy")
     assert again.code == 0, again.output[-3000:]
+
+
+KILLER = """
+import os, signal
+
+ended = 0
+
+def pytest_runtest_logfinish():
+    global ended
+    ended += 1
+    if ended == 6:
+        os.kill(os.getpid(), getattr(signal, os.environ["KILL_WITH"]))
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", 137), ("SIGTERM", 143)])
+def test_a_run_that_something_kills_has_its_report(small_spec, tmp_path, name, code):
+    """The out-of-memory killer, or CI that cancels a job: what was judged before is kept."""
+    (tmp_path / "killer.py").write_text(KILLER, encoding="utf-8")
+    variables = {"KILL_WITH": name, "PYTHONPATH": os.pathsep.join([str(small.ROOT), str(tmp_path)])}
+    options = ["-p", "killer", "-m", "accuracy", "--report", str(tmp_path / "out")]
+    ended = small.run(small_spec, tmp_path / "work", *options, **variables)
+    assert ended.code == code, ended.output[-3000:]
+    found = report.load(tmp_path / "out" / "report.json")
+    assert [len(found.figures), found.verdict] == [len(ended.figures), "fail"]
+    assert found.missing
+    assert f"error: session: the run was ended by {name} before its verdict" in ended.output

@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+from xml.etree import ElementTree
 
 import pytest
 
+from clipval import report
 from clipval.report.wording import row_verdict
 from tests import simulator, small
 
@@ -111,9 +113,16 @@ def test_the_recipes_own_om_files_are_taken_as_they_are(tmp_path, run):
 
 
 def test_a_device_that_does_not_come_back_ends_the_run(small_spec, tmp_path):
-    faults = simulated(fault="device_hangs")
-    ended = small.run(small_spec, tmp_path / "work", *NPU, "--device-timeout", "2", **faults)
-    assert ended.code == 137, ended.output[-3000:]
+    faults, junit = simulated(fault="device_hangs"), tmp_path / "out" / "junit.xml"
+    files = ["--report", str(junit.parent), "--junitxml", str(junit)]
+    ended = small.run(small_spec, tmp_path / "work", *NPU, "--device-timeout", "2", *files, **faults)
+    assert ended.code == 1, ended.output[-3000:]
+    found = report.load(junit.parent / "report.json")
+    assert [len(found.figures), found.verdict] == [len(ended.figures), "fail"]
+    assert {path.suffix for path in junit.parent.iterdir()} == {".json", ".md", ".html", ".xml"}
+    cases = ElementTree.parse(junit).getroot().findall("*/testcase")
+    assert len(cases) == len(found.expected)
+    assert sum(case.find("error") is not None for case in cases) == len(found.missing) > 10
     assert "did not return within 2 s (--device-timeout); npu-smi reports: Ascend910B4" in ended.output
     assert [one.metric for one in ended.figures if one.verdict == "fail"] == ["device call"]
 
