@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ def _declare(parser: Parser) -> None:
         "--allow-health",
         "--allow-simulated",
         "--rebuild",
+        "--batch-sizes",
+        "--perf-min-time",
+        "--perf-max-time",
+        "--perf-noise",
     ]
     add_options(parser.add_argument, names)
     parser.add_argument(
@@ -49,6 +54,12 @@ def _declare(parser: Parser) -> None:
         "--bundle", type=Path, metavar="DIR", help="write the smallest part that shows the fault there, to send"
     )
     parser.add_argument("--replay", type=Path, metavar="DIR", help="run a bundle again; exit code 1 if it still shows")
+    parser.add_argument(
+        "--precision-modes", metavar="LIST", help="compile an OM in each of atc's modes: parity, recall and throughput"
+    )
+    parser.add_argument(
+        "--try-keep-dtype", type=Path, metavar="FILE", help="write operators with an excess there, compile and confirm"
+    )
     parser.add_argument("--ladder", action="store_true", help="print every tap, not only those around the first excess")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the finding with its ladder")
 
@@ -62,6 +73,8 @@ def _diagnose(args: argparse.Namespace) -> int:
 
     if args.replay:
         return _replay(args)
+    if args.precision_modes:
+        return _modes(args)
     found = _of_dump(args) if args.dump else _of_candidate(args)
     print("\n".join(found.lines()))
     if args.ladder or found.first:
@@ -70,7 +83,53 @@ def _diagnose(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(found.detail(), indent=1), encoding="utf-8")
     if args.bundle and found.found:
         print(parts.bundle(chain_of(args), "om" if args.dump else _backend(args), found, args.bundle))
+    if args.try_keep_dtype and found.found:
+        print(_try_keep(args, found))
     return int(found.found)
+
+
+def _modes(args: argparse.Namespace) -> int:
+    """The trials of some precision modes; exit code 1 if none is within the spec's bounds."""
+    from dataclasses import replace
+
+    from clipval.diagnose import trials
+    from clipval.options import Settings
+
+    settings, towers = Settings.of(args), [args.tower] if args.tower else TOWER_NAMES
+    found = []
+    for mode in trials.modes(args.precision_modes):
+        print(f"diagnose: {mode}", file=sys.stderr)
+        found.append(trials.trial(replace(settings, precision_mode=mode), _compiled_backend(args), towers))
+    print("\n".join(trials.table(found)))
+    return int(not any(one.good for one in found))
+
+
+def _try_keep(args: argparse.Namespace, found: Any) -> str:
+    from clipval.chain import Chain
+    from clipval.diagnose import candidate, trials
+    from clipval.options import Settings
+
+    backend, name = _compiled_backend(args), args.tower or _tower_of(args.model)
+
+    def look(settings: Any) -> Any:
+        chain = Chain(settings)
+        try:
+            tower = chain.towers[name]
+            return candidate.locate(chain, backend, tower, candidate.samples(chain, tower, args.sample, args.samples))
+        finally:
+            chain.close()
+
+    settings = Settings.of(args)
+    _, said = trials.keep(settings, backend, name, found, args.try_keep_dtype, look)
+    return said
+
+
+def _compiled_backend(args: argparse.Namespace) -> str:
+    """The backend whose files are compiled; OM, unless another one was named."""
+    name = args.backend or "om"
+    if not backends.kind(name).dumped:
+        raise UsageError(f"diagnose: backend {name} is not compiled by atc; give --backend om")
+    return str(name)
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -112,7 +171,7 @@ def _of_dump(args: argparse.Namespace) -> Any:
 
     from clipval import arrays
     from clipval.ascend.atc import DEFAULT_MODE
-    from clipval.diagnose import candidate, dump, graph, om
+    from clipval.diagnose import candidate, dump, fusions, graph, om
 
     if args.onnx is None:
         raise UsageError("diagnose --dump: give --onnx FILE, the file that the OM was compiled from")
@@ -124,10 +183,11 @@ def _of_dump(args: argparse.Namespace) -> Any:
         tower = chain.towers[tower_of_onnx(args.onnx).name]
         picked = candidate.samples(chain, tower, args.sample, args.samples)
         rows = np.ascontiguousarray(chain.prepared.rows[tower.name][picked])
-    fused = om.fused_names(args.om_json) if args.om_json else {}
+    fused = fusions.names(args.om_json) if args.om_json else {}
     precision = candidate.precision_of(args.precision_mode or DEFAULT_MODE)
     compared = om.compare(whole, dumped, rows, precision, fused)
-    return om.judge(compared, dumped, precision, f"dump {args.dump.name} against {args.onnx.name}")
+    passes = fusions.passes(args.om_json) if args.om_json else {}
+    return om.judge(compared, dumped, precision, f"dump {args.dump.name} against {args.onnx.name}", passes)
 
 
 def _tower_of(model: Path) -> str:

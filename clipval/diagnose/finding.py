@@ -26,6 +26,7 @@ class Finding:
         first: name of the rung where the excess starts; empty for none.
         samples: how many were used.
         precision: `fp32`, `fp16` or `bf16`, whose noise the ladder has; empty if nothing was compared.
+        keep: ONNX nodes with an excess of their own, in an OM that was compiled from them.
         material: `clipval.diagnose.bundle.Material`; None if no tensor is wrong.
     """
 
@@ -41,6 +42,7 @@ class Finding:
     first: str = ""
     samples: int = 0
     precision: str = ""
+    keep: Tuple[str, ...] = ()
     material: Any = field(default=None, repr=False, compare=False)
 
     @property

@@ -100,8 +100,12 @@ def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Opt
 def noise_of(recorded: taps.Recorded, twin: Optional[Twinned], precision: str) -> List[float]:
     """The noise of a precision at each tap: the twin's error, or PyTorch's own in float32."""
     found = twin.errors(recorded) if twin else {n: tap.noise for n, tap in enumerate(recorded.taps)}
-    lost = [overflows(tap.truth, precision) for tap in recorded.taps]
-    return [FLOOR[precision] if lost[n] else max(found.get(n, 0.0), FLOOR[precision]) for n in range(len(lost))]
+    noise: List[float] = []
+    for n, tap in enumerate(recorded.taps):
+        before = max([noise[one] for one in tap.parents if one >= 0], default=0.0)
+        lost = overflows(tap.truth, precision)  # what is lost so is no noise: only what its inputs bring along is
+        noise.append(max(before if lost else found.get(n, 0.0), FLOOR[precision]))
+    return noise
 
 
 class Twinned:

@@ -6,12 +6,12 @@ import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional
 
 import numpy as np
 
 from clipval.ascend import atc, dumping
-from clipval.diagnose import dump, graph, om
+from clipval.diagnose import dump, fusions, graph, om
 from clipval.diagnose.finding import Finding
 from clipval.errors import BackendUnavailable, InputError, ToolFailed
 
@@ -40,7 +40,8 @@ def locate(
         BackendUnavailable: no dump is possible; the message has alternatives.
     """
     with _folder(keep) as folder:
-        fused = _fused(file, folder)
+        described = _described(file, folder)
+        fused = fusions.names(described) if described else {}
         try:
             dumping.dump(file, rows, device, folder / "statistics", stats=True)
             figures = dump.read(folder / "statistics")
@@ -49,7 +50,8 @@ def locate(
             raise BackendUnavailable(f"{error}. {WITHOUT}") from error
         compared, dumped = found
         dumped.statistics = figures.statistics
-        return om.judge(compared, dumped, precision, candidate, _passes(file))
+        passes = fusions.passes(described) if described else {}
+        return om.judge(compared, dumped, precision, candidate, passes, _applied(file))
 
 
 def _narrow(
@@ -88,17 +90,17 @@ def block_ends(whole: graph.Graph) -> List[str]:
     return [*found, *(whole.node_of(name).name for name in whole.outputs)] if found else []
 
 
-def _fused(file: Path, folder: Path) -> Dict[str, List[str]]:
-    """The fused names of the OM's operators; empty without atc on this host, then the dump's own names are used."""
+def _described(file: Path, folder: Path) -> Optional[Path]:
+    """The OM's operators as JSON; None without atc on this host, then the dump's own names are used."""
     try:
-        return om.fused_names(dumping.as_json(file, folder / "om.json"))
+        return dumping.as_json(file, folder / "om.json")
     except (BackendUnavailable, ToolFailed):
-        return {}
+        return None
 
 
-def _passes(file: Path) -> Sequence[str]:
+def _applied(file: Path) -> Dict[str, int]:
     kept = file.with_name(f"{file.stem}.{atc.FUSION_RESULT}")
-    return om.fusion_passes(kept) if kept.is_file() else ()
+    return fusions.applied(kept) if kept.is_file() else {}
 
 
 @contextmanager

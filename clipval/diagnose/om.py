@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
-from clipval.diagnose import evaluate, graph, pairs
+from clipval.diagnose import evaluate, fusions, graph, pairs
 from clipval.diagnose.bundle import Material
 from clipval.diagnose.dump import Dump, Operator, Statistic
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
@@ -17,9 +16,7 @@ from clipval.diagnose.graph import SAME_VALUES
 from clipval.diagnose.locate import EXCESS, FLOOR, Rung, suspects
 from clipval.diagnose.taps import relative
 from clipval.diagnose.twin import LARGEST, PRECISIONS, Twin, overflows
-from clipval.errors import InputError
 
-ORIGINS = "_datadump_original_op_names"  # attribute of an OM's operator: the ONNX nodes that were fused into it
 SHOWN = 4
 SUMS = 1e-5  # noise of an fp32 OM, which sums in another order: ten times PyTorch's own in float32
 
@@ -41,32 +38,6 @@ class Compared:
     without: List[str] = field(default_factory=list)
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     own: Dict[str, np.ndarray] = field(default_factory=dict)
-
-
-def fused_names(file: Path) -> Dict[str, List[str]]:
-    """ONNX nodes of each operator of an OM, from the output of `atc --mode=1 --om=... --json=...`.
-
-    Names are C-escaped there (GE `pb2json.cc`), so they are unescaped here.
-
-    Raises:
-        InputError: the file is something else.
-    """
-    try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
-        operators = [one for part in whole["graph"] for one in part["op"]]
-        return {one["name"]: _origins(one) for one in operators}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"OM as JSON {file}: cannot be read ({error}); make it with atc --mode=1 --om --json"
-        ) from error
-
-
-def _origins(operator: Mapping[str, Any]) -> List[str]:
-    for one in operator.get("attr", ()):
-        if one.get("key") == ORIGINS:
-            names = one.get("value", {}).get("list", {}).get("s", [])
-            return [name.encode("latin-1", "replace").decode("unicode_escape") for name in names]
-    return []
 
 
 def candidates(whole: graph.Graph, one: Operator, output: int, fused: Mapping[str, Sequence[str]]) -> List[str]:
@@ -102,7 +73,7 @@ def compare(
     Args:
         whole: the file that the OM was compiled from.
         rows: the inputs of the dumped inference, a full batch.
-        fused: operator -> ONNX nodes, see `fused_names`; may be empty.
+        fused: operator -> ONNX nodes, see `clipval.diagnose.fusions.names`; may be empty.
     """
     places = [(one, n) for one in dumped.operators.values() for n, held in enumerate(one.outputs) if held.held]
     wanted: Dict[str, List[int]] = {}
@@ -120,7 +91,10 @@ def compare(
         if name in whole.measured:
             shapes[name] = truth
         if name in wanted and name in floats:
-            cost = 0.0 if overflows(truth, precision) else pairs.distance(rounded, truth)
+            # what is lost to an overflow is no noise: only what the operator's inputs bring along is
+            before = [noise[one] for one in known_inputs(whole, name, set(noise))]
+            lost = overflows(truth, precision)
+            cost = max(before, default=0.0) if lost else pairs.distance(rounded, truth)
             noise[name] = max(cost, SUMS if change is None else FLOOR[precision])
             for number in wanted[name]:
                 one, n = places[number]
@@ -223,11 +197,18 @@ def first(compared: Compared) -> Optional[str]:
     return start[0] if start else None
 
 
-def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, passes: Sequence[str] = ()) -> Finding:
+def judge(
+    compared: Compared,
+    dumped: Dump,
+    precision: str,
+    candidate: str,
+    passes: Mapping[str, List[str]] = MappingProxyType({}),
+    applied: Mapping[str, int] = MappingProxyType({}),
+) -> Finding:
     """The finding of a dump.
 
     Args:
-        passes: fusion passes applied when the OM was compiled, for the advice.
+        passes, applied: see `clipval.diagnose.fusions`; for the advice.
     """
     rungs = tuple(compared.rungs.values())
     name, notes = first(compared), (*saturation(compared.graph, dumped), *dumped.notes)
@@ -246,7 +227,7 @@ def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, pass
     own = [node for node in region if node.op not in SAME_VALUES and node.op != "Constant"] or region
     module = own[0].module
     wide = f" to {rung.module or 'the tower itself'}" if rung.module != module else ""
-    form = operator.outputs[0].form
+    form, keep = operator.outputs[0].form, tuple(_own_excess(compared))
     alone = "" if rung.local is None else f", and {rung.local:.3g} times when run on its own inputs"
     sentence = (
         f"{candidate}: diverges in PyTorch module {module or 'the tower itself'}{wide}, ONNX {nodes}, OM operator "
@@ -261,24 +242,43 @@ def judge(compared: Compared, dumped: Dump, precision: str, candidate: str, pass
         node=rung.node,
         operator=operator.name,
         causes=notes,
-        advice=tuple(_advice(rung, operator, passes)),
+        advice=tuple(_advice(keep, operator, passes, applied)),
         ladder=rungs,
         first=rung.name,
         precision=precision,
+        keep=keep,
         material=Material(
             compared.graph, compared.rows, name, rung.noise, precision, frozenset(good), device=compared.own
         ),
     )
 
 
-def _advice(rung: Rung, operator: Operator, passes: Sequence[str]) -> List[str]:
-    said = [
-        f"--keep-dtype with a file of one line: {operator.name}",
-        "another --precision-mode, e.g. allow_mix_precision or must_keep_origin_dtype",
+def _own_excess(compared: Compared) -> List[str]:
+    """ONNX nodes of the operators in which an error starts, in order; what is fed with an error is not judged.
+
+    These are the original model's names, which `--keep_dtype` takes and fused operators inherit from.
+    """
+    rungs, known, found = compared.rungs, set(compared.rungs), set()
+    fed: Set[str] = set()  # what is computed from a start, directly or not
+    for name, rung in rungs.items():
+        if fed & set(rung.parents) or not all(rungs[one].good for one in rung.parents):
+            fed.add(name)
+        elif not rung.good:
+            fed.add(name)
+            found.update(compared.graph.between(name, known - {name}))
+    nodes = [compared.graph.nodes[n] for n in sorted(found)]
+    return [node.name for node in nodes if node.op not in (*SAME_VALUES, "Constant", "Shape")]
+
+
+def _advice(
+    keep: Sequence[str], operator: Operator, passes: Mapping[str, List[str]], applied: Mapping[str, int]
+) -> List[str]:
+    shown = ", ".join(keep[:SHOWN]) + (f" and {len(keep) - SHOWN} more" if len(keep) > SHOWN else "")
+    return [
+        f"keep the precision of {shown}: --try-keep-dtype FILE writes the list for --keep-dtype, compiles and confirms",
+        "other precision modes: --precision-modes force_fp16,allow_mix_precision,must_keep_origin_dtype",
+        *fusions.advice(operator.name, passes, applied),
     ]
-    if passes:
-        said.append(f"switch off an applied fusion: {', '.join(passes)} (--fusion_switch_file in --atc-flags)")
-    return said
 
 
 def _no_excess(compared: Compared, precision: str, candidate: str) -> str:
@@ -312,6 +312,8 @@ def saturation(whole: graph.Graph, dumped: Dump) -> List[str]:
 def _beyond(row: Statistic, masked: bool) -> bool:
     """NaN, Inf or fp16's largest value; a softmax's input may be -65504, which is how a mask excludes a position."""
     high, low = row.largest or 0.0, row.least or 0.0
+    if row.dtype not in ("", "DT_FLOAT16"):
+        return bool(row.nan) or bool(row.infinite and not masked)
     if masked:
         return bool(row.nan) or not high < LARGEST
     return bool(row.nan) or bool(row.infinite) or not high < LARGEST or not low > -LARGEST
@@ -324,22 +326,3 @@ def _feeds_softmax(whole: graph.Graph, number: Optional[int]) -> bool:
     near = [one for name in whole.nodes[number].outputs for one in whole.consumers.get(name, ())]
     near += [one for n in near for name in whole.nodes[n].outputs for one in whole.consumers.get(name, ())]
     return any(whole.nodes[n].op == "Softmax" for n in near)
-
-
-def fusion_passes(file: Path) -> List[str]:
-    """Passes of `fusion_result.json` (atc's working folder) that were applied, sorted.
-
-    Raises:
-        InputError: the file is not JSON.
-    """
-    try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"fusion result {file}: cannot be read ({error})") from error
-    found: Set[str] = set()
-    for part in whole if isinstance(whole, list) else [whole]:
-        for kind in ("graph_fusion", "ub_fusion"):
-            for name, times in (part.get(kind) or {}).items():
-                if int(times.get("effect_times", 0) or 0) > 0:
-                    found.add(name)
-    return sorted(found)

@@ -12,7 +12,7 @@ import pytest
 from clipval import export, model, options
 from clipval.ascend import atc, dumping
 from clipval.chain import Chain
-from clipval.diagnose import dump, graph, ladder, om
+from clipval.diagnose import dump, fusions, graph, ladder, om, trials
 from clipval.diagnose.finding import NONE
 from tests import simulator, small
 from tests.faults import in_blocks
@@ -50,7 +50,7 @@ def simulated(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def in_om(chain, name, folder, change=None):
+def in_om(chain, name, folder, change=None, keep=""):
     """The finding of a faulty OM that dumps, against the ONNX file without the fault."""
     planted = in_blocks.PLANTED[name]
     tower, tested = chain.towers[planted.tower], chain.model
@@ -62,14 +62,14 @@ def in_om(chain, name, folder, change=None):
     changed = onnx.load(str(clean))
     change(in_blocks.Graph(changed))
     onnx.save(changed, str(folder / "faulty.onnx"))
-    wanted = atc.AtcOptions(soc_version="Ascend910B4")
+    wanted = atc.AtcOptions(soc_version="Ascend910B4", keep_dtype=str(keep))
     made = atc.compile_om(folder / "faulty.onnx", folder, f"{tower.name}_bs2", tower, 2, wanted)
     rows = np.ascontiguousarray(chain.prepared.rows[tower.name][np.arange(2)])
     dumping.dump(made, rows, 0, folder / "figures", stats=True)
     dumping.dump(made, rows, 0, folder / "dump")
     dumped = dump.read(folder / "dump")
     dumped.statistics = dump.read(folder / "figures").statistics
-    fused = om.fused_names(dumping.as_json(made, folder / "om.json"))
+    fused = fusions.names(dumping.as_json(made, folder / "om.json"))
     return om.judge(om.compare(graph.load(clean), dumped, rows, "fp16", fused), dumped, "fp16", "om")
 
 
@@ -80,7 +80,7 @@ def test_a_fault_is_located_in_a_simulated_om(chain, name, tmp_path, simulated):
     assert found.module == in_blocks.PLANTED[name].module, found.sentence
     assert found.operator in found.sentence
     if name == "mlp_overflows_in_fp16":
-        assert "values at the end of DT_FLOAT16" in found.sentence
+        assert "values at the limit of DT_FLOAT16" in found.sentence
 
 
 def test_a_fault_below_the_noise_of_fp16_is_said_to_be_below(chain, tmp_path, simulated):
@@ -107,6 +107,39 @@ def test_a_bundle_of_an_om_is_replayed_on_every_backend(small_spec, tmp_path):
     for backend in ("om", "onnx"):
         fixed = diagnosed("--replay", sent, f"--backend={backend}")
         assert (fixed.returncode, "no longer shows" in fixed.stdout) == (0, True), fixed.stdout + fixed.stderr
+
+
+def test_operators_that_overflow_are_listed_kept_and_confirmed(chain, tmp_path, simulated):
+    def look(settings):
+        folder = tmp_path / f"look{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        return in_om(chain, "mlp_overflows_in_fp16", folder, keep=settings.keep_dtype or "")
+
+    found, file = look(chain.settings), tmp_path / "keep.cfg"
+    after, said = trials.keep(chain.settings, "om", "vision", found, file, look)
+    assert after.verdict == NONE, said
+    assert said.startswith("confirmed")
+    assert "/visual/transformer/resblocks.1/mlp/c_fc/MatMul" in file.read_text().splitlines()
+    assert [line for line in file.read_text().splitlines() if "resblocks.1/" not in line] == []
+
+
+def test_precision_modes_are_compiled_and_compared(small_spec, tmp_path):
+    command = [sys.executable, "-m", "clipval", "diagnose", "--allow-simulated", f"--spec={small_spec}"]
+    command += [f"--workdir={tmp_path}", "--perf-min-time=0.1", "--perf-max-time=1", "--perf-noise=10", "--threads=1"]
+    command += ["--precision-modes=force_fp16,allow_mix_precision_bf16,must_keep_origin_dtype"]
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, env={**outside, **simulator.environment()}, cwd=small.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if " vision " in line or " text " in line]
+    assert [line.split()[0] for line in lines] == [
+        *("force_fp16", "force_fp16", "allow_mix_precision_bf16", "allow_mix_precision_bf16"),
+        *("must_keep_origin_dtype", "must_keep_origin_dtype"),
+    ]
+    off = {line.split()[0]: float(line.split()[4]) for line in lines if " vision " in line}
+    assert off["must_keep_origin_dtype"] < off["force_fp16"] < off["allow_mix_precision_bf16"]
+    assert all("image R@1 0." in line and " at batch size 8" in line for line in lines)
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])

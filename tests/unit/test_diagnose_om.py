@@ -10,7 +10,7 @@ import pytest
 from clipval import cli, options
 from clipval.ascend import atc, dumping
 from clipval.chain import Chain
-from clipval.diagnose import bundle, dump, graph, npu, om
+from clipval.diagnose import bundle, dump, fusions, graph, npu, om
 from clipval.errors import BackendUnavailable, InputError
 from tests import simulator
 from tests.faults import in_blocks
@@ -120,7 +120,7 @@ def test_an_operator_is_found_by_the_header_then_the_fused_list_then_its_name(ma
     assert found("made_up", fused=(f"{norm}Sub", f"{norm}Div")) == [f"{norm}Div_output_0", f"{norm}Sub_output_0"]
     assert found("made_up", f"{norm}Sub", (f"{norm}Sub", f"{norm}Div"))[0] == f"{norm}Sub_output_0"
     with pytest.raises(InputError, match="cannot be read"):
-        om.fused_names(tmp_path / "none.json")
+        fusions.names(tmp_path / "none.json")
 
 
 def test_saturation_is_said_but_not_that_of_a_mask(made, tmp_path):
@@ -133,4 +133,6 @@ def test_saturation_is_said_but_not_that_of_a_mask(made, tmp_path):
 
     found = dump.Dump(tmp_path, statistics={name: row(-1.0, 65504.0), mask: row(-65504.0, 3.0)})
     (said,) = om.saturation(whole, found)
-    assert said.startswith(f"{name} (OM operator) has values at the end of DT_FLOAT16")
+    assert said.startswith(f"{name} (OM operator) has values at the limit of DT_FLOAT16")
+    kept = dump.Statistic("Output", 0, (2,), "DT_FLOAT", 1e6, -1e6, 0.0, 0.0)
+    assert om.saturation(whole, dump.Dump(tmp_path, statistics={name: [kept]})) == []  # float32 has room for it

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
+import simulated_rounding
 
 SILENT = ("Constant", "Shape", "Reshape", "Unsqueeze", "Squeeze", "Identity", "ConstantOfShape", "Gather", "Expand")
+PASSES = {"LayerNormV4": "LayerNormONNXFusionPass", "Gelu": "GeluONNXFusionPass"}  # that made such operators
 HELPERS = ("_exact", "_clamped", "_half")  # results that the simulation's own rounding has added
 KINDS = {"MatMul": "BatchMatMulV2", "Gemm": "MatMulV2", "Conv": "Conv2D", "Softmax": "SoftmaxV2", "Concat": "ConcatD"}
 ND, NZ = 2, 29
@@ -131,7 +133,8 @@ def fused(nodes: Sequence[Any]) -> List[Dict[str, Any]]:
                 {
                     "key": "_datadump_original_op_names",
                     "value": {"list": {"s": [node.name for node in one.nodes] if len(one.nodes) > 1 else []}},
-                }
+                },
+                *([{"key": "pass_name", "value": {"list": {"s": [PASSES[one.kind]]}}}] if one.kind in PASSES else []),
             ],
         }
         for one in operators(nodes)
@@ -200,7 +203,7 @@ class Dumper:
         plain = re.sub(r"[ ./\\]", "_", one.name)
         file = f"{one.kind}.{plain}.{number}.3.{stamp}"
         if self.config.get("dump_data") == "stats":
-            (root / f"{file}.csv").write_text(statistics(values), encoding="utf-8")
+            (root / f"{file}.csv").write_text(statistics(values, wide(one)), encoding="utf-8")
             return
         header, raw = tensor(one, values)
         whole = len(header).to_bytes(8, "little") + header + raw
@@ -224,13 +227,20 @@ def _stored(name: str, made: Any) -> str:
     return name[: -len("_exact")] if name.endswith("_exact") and name[: -len("_exact")] in made else name
 
 
+def wide(one: Operator) -> bool:
+    """The operator computes in float32: its result is one of those that are rounded, and was not."""
+    return one.nodes[-1].op_type in simulated_rounding.ROUNDED and not one.output.endswith("_exact")
+
+
 def tensor(one: Operator, values: np.ndarray) -> Tuple[bytes, bytes]:
     """Header and bytes of an operator's file: fp16, in FRACTAL_NZ where the matrix unit makes it."""
     made = messages()
-    half = np.clip(values, -65504, 65504).astype(np.float16)
+    half = values if wide(one) else np.clip(values, -65504, 65504).astype(np.float16)
     cube = one.nodes[0].op_type in ("MatMul", "Gemm") and values.ndim >= 2
     stored = fractal(half) if cube else half
-    output = made["OpOutput"](data_type=HALF, format=NZ if cube else ND, size=stored.nbytes, address=0x12C0_0000_0000)
+    output = made["OpOutput"](
+        data_type=FLOAT if wide(one) else HALF, format=NZ if cube else ND, size=stored.nbytes, address=0x12C0_0000_0000
+    )
     output.shape.dim.extend(stored.shape)
     output.original_shape.dim.extend(values.shape)
     if len(one.nodes) > 1 and one.kind == "LayerNormV4":  # passes set it; here to the first node, as some do
@@ -251,11 +261,19 @@ def fractal(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(blocks).reshape(*lead, c1, m1, 16, 16)
 
 
-def statistics(values: np.ndarray) -> str:
+def statistics(values: np.ndarray, wide: bool) -> str:
     """The statistics file of one output, over the stored values."""
     finite = values[np.isfinite(values)]
     figures = [finite.max(), finite.min(), finite.mean()] if finite.size else ["nan"] * 3
     counts = [int(np.isnan(values).sum()), int(np.isneginf(values).sum()), int(np.isposinf(values).sum())]
     shape = "x".join(map(str, values.shape)) or "-"
-    cells = ["Output", 0, values.size * 2, "DT_FLOAT16", "ND", shape, *(f"{float(one):.6g}" for one in figures)]
+    cells = [
+        "Output",
+        0,
+        values.size * (4 if wide else 2),
+        f"DT_FLOAT{'' if wide else 16}",
+        "ND",
+        shape,
+        *(f"{float(one):.6g}" for one in figures),
+    ]
     return f"{TITLES}\n{','.join(map(str, [*cells, values.size, *counts]))}\n"

@@ -12,22 +12,26 @@ LARGEST = 65504.0  # an NPU in saturation mode clamps to it where fp16 would ove
 LOW, HIGH = "simulated_low", "simulated_high"
 
 
-def round_model(model: Any, mode: str) -> None:
+def round_model(model: Any, mode: str, kept: Any = ()) -> None:
     """Compute as a precision mode of atc does; integers stay what they are.
 
-    `cube_fp16in_fp32out` rounds weights only; a mode with bf16 in its name rounds to bfloat16.
+    What is in `kept`, names of nodes or `OpType::<type>`, keeps its precision. `cube_fp16in_fp32out` rounds
+    weights only; a mode with bf16 in its name rounds to bfloat16.
     """
     if mode in ("force_fp32", "must_keep_origin_dtype", "origin"):
         return
     kind = TensorProto.BFLOAT16 if "bf16" in mode or "bfloat16" in mode else TensorProto.FLOAT16
+    own = {node.name for node in model.graph.node if {node.name, f"OpType::{node.op_type}"} & set(kept)}
+    spared = {name for node in model.graph.node if node.name in own for name in node.input}
     for tensor in model.graph.initializer:
-        _round(tensor, kind)
+        if tensor.name not in spared:
+            _round(tensor, kind)
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type == "Constant" else ():
             if attribute.name == "value":
                 _round(attribute.t, kind)
     if mode != "cube_fp16in_fp32out":
-        _round_results(model, kind)
+        _round_results(model, kind, own)
 
 
 def _round(tensor: Any, kind: int) -> None:
@@ -40,7 +44,7 @@ def _round(tensor: Any, kind: int) -> None:
         tensor.CopyFrom(numpy_helper.from_array(values.reshape(exact.shape), tensor.name))
 
 
-def _round_results(model: Any, kind: int) -> None:
+def _round_results(model: Any, kind: int, own: Any = ()) -> None:
     """After each arithmetic operator: clamp, to 16 bits and back."""
     kinds = _kinds(model)
     bounds = [numpy_helper.from_array(np.float32(value), name) for name, value in ((LOW, -LARGEST), (HIGH, LARGEST))]
@@ -49,7 +53,7 @@ def _round_results(model: Any, kind: int) -> None:
     for node in model.graph.node:
         nodes.append(node)
         name = node.output[0]
-        if node.op_type in ROUNDED and kinds.get(name) == TensorProto.FLOAT:
+        if node.name not in own and node.op_type in ROUNDED and kinds.get(name) == TensorProto.FLOAT:
             node.output[0] = f"{name}_exact"
             clip = helper.make_node("Clip", [f"{name}_exact", LOW, HIGH], [f"{name}_clamped"])
             half = helper.make_node("Cast", [f"{name}_clamped"], [f"{name}_half"], to=kind)
