@@ -83,7 +83,7 @@ def test_a_short_file_keeps_its_whole_tensors_and_is_said(tmp_path):
     [
         (b"", "not a dump file"),
         (b"\xff" * 40, "not a dump file, or truncated within its header"),
-        ((4).to_bytes(8, "little") + b"\x0f\x0f\x0f\x0f", "no DumpData"),
+        ((4).to_bytes(8, "little") + b"\x0f\x0f\x0f\x0f", "is not a DumpData"),
         ((0).to_bytes(8, "little") + b"more", "not a dump file"),
     ],
 )
@@ -95,7 +95,7 @@ def test_what_is_no_dump_file_is_refused(tmp_path, raw, words):
 
 def test_bytes_that_the_header_does_not_describe_are_refused(tmp_path):
     values = np.zeros((2, 2), np.float32)
-    with pytest.raises(InputError, match="20 bytes of tensors, its header describes 16: another layout"):
+    with pytest.raises(InputError, match="20 bytes of tensors, its header describes 16: unknown layout"):
         dump.operator(write(tmp_path, header("op", [(values, 1, 2, (2, 2), {})]), values.tobytes() + b"more"))
     with pytest.raises(InputError, match="data type 99 is not known"):
         dump.operator(write(tmp_path, header("op", [(values, 99, 2, (2, 2), {})]), values.tobytes()))

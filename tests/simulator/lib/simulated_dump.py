@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
-import simulated_rounding
 
 SILENT = ("Constant", "Shape", "Reshape", "Unsqueeze", "Squeeze", "Identity", "ConstantOfShape", "Gather", "Expand")
 PASSES = {"LayerNormV4": "LayerNormONNXFusionPass", "Gelu": "GeluONNXFusionPass"}  # that made such operators
@@ -229,6 +228,8 @@ def _stored(name: str, made: Any) -> str:
 
 def wide(one: Operator) -> bool:
     """The operator computes in float32: its result is one of those that are rounded, and was not."""
+    import simulated_rounding
+
     return one.nodes[-1].op_type in simulated_rounding.ROUNDED and not one.output.endswith("_exact")
 
 
