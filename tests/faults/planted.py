@@ -2,7 +2,8 @@
 
 Each fault names the gate that is meant for it and words that the failure must say. Without it nothing changes.
 CLIPVAL_BUILD_LOG=<file> notes each artifact that is built, CLIPVAL_ORDER=<seed> shuffles the tests, and
-CLIPVAL_DISK_FULL=<kind> fills the disk while such an artifact is made.
+CLIPVAL_DISK_FULL=<kind> fills the disk while such an artifact is made. CLIPVAL_KILLED_BEFORE=<n> kills the process
+before its nth shard of embeddings.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 from typing import Any
 
 from clipval import store
@@ -57,6 +59,22 @@ def pytest_configure(config: Any) -> None:
         log_builds(log)
     if "CLIPVAL_DISK_FULL" in os.environ:
         fill_disk(os.environ["CLIPVAL_DISK_FULL"])
+    if "CLIPVAL_KILLED_BEFORE" in os.environ:
+        kill_before(int(os.environ["CLIPVAL_KILLED_BEFORE"]))
+
+
+def kill_before(shard: int) -> None:
+    from clipval.shards import files
+
+    real, begun = files.make, []
+
+    def make(*given: Any) -> Any:
+        begun.append(given)
+        if len(begun) == shard:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+
+    files.make = make  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items: Any) -> None:

@@ -70,6 +70,24 @@ def test_ctrl_c_while_throughput_is_measured(narrowed, small_spec, workdir):
     assert len(kept) == 1, "what was finished is on disk, what was interrupted is not"
 
 
+def test_a_reference_that_is_killed_goes_on_where_it_stopped(small_spec, tmp_path, clean):
+    """PyTorch's embeddings are the longest part of an accuracy run at full size."""
+    workdir = tmp_path / "work"
+    killed = small.run(small_spec, workdir, "-m", "accuracy", CLIPVAL_KILLED_BEFORE="3")  # the second of the text's
+    assert killed.code == 128 + signal.SIGKILL, killed.output[-3000:]
+    (half,) = (workdir / "reference").glob("*.building")
+    kept = {path.name: path.stat().st_ino for path in half.glob("*-of-*")}
+    assert len(kept) == 1
+    ended = small.run(small_spec, workdir, "-m", "accuracy")
+    assert ended.code == 0, ended.output[-3000:]
+    whole = half.with_suffix("")
+    assert {name: (whole / name).stat().st_ino for name in kept} == kept
+    assert len(list(whole.glob("*-of-*"))) > 1
+    for part in whole.glob("*-of-*"):
+        (same,) = (clean / "reference").glob(f"*/{part.name}/values.npy")
+        assert (part / "values.npy").read_bytes() == same.read_bytes()
+
+
 def wait_for_a_row(workdir):
     """Until the first finished row of a run is on disk."""
     deadline = time.monotonic() + 120

@@ -1,8 +1,11 @@
 """Shards: cut in whole batches, made by several processes, killed, damaged, mixed up, checked and read."""
 
+import importlib
 import json
 import os
 import shutil
+import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from clipval.backends import Identity
 from clipval.datasets import shapes
 from clipval.embeddings import Embeddings
 from clipval.errors import BackendUnavailable, InputError
-from clipval.shards import again, files, pool
+from clipval.shards import again, cluster, files, pool
 from clipval.shards.work import Device, Task
 from clipval.spec import FOLDER
 from clipval.towers import TEXT, VISION
@@ -392,6 +395,28 @@ def _onnx(model):
     from clipval.backends import onnx
 
     return onnx.OnnxBackend(TEXT, model, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        (None, r"--ray: No module named 'ray'; pip install 'clipval\[ray\]', which takes 'ray\[data\]>=2.51'"),
+        ("2.10.0", r"--ray: needs Ray 2.51 or newer \(Python 3.9 on\); found 2.10.0"),
+        ("2.60.0", r"--ray 127.0.0.1:\d+: cannot be reached \(.*\); give the address that `ray start --head` prints"),
+    ],
+)
+def test_a_cluster_that_cannot_be_used(monkeypatch, installed, said):
+    def find(name):
+        if installed is None:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return SimpleNamespace(__version__=installed)
+
+    monkeypatch.setattr(importlib, "import_module", find)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # nothing listens there
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(BackendUnavailable, match=said):
+            cluster.Cluster(address, None, "NPU").__enter__()
 
 
 # ---- the reference
