@@ -42,8 +42,13 @@ def console() -> None:
     """Entry point of the `clipval` command; exits silently if the reader closes the pipe, e.g. `head`."""
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: closed by the caller, `clipval ... >&-`
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again on exit
         code = CLOSED_PIPE
+    except OSError as error:  # a short output is written only now
+        print(f"clipval: the output cannot be written: {os_cause(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 2
     sys.exit(code)

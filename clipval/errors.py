@@ -78,7 +78,7 @@ def os_cause(error: OSError) -> str:
 
     `requests` and `urllib` raise OSErrors too, for connections, proxies and hubs.
     """
-    where = error.filename or "a file"
+    where = error.filename or "the output or a file"
     if disk_full(error):
         return f"{where}: disk full; free some space or write to another place"
     if isinstance(error, (ConnectionError, socket.timeout, socket.gaierror)) or error.errno is None:

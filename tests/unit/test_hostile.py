@@ -412,6 +412,17 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(lines):
 
 
 @pytest.mark.parametrize(
+    ("to", "code", "words"), [(">&-", 0, ""), (">/dev/full", 2, "the output or a file: disk full")]
+)
+def test_an_output_that_takes_nothing_is_no_traceback(to, code, words):
+    command = f"{sys.executable} -m clipval reference --model-name ViT-B-32 {to}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
     ("error", "words", "never"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: disk full; free some space", "path"),
