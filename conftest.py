@@ -1,20 +1,22 @@
-"""Fixtures of the acceptance tests. What keeps a run honest is `clipval.plugin`."""
+"""Fixtures of the acceptance tests; `clipval.plugin` does the rest."""
 
 import pytest
 
-from clipval.plugin import CHAIN, Recorder
-
-pytest_plugins = ["clipval.plugin"]
+pytest_plugins = ["clipval.plugin"]  # imported by pytest, and here only when used: it rewrites the plugin's asserts
 
 
 @pytest.fixture(scope="session")
 def chain(pytestconfig):
     """The chain of this session: every artifact and backend, each built or opened once."""
+    from clipval.plugin import CHAIN
+
     yield pytestconfig.stash[CHAIN]
     pytestconfig.stash[CHAIN].close()
 
 
 @pytest.fixture
 def record(request):
-    """Take the figures of a gate: into the results, the JUnit file and the report; fail when one of them failed."""
+    """Record the figures of a gate in the results, the JUnit file and the report; fail if one of them failed."""
+    from clipval.plugin import Recorder
+
     return Recorder(request.node)

@@ -141,16 +141,14 @@ class Chain:
             "weights": None,  # pixels and tokens depend only on the transform and the tokenizer
             "transform": str(self.model.transform),
         }
-
         write = partial(preprocess.prepare, self.dataset, self.model, self.towers)
         folder = self.store.get("prepared", key, write, resumes=True)
         return preprocess.opened(self.dataset, self.towers, folder)
 
     def input_digests(self, tower: Tower) -> np.ndarray:
         """sha256 of each prepared row, in order: equal for equal inputs."""
-        rows = self.prepared.rows[tower.name]
-        files = store.files(self.prepared.folder)
-        return np.array([files[f"{tower.prepared}/{name}.npy"]["sha256"] for name in rows.ids])
+        names, files = self.prepared.rows[tower.name].ids, store.files(self.prepared.folder)
+        return np.array([files[f"{tower.prepared}/{name}.npy"]["sha256"] for name in names])
 
     def onnx(self, tower: Tower) -> Path:
         """The ONNX file of a tower."""
@@ -250,8 +248,7 @@ class Chain:
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:
         """A backend's embeddings of some samples, in the order picked, computed now."""
         rows = self.prepared.rows[tower.name]
-        ids = tuple(rows.ids[n] for n in picked)
-        return embed(self.backend(name, tower, batch_size), ids, rows[picked], batch_size)
+        return embed(self.backend(name, tower, batch_size), [rows.ids[n] for n in picked], rows[picked], batch_size)
 
     def retrieval(self, name: str) -> Retrieval:
         """A backend's ranks on the whole data set."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 import msgspec
 
@@ -169,6 +170,25 @@ def wanted(figure: Figure) -> str:
     if figure.bound and figure.limit is not None:
         return f"{figure.bound} {number(figure.limit, figure.unit)}"
     return "" if figure.reference is None else number(figure.reference, figure.unit)
+
+
+def columns(
+    rows: Sequence[Sequence[str]], right: Iterable[int] = (), between: str = "  ", least: Sequence[int] = ()
+) -> List[str]:
+    """Rows of text in aligned columns.
+
+    Args:
+        right: columns that are right-aligned.
+        least: minimum widths, for rows that are printed one by one.
+    """
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    widths = [max(width, one) for width, one in itertools.zip_longest(widths, least, fillvalue=0)]
+    ends = set(right)
+    lines = []
+    for row in rows:
+        cells = [text.rjust(widths[n]) if n in ends else text.ljust(widths[n]) for n, text in enumerate(row)]
+        lines.append(between.join(cells).rstrip() if between == "  " else between.join(cells))
+    return lines
 
 
 def to_json(figure: Figure) -> str:

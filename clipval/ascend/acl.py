@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
-from clipval.ascend import atc, process
+from clipval.ascend import cann, process
 from clipval.errors import BackendUnavailable, one_line
 
 # ACL data type ids, as in tensor_desc.datatype.
@@ -147,12 +147,12 @@ def _spare(natives: List[Any]) -> None:
 def stack_version(runtime: str, root: Path = Path("/")) -> str:
     """Versions of the runtime (`aclruntime 0.0.2`), CANN and driver in one line."""
     driver = driver_version(root) or "unknown"
-    return f"{runtime}, CANN {atc.version(root)}, driver {driver}"
+    return f"{runtime}, CANN {cann.version(root)}, driver {driver}"
 
 
 def driver_version(root: Path = Path("/")) -> str:
     """Version of the NPU driver from its version.info; empty if there is none."""
-    return atc.read_value(root / "usr/local/Ascend/driver/version.info", "Version")
+    return cann.read_value(root / "usr/local/Ascend/driver/version.info", "Version")
 
 
 def dtype_name(value: Any) -> str:

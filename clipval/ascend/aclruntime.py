@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
-from clipval.ascend import acl, atc
+from clipval.ascend import acl, cann
 from clipval.errors import BackendUnavailable
 
 LOG_WARNINGS = 3  # prints errors, but not the line for every loaded model
@@ -50,7 +50,7 @@ def _import_advice(error: ImportError) -> str:
             "(requirements-npu.txt)"
         )
     if ".so" in str(error):
-        return atc.how_to_source()
+        return cann.how_to_source()
     return "install the wheel made for this Python and machine (requirements-npu.txt)"
 
 

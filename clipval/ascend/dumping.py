@@ -15,7 +15,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 
-from clipval.ascend import aclruntime, atc
+from clipval.ascend import aclruntime, cann
 from clipval.errors import BackendUnavailable, ToolFailed
 
 TIMEOUT_S = 1800
@@ -76,7 +76,7 @@ def as_json(om: Path, target: Path) -> Path:
     """
     program = shutil.which("atc")
     if program is None:
-        raise BackendUnavailable(f"atc: not found on PATH; {atc.how_to_source()}")
+        raise BackendUnavailable(f"atc: not found on PATH; {cann.how_to_source()}")
     command = [program, "--mode=1", f"--om={om.resolve()}", f"--json={target.resolve()}"]
     done = subprocess.run(command, cwd=target.parent, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     if done.returncode or not target.is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Callable, List, NamedTuple, Tuple
 
 from clipval import environment
-from clipval.ascend import acl, aclruntime, atc, npu_smi
+from clipval.ascend import acl, aclruntime, cann, npu_smi
 from clipval.errors import ClipvalError
 
 # Distribution with another module named `ais_bench`; source: setup.py of github.com/AISBench/benchmark.
@@ -90,16 +90,16 @@ def _device_files(device_id: int, root: Path) -> str:
 
 
 def _cann(device_id: int, root: Path) -> str:
-    version = atc.version(root)
+    version = cann.version(root)
     if version == "unknown":
-        folders = ", ".join(str(path) for path in atc.toolkit_folders(root))
+        folders = ", ".join(str(path) for path in cann.toolkit_folders(root))
         raise _Missing(f"no version file of CANN in {folders}", "install the CANN toolkit, 7.0.RC1 or newer")
     return version
 
 
 def _operators(device_id: int, root: Path) -> str:
-    found, toolkit = atc.operators(root), atc.version(root)
-    if not found and atc.needs_operators(toolkit):
+    found, toolkit = cann.operators(root), cann.version(root)
+    if not found and cann.needs_operators(toolkit):
         raise _Missing(
             f"CANN {toolkit} has no operator package, without which atc cannot compile",
             "install the Ascend-cann-<chip>-ops package of the same version, or use OM files compiled on another host",
@@ -108,14 +108,14 @@ def _operators(device_id: int, root: Path) -> str:
 
 
 def _set_env(device_id: int, root: Path) -> str:
-    found = atc.set_env_files(root)
+    found = cann.set_env_files(root)
     where = str(found[0]) if found else "no set_env.sh in the usual places"
     homes = [os.environ.get(name, "") for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")]
     home = next((value for value in homes if value), "")
     if not home:
         source = f"source {found[0]}" if found else "install CANN, then source its set_env.sh"
         raise _Missing(f"{where}, not sourced", f"{source} in the shell that starts clipval")
-    if not atc.under(root, Path(home)).is_dir():
+    if not cann.under(root, Path(home)).is_dir():
         raise _Missing(f"sourced, but its folder {home} is gone", "source the set_env.sh of an installed CANN")
     if not os.environ.get("ASCEND_OPP_PATH"):
         raise _Missing(f"{where}, sourced in part: ASCEND_OPP_PATH is not set", "source set_env.sh again")
@@ -125,7 +125,7 @@ def _set_env(device_id: int, root: Path) -> str:
 def _atc(device_id: int, root: Path) -> str:
     program = shutil.which("atc")
     if program is None:
-        raise _Missing("not found on PATH", atc.how_to_source(root))
+        raise _Missing("not found on PATH", cann.how_to_source(root))
     return program
 
 

@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Set, Tuple
 
 import numpy as np
 
-from clipval.ascend import acl, atc
+from clipval.ascend import acl, cann
 from clipval.errors import BackendUnavailable
 
 REPEATED = 100002  # acl.init was called before; "you may ignore it", and the first caller finalises
@@ -39,7 +39,7 @@ def load() -> Any:
     try:
         return importlib.import_module("acl")
     except ImportError as error:
-        advice = atc.how_to_source()
+        advice = cann.how_to_source()
         raise BackendUnavailable(f"om backend: pyACL (module acl) does not import: {error}; {advice}") from error
 
 

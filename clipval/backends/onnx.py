@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, Optional, Sequence, Set, Tuple, Union
 import numpy as np
 
 from clipval import store
-from clipval.ascend import atc, npu_smi, process
+from clipval.ascend import cann, npu_smi, process
 from clipval.backends import (
     EXTRA,
     Backend,
@@ -92,7 +92,7 @@ class OnnxBackend(Backend):
         else:
             self._check_contract()
         version = f"onnxruntime {self._runtime.__version__}"
-        version += f", CANN {atc.version()}" if names[0] == CANN else ""
+        version += f", CANN {cann.version()}" if names[0] == CANN else ""
         self.identity = Identity("onnx", version, self._device(), precision)
 
     def _options(self) -> Any:
@@ -330,7 +330,7 @@ def _cann_cache(made: Materials, asked: Opening, options: providers.Options) -> 
             "onnx": store.sha256(asked.file),
             "options": [pair for pair in options if pair[0] != "device_id"],
             "precision": providers.precision(CANN, dict(options)),
-            "cann": atc.version(),
+            "cann": cann.version(),
             "chip": made.settings.soc_version or npu_smi.npu(device).soc_version,
         },
     )

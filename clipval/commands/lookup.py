@@ -34,11 +34,14 @@ def _declare_doctor(parser: Parser) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     """List what this machine has and lacks; exit 1 if something required is missing."""
     from clipval import doctor
+    from clipval.results import columns
 
     findings = doctor.check(args.backends, args.device_id[0])
+    rows = []
     for finding in findings:
-        mark = "ok " if finding.ok else "MISSING" if finding.required else "warning"
-        print(f"{mark:8} {finding.name:14} {finding.detail}" + (f"; {finding.advice}" if not finding.ok else ""))
+        mark = "ok" if finding.ok else "MISSING" if finding.required else "warning"
+        rows.append([mark, finding.name, finding.detail + (f"; {finding.advice}" if not finding.ok else "")])
+    print("\n".join(columns(rows)))
     return int(any(finding.required and not finding.ok for finding in findings))
 
 
@@ -82,15 +85,16 @@ def _declare_reference(parser: Parser) -> None:
 def _reference(args: argparse.Namespace) -> int:
     """Published recall of open_clip models on Flickr30k, Flickr8k and COCO."""
     from clipval import spec
+    from clipval.results import columns
 
     rows = spec.published(args.model_name, args.pretrained, args.dataset)
     if not rows:
         raise InputError("reference: no published figures for that model, weights and data set")
-    print(f"{'model':34} {'weights':30} {'data':10} {'image R@1 / 5 / 10':22} {'text R@1 / 5 / 10':22} source")
+    lines = [["model", "weights", "data", "image R@1 / 5 / 10", "text R@1 / 5 / 10", "source"]]
     for row in rows:
         cells = ["-" if value is None else f"{value:.4f}" for value in row.recalls.values()]
-        image, text = " ".join(cells[:3]), " ".join(cells[3:])
-        print(f"{row.model:34} {row.pretrained:30} {row.dataset:10} {image:22} {text:22} {row.source}")
+        lines.append([row.model, row.pretrained, row.dataset, " ".join(cells[:3]), " ".join(cells[3:]), row.source])
+    print("\n".join(columns(lines)))
     return 0
 
 

@@ -21,15 +21,17 @@ def _declare(parser: Parser) -> None:
 def _models(args: argparse.Namespace) -> int:
     """List architectures: sizes, requirements, and whether both towers export and agree with PyTorch."""
     from clipval import architectures
+    from clipval.results import columns
 
     rows = [row for row in architectures.read() if args.name.lower() in row.model.lower()]
     if not rows:
         raise InputError(f"models: no architecture has {args.name!r} in its name; see open_clip.list_models()")
-    print(f"{'model':32} {'image':>5} {'tokens':>6} {'width':>5} {'ids':>6} {'GiB':>11}  export and worst 1 - cosine")
+    lines = [["model", "image", "tokens", "width", "ids", "GiB", "export and worst 1 - cosine"]]
     for row in rows:
         weights = f"{row.vision_gib:.2f} + {row.text_gib:.2f}" if row.vision_gib else "unknown"
-        sizes = f"{row.image:5} {row.context:6} {row.width:5} {row.vocabulary or '':>6} {weights:>11}"
-        print(f"{row.model:32} {sizes}  {'; '.join(filter(None, (_seen(row), row.transforms, row.needs)))}")
+        sizes = [str(row.image), str(row.context), str(row.width), str(row.vocabulary or ""), weights]
+        lines.append([row.model, *sizes, "; ".join(filter(None, (_seen(row), row.transforms, row.needs)))])
+    print("\n".join(columns(lines, right=range(1, 6))))
     return 0
 
 

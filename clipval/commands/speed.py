@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from clipval.throughput.machine import Pace
     from clipval.throughput.row import Judged, Row
 
-TABLE = "{:30} {:>9}  {:24}  {:>15}  {:>11}  {:>6}  {}"
+HEADS = ("row", "samples/s", "95 % interval", "1000*bs/mean ms", "undisturbed", "rounds", "verdict")
+WIDTHS = (30, 9, 22)  # rows are printed as they are measured
 
 
 def _declare_bench(parser: Parser) -> None:
@@ -58,7 +59,7 @@ def _bench(args: argparse.Namespace) -> int:
         raise UsageError("bench --save: a baseline is for the spec's model; leave out --model")
     chain = chain_of(args)
     pace = Pace(threads=args.threads)
-    print(TABLE.format("row", "samples/s", "95 % interval", "1000*bs/mean ms", "undisturbed", "rounds", "verdict"))
+    _print(HEADS)
     found = [_bench_row(chain, backend, size, args, pace) for backend, size in _benched(chain, args)]
     chain.close()
     made_by = {row.made_by.name: str(row.made_by) for row in found}
@@ -136,13 +137,21 @@ def _bench_row(chain: Chain, backend: Backend, size: int, args: argparse.Namespa
     for name, one in _named(row):
         timing, (low, high) = one.timing, one.timing.interval
         figures = [timing.samples_per_second_mean, timing.undisturbed]
-        shown = f"{timing.samples_per_second:.1f}", f"{low:9.1f} .. {high:9.1f}", *(f"{value:.1f}" for value in figures)
-        print(TABLE.format(name, *shown, timing.rounds, f"{one.verdict} {one.reason}").rstrip())
+        shown = f"{timing.samples_per_second:.1f}", f"{low:.1f} .. {high:.1f}", *(f"{value:.1f}" for value in figures)
+        _print([name, *shown, str(timing.rounds), f"{one.verdict} {one.reason}"])
     if row.copies is not None:
         print(
             "copies: " + ", ".join(f"{name} {seconds * 1000:.3f} ms per call" for name, seconds in row.copies.items())
         )
     return row
+
+
+def _print(cells: Sequence[str]) -> None:
+    """One row of the table, aligned with the others."""
+    from clipval.results import columns
+
+    least = [max(width, len(head)) for width, head in zip((*WIDTHS, 0, 0, 0, 0), HEADS)]
+    print(columns([cells], right=range(1, 6), least=least)[0], flush=True)
 
 
 def _declare_baseline(parser: Parser) -> None:

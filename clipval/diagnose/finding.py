@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict, List, Tuple
 
 from clipval.diagnose.locate import Rung
+from clipval.results import columns
 
 NONE, INPUT, DIVERGENCE = "no excess", "not numerics", "divergence"
 
@@ -81,9 +82,9 @@ def table(finding: Finding, count: int = 0) -> List[str]:
     at = next((n for n, rung in enumerate(rungs) if rung.name == finding.first), None)
     if count and at is not None:
         rungs = rungs[max(0, at - count) : at + count + 1]
-    lines = [f"{'':2}{'error':>9} {'noise':>9} {'excess':>8} {'growth':>8}  tap"]
+    rows = [["", "error", "noise", "excess", "growth", "tap"]]
     for rung in rungs:
-        mark = ">>" if rung.name == finding.first else "  "
-        growth = "" if rung.growth is None else f"{rung.growth:8.2g}"
-        lines.append(f"{mark}{rung.error:9.2e} {rung.noise:9.2e} {rung.excess:8.3g} {growth:>8}  {rung.name}")
-    return lines
+        growth = "" if rung.growth is None else f"{rung.growth:.2g}"
+        figures = [f"{rung.error:.2e}", f"{rung.noise:.2e}", f"{rung.excess:.3g}", growth]
+        rows.append([">>" if rung.name == finding.first else "", *figures, rung.name])
+    return columns(rows, right=range(1, 5))

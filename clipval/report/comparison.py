@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Dict, List, NamedTuple, Sequence
 
 from clipval.report.run import Run, flat, made_by
-from clipval.report.wording import cell, columns, distance, name, word
-from clipval.results import Figure, number
+from clipval.report.wording import cell, distance, name, word
+from clipval.results import Figure, columns, number
 
 
 class _Both(NamedTuple):

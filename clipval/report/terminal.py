@@ -8,8 +8,8 @@ from typing import Dict, List, Sequence
 from clipval.report.causes import Cause, broken, causes, near
 from clipval.report.run import UNPROMISED, Run
 from clipval.report.tables import rates, recall_table, throughput_table
-from clipval.report.wording import added, backend, columns, difference, name, of, part, row_verdict, simulated, word
-from clipval.results import FAIL, INFO, PASS, Figure, number, wanted
+from clipval.report.wording import added, backend, difference, name, of, part, row_verdict, simulated, word
+from clipval.results import FAIL, INFO, PASS, Figure, columns, number, wanted
 
 WIDTH = 99
 RED = 40  # lines at most

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List, Optional, Sequence
+from typing import Any, Iterable, List, Optional
 
 from clipval import backends
 from clipval.results import FAIL, PASS, Figure, ThroughputDetail
@@ -81,14 +81,3 @@ def cell(value: Any) -> str:
     for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("\r", " "), ("\n", " ")):
         text = text.replace(plain, escaped)
     return text
-
-
-def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = (), between: str = "  ") -> List[str]:
-    """Rows of text in aligned columns; those in `right` are right-aligned."""
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    ends = set(right)
-    lines = []
-    for row in rows:
-        cells = [text.rjust(widths[n]) if n in ends else text.ljust(widths[n]) for n, text in enumerate(row)]
-        lines.append(between.join(cells).rstrip() if between == "  " else between.join(cells))
-    return lines

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from clipval.ascend import atc, atc_advice
+from clipval.ascend import atc, atc_advice, cann
 from clipval.errors import BackendUnavailable, InputError, ToolFailed, UsageError
 from clipval.towers import TEXT, VISION
 from tests.simulator import environment, tiny
@@ -243,7 +243,7 @@ def test_version_of_every_layout(tmp_path, monkeypatch, path, text, found):
     file = tmp_path / path
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    assert atc.version(tmp_path) == found
+    assert cann.version(tmp_path) == found
 
 
 def test_the_newest_cann_is_found_first(tmp_path, monkeypatch):
@@ -253,19 +253,19 @@ def test_the_newest_cann_is_found_first(tmp_path, monkeypatch):
     for folder in ("ascend-toolkit", "cann-8.5.0", "cann-10.0.0", "cann-9.1.0"):
         (ascend / folder).mkdir(parents=True)
         (ascend / folder / "set_env.sh").write_text("")
-    found = [path.parent.name for path in atc.set_env_files(tmp_path)]
+    found = [path.parent.name for path in cann.set_env_files(tmp_path)]
     assert found == ["cann-10.0.0", "cann-9.1.0", "cann-8.5.0", "ascend-toolkit"]
     (ascend / "cann").symlink_to("cann-8.5.0")
-    assert atc.how_to_source(tmp_path) == f"run `source {ascend / 'cann' / 'set_env.sh'}` first, in the same shell"
+    assert cann.how_to_source(tmp_path) == f"run `source {ascend / 'cann' / 'set_env.sh'}` first, in the same shell"
 
 
 def test_operators_are_a_package_of_their_own_from_8_5_on(tmp_path, monkeypatch):
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", "/opt/cann")
-    assert [atc.needs_operators(version) for version in ("7.0.RC1", "8.3.RC2", "8.5.0", "9.1.0", "unknown")] == [
+    assert [cann.needs_operators(version) for version in ("7.0.RC1", "8.3.RC2", "8.5.0", "9.1.0", "unknown")] == [
         *(False, False, True, True, False)
     ]
-    assert atc.operators(tmp_path) == ""
+    assert cann.operators(tmp_path) == ""
     (tmp_path / "opt/cann/aarch64-linux").mkdir(parents=True)
     info = tmp_path / "opt/cann/aarch64-linux/ascend_ops_install.info"
     info.write_text("package_name=Ascend-cann-910b-ops\nversion=9.1.0\n")
-    assert atc.operators(tmp_path) == "Ascend-cann-910b-ops 9.1.0"
+    assert cann.operators(tmp_path) == "Ascend-cann-910b-ops 9.1.0"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from clipval import export, model, store
-from clipval.ascend import aclruntime, atc, process
+from clipval.ascend import aclruntime, process
+from clipval.ascend import cann as toolkit
 from clipval.backends import BackendSettings, Opening, kind, providers
 from clipval.backends import onnx as onnx_backend
 from clipval.backends.onnx import OnnxBackend
@@ -69,7 +70,7 @@ def test_it_is_labelled_with_what_it_computes_in(seeded, file, tmp_path, monkeyp
     cann.install(monkeypatch)
     backend = opened(file, tmp_path)
     assert (backend.identity.device, backend.identity.precision) == (cann.CANN, "force_fp16")
-    assert f"CANN {atc.version()}" in backend.identity.version
+    assert f"CANN {toolkit.version()}" in backend.identity.version
     verdicts, bounds = judged(seeded, backend)
     assert (verdicts, bounds.backend, bounds.precision) == ({PASS}, "om", "fp16")
 
@@ -171,7 +172,7 @@ def test_compiled_models_lie_in_the_work_directory_by_all_they_depend_on(file, t
     assert made.compiled == first, "nothing is compiled twice"
     opened(file, tmp_path).run(rows())
     opened(file, tmp_path, KEEP, soc="Ascend310P3").run(rows())
-    monkeypatch.setattr(atc, "version", lambda: "9.9.9")
+    monkeypatch.setattr(toolkit, "version", lambda: "9.9.9")
     opened(file, tmp_path, KEEP).run(rows())
     assert len({path.parent for path in made.compiled}) == 4, "precision, chip and CANN each have their own"
     assert Path.cwd() == here
