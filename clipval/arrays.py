@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterable, List, Protocol, Sequence, Tuple, Union
+from typing import Iterable, List, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 from numpy.lib import format as npy
@@ -150,7 +150,7 @@ def load(path: Path) -> np.ndarray:
         raise InputError(f"{path}: {cause}") from error
 
 
-def natural(name: str) -> List[Any]:
+def natural(name: str) -> List[Union[str, Tuple[int, str]]]:
     """Sort key that orders numbers inside names by value: 9_2 before 10_1. Different names have different keys."""
     parts = enumerate(re.split(r"([0-9]+)", name))  # every second part is a number
     return [*((int(part), "") if n % 2 else (-1, part) for n, part in parts), (-1, name)]

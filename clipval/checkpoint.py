@@ -11,9 +11,12 @@ import pickle
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
 from clipval.errors import InputError, lfs_pointer, one_line
+
+if TYPE_CHECKING:
+    import torch
 
 NPZ = "npz"
 SHOWN = 3  # objects named in a refusal
@@ -36,7 +39,7 @@ SCALE = "logit_scale"
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # buffers, not weights
 
 
-def read(file: Path) -> Dict[str, Any]:
+def read(file: Path) -> Dict[str, torch.Tensor]:
     """Tensors of a checkpoint by open_clip name, as stored (any float dtype, on the CPU).
 
     Raises:
@@ -222,7 +225,7 @@ def _tensor(storage: Any, offset: int, shape: Tuple[int, ...], strides: Tuple[in
     return storage.as_strided(shape, strides, offset)
 
 
-def _read_torchscript(file: Path) -> Dict[str, Any]:
+def _read_torchscript(file: Path) -> Dict[str, torch.Tensor]:
     with zipfile.ZipFile(file) as archive:
         name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         try:
@@ -249,7 +252,7 @@ def _walk(module: Any, prefix: str) -> List[Tuple[str, Any]]:
     return found
 
 
-def _unwrapped(file: Path, loaded: Any) -> Dict[str, Any]:
+def _unwrapped(file: Path, loaded: Any) -> Dict[str, torch.Tensor]:
     """The model's own tensors in a training checkpoint; the moving average if it holds nothing else."""
     for name in (*WRAPPERS, *AVERAGES):
         inner = loaded.get(name) if isinstance(loaded, dict) else None
@@ -268,7 +271,7 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def without_prefixes(state: Dict[str, Any]) -> Dict[str, Any]:
+def without_prefixes(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """The model's own tensor names, without prefixes that wrappers added to all of them."""
     state = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
     own = [name for name in state if name not in OPENAI_SIZES]

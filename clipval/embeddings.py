@@ -106,7 +106,7 @@ def _check_rows(backend: Backend, batch: np.ndarray, count: int, first: str) -> 
         )
 
 
-def _check_embeddings(backend: Backend, found: Any, count: int, first: str) -> None:
+def _check_embeddings(backend: Backend, found: object, count: int, first: str) -> None:
     tower = backend.tower
     shape, kind = getattr(found, "shape", None), getattr(found, "dtype", type(found).__name__)
     if shape != (count, tower.width) or kind != np.float32:

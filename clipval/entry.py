@@ -7,10 +7,9 @@ For runs of other projects in the same environment nothing is imported or declar
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 
-def pytest_addoption(parser: Any) -> None:
+def pytest_addoption(parser: object) -> None:
     here = Path.cwd()
     if any(_uses_clipval(folder / "conftest.py") for folder in (here, *here.parents)):
         from clipval import options

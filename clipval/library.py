@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from clipval import environment
 from clipval.errors import BackendUnavailable, InputError, UsageError, disk_full, one_line
@@ -173,7 +173,7 @@ def folder_of(name: str) -> Path:
     return downloaded(f"model {name}: its {FOLDER_CONFIG}", lambda: fetch(name[len(HUB) :], FOLDER_CONFIG)).parent
 
 
-def downloaded(what: str, download: Callable[[], Any]) -> Path:
+def downloaded(what: str, download: Callable[[], Union[str, Path]]) -> Path:
     """The file that an open_clip download returns, from the hub's cache if it is there.
 
     Raises:

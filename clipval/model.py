@@ -7,7 +7,7 @@ import logging
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from clipval.towers import Tower
 from clipval.transform import DEFAULT, PreprocessSpec
 from clipval.transform import build as build_transform
 from clipval.weights import RANDOM_SEED, Weights
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Model(NamedTuple):
@@ -142,7 +145,7 @@ def _lacking(arch: str, source: Optional[str], error: Exception) -> ClipvalError
     )
 
 
-def encoder(model: Model, tower: Tower) -> Any:
+def encoder(model: Model, tower: Tower) -> torch.nn.Module:
     """One tower as a module with one input and one output: the unit-length embedding.
 
     The module normalises the embedding, as the recipe's graphs do. Tokens are cast to int32 first: onnxruntime <= 1.19
@@ -191,7 +194,7 @@ def _fill(module: Any, file: Path, arch: str, resize_positions: bool) -> None:
     module.load_state_dict(state, strict=True)
 
 
-def _in_open_clips_names(module: Any, state: Dict[str, Any]) -> Dict[str, Any]:
+def _in_open_clips_names(module: Any, state: Dict[str, torch.Tensor]) -> Dict[str, Any]:
     """What open_clip itself changes on loading: Apple's names, the text tower's prefix, scalars with an axis."""
     convert = getattr(library.part("convert"), "convert_state_dict", None)
     if convert is not None:  # open_clip before 2.24 has neither it nor Apple's models
@@ -208,7 +211,7 @@ _SCALARS = ("logit_scale", "logit_bias")
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
 
-def _check_positions(module: Any, state: Dict[str, Any], file: Path, arch: str, resize: bool) -> None:
+def _check_positions(module: Any, state: Dict[str, torch.Tensor], file: Path, arch: str, resize: bool) -> None:
     """Resize position embeddings of another image size or context if that was asked for, else raise."""
     wanted = module.state_dict()
     other = [

@@ -54,7 +54,7 @@ class Settings(BackendSettings):
     gate: Optional[Tuple[str, ...]] = None
 
     @classmethod
-    def of(cls, namespace: Any) -> Settings:
+    def of(cls, namespace: object) -> Settings:
         """Settings from an argparse namespace or pytest's `config.option`; missing options keep their defaults."""
         given = {field.name: getattr(namespace, field.name) for field in fields(cls) if hasattr(namespace, field.name)}
         return cls(**given)
@@ -230,7 +230,7 @@ OPTIONS = (
 )
 
 
-def add_options(add: Callable[..., Any], only: Optional[List[str]] = None) -> None:
+def add_options(add: Callable[..., object], only: Optional[List[str]] = None) -> None:
     """Declare options through `argparse.add_argument` or pytest's `addoption`.
 
     Args:

@@ -315,7 +315,7 @@ class Keeper:
         self.config = config
         self.account = config.stash[ACCOUNT]
         self.run: Optional[report.Run] = None
-        self.written: Sequence[Any] = ()
+        self.written: Sequence[object] = ()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.account.add([from_json(text) for text in getattr(report, "clipval_figures", ())])
@@ -340,7 +340,7 @@ class Keeper:
         if self.account.failed and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
         if self.run is None:
             return
         terminalreporter.section("clipval")
@@ -356,7 +356,7 @@ class Keeper:
         others = "the paths given" in account.narrowed_by
         return bool(account.figures or account.expected or (account.left_out and not others))
 
-    def _write(self, run: report.Run) -> Sequence[Any]:
+    def _write(self, run: report.Run) -> Sequence[object]:
         chain = self.config.stash[CHAIN]
         if chain.settings.report is None:
             return []

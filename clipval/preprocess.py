@@ -19,7 +19,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Set, Tuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    List,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 import numpy as np
 from numpy.lib import format as npy
@@ -140,7 +154,7 @@ def _header(dtype: str, shape: Tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def _write(file: Path, content: Any) -> None:
+def _write(file: Path, content: Union[bytes, memoryview]) -> None:
     """Write a file in one call; a truncated file is recognised by its size."""
     with open(file, "wb", buffering=0) as stream:
         written = stream.write(content)

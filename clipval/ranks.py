@@ -16,7 +16,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, ContextManager, List, NamedTuple, Tuple
+from typing import Callable, ContextManager, Iterable, NamedTuple, Tuple, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -111,7 +111,7 @@ def rank(vision: Unit, text: Unit, owner: np.ndarray) -> Tuple[Ranks, Ranks]:
 class _Queries:
     """One direction while scores stream by; all arrays are per query, images padded to a multiple of 8."""
 
-    def __init__(self, positive: np.ndarray, size: int, error: float, lock: ContextManager[Any]) -> None:
+    def __init__(self, positive: np.ndarray, size: int, error: float, lock: ContextManager[object]) -> None:
         pad = (0, size - len(positive))
         self.count = len(positive)
         self.positive = np.pad(positive, pad, constant_values=np.inf)
@@ -273,19 +273,22 @@ def _split(
     return sure, row, column
 
 
+Item = TypeVar("Item")
+
+
 @lru_cache(maxsize=None)
 def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _one_blas_thread() -> ContextManager[Any]:
+def _one_blas_thread() -> ContextManager[object]:
     """Each core computes its own tiles, which keeps it busier than sharing each product."""
-    limit: ContextManager[Any] = _blas().limit(limits=1, user_api="blas")
+    limit: ContextManager[object] = _blas().limit(limits=1, user_api="blas")
     return limit
 
 
-def _in_threads(function: Any, items: Any, describe: str = "") -> None:
-    tasks: List[Any] = list(items)
+def _in_threads(function: Callable[[Item], object], items: Iterable[Item], describe: str = "") -> None:
+    tasks = list(items)
     with ThreadPoolExecutor(environment.usable_cores()) as pool:
         done = pool.map(function, tasks)
         for _ in tqdm(done, desc=describe, total=len(tasks), disable=None if describe else True, leave=False, delay=2):

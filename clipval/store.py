@@ -30,7 +30,7 @@ from clipval.errors import ClipvalError, InputError, disk_full, os_cause
 MANIFEST = "manifest.json"
 # Paths, errors and options: they do not change what an artifact contains, or their values are part of its key.
 NEUTRAL = ("clipval.environment", "clipval.errors", "clipval.spec", "clipval.store")
-Build = Callable[[Path], Any]
+Build = Callable[[Path], object]
 _hashing = [threading.Lock() for _ in range(64)]  # one per file (by hash), so that several files are hashed at a time
 
 
@@ -106,9 +106,9 @@ def _source(name: str) -> bytes:
     return Path(spec.origin).read_bytes()
 
 
-def files(folder: Path) -> Dict[str, Dict[str, Any]]:
+def files(folder: Path) -> Dict[str, Dict[str, object]]:
     """Size and sha256 of each file of a published artifact, by relative path."""
-    found: Dict[str, Dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    found: Dict[str, Dict[str, object]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     return found
 
 
@@ -140,7 +140,7 @@ class Store:
         except OSError as error:
             raise InputError(self._explain(error)) from error
 
-    def get(self, kind: str, key: Mapping[str, Any], build: Build, *, resumes: bool = False) -> Path:
+    def get(self, kind: str, key: Mapping[str, object], build: Build, *, resumes: bool = False) -> Path:
         """The folder of an artifact, built by `build(folder)` if it is missing, stale or damaged.
 
         Args:
@@ -171,7 +171,7 @@ class Store:
         self._checked.add(folder)
         return folder
 
-    def folder(self, kind: str, key: Mapping[str, Any]) -> Path:
+    def folder(self, kind: str, key: Mapping[str, object]) -> Path:
         """A folder that a tool fills over time with data that depends only on a key, such as a compiler's cache.
 
         The key is stored in it. With `rebuild_before` it is emptied once per process.
@@ -197,13 +197,13 @@ class Store:
         self._checked.add(folder)
         return folder
 
-    def _place(self, kind: str, key: Mapping[str, Any]) -> Tuple[Dict[str, Any], Path]:
+    def _place(self, kind: str, key: Mapping[str, object]) -> Tuple[Dict[str, Any], Path]:
         """The full key of an artifact, and its folder."""
         whole = json.loads(json.dumps({"kind": kind, **key}))
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
         return whole, self.root / kind / digest[:32]
 
-    def _usable(self, folder: Path, key: Dict[str, Any]) -> bool:
+    def _usable(self, folder: Path, key: Dict[str, object]) -> bool:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             old = self._rebuild_before is not None and manifest["built"] < self._rebuild_before
@@ -211,7 +211,7 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _build(self, folder: Path, key: Dict[str, Any], build: Build, resumes: bool) -> None:
+    def _build(self, folder: Path, key: Dict[str, object], build: Build, resumes: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         with aside(folder, resumes) as scratch:
             build(scratch)
@@ -258,11 +258,11 @@ def write(file: Path, content: bytes) -> None:
         raise
 
 
-def _list(folder: Path) -> Dict[str, Dict[str, Any]]:
+def _list(folder: Path) -> Dict[str, Dict[str, object]]:
     walked = os.walk(str(folder))
     paths = sorted(os.path.join(where, name) for where, _, names in walked for name in names if name != MANIFEST)
 
-    def describe(path: str) -> Dict[str, Any]:
+    def describe(path: str) -> Dict[str, object]:
         return {"size": os.path.getsize(path), "sha256": once(Path(path))}
 
     with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL

@@ -11,7 +11,7 @@ import argparse
 import random
 import zipfile
 from pathlib import Path
-from typing import Any, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, List, Sequence, Tuple
 
 import numpy as np
 
@@ -21,10 +21,15 @@ from clipval.model import load
 from clipval.towers import towers
 from clipval.weights import RANDOM, find_weights
 
+if TYPE_CHECKING:
+    import torch
+
 CONFIG = Path(__file__).parent / "specs" / "shapes-vit.json"
 
 
-def train(images: Any, tokens: Any, module: Any, *, epochs: int, batch_size: int, rate: float) -> None:
+def train(
+    images: torch.Tensor, tokens: torch.Tensor, module: Any, *, epochs: int, batch_size: int, rate: float
+) -> None:
     """Contrastive training in place.
 
     Args:
@@ -69,12 +74,12 @@ def train(images: Any, tokens: Any, module: Any, *, epochs: int, batch_size: int
     module.eval()
 
 
-def prepare(seed: int, count: int, model: Any) -> Tuple[Any, Any]:
+def prepare(seed: int, count: int, model: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     """Draw `count` scenes and return them as uint8 pixels [n, 3, 224, 224] and int64 tokens [n, 5, 77]."""
     import torch
 
     geometry = model.transform.transforms[:2]  # resize and centre crop, as in evaluation
-    pixels: List[Any] = []
+    pixels: List[torch.Tensor] = []
     captions: List[str] = []
     for image, texts in shapes.scenes(seed, count):
         for step in geometry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable, Dict, Literal, Optional, Tuple
+from typing import Any, Callable, Dict, Literal, Optional, Sequence, Tuple
 
 import msgspec
 
@@ -56,7 +56,7 @@ def of_config(found: Dict[str, Any], source: str) -> PreprocessSpec:
     )
 
 
-def _three(value: Any) -> Optional[Tuple[float, float, float]]:
+def _three(value: Optional[Sequence[float]]) -> Optional[Tuple[float, float, float]]:
     if isinstance(value, (int, float)):
         return (float(value),) * 3
     return (float(value[0]), float(value[1]), float(value[2])) if value else None

@@ -97,7 +97,7 @@ class Failed(Exception):
         self.words = words or message
 
 
-def begin(finalize: Callable[[], None], natives: Callable[[], List[Any]]) -> None:
+def begin(finalize: Callable[[], None], natives: Callable[[], List[object]]) -> None:
     """Record that this process is about to initialise ACL; only the first call counts.
 
     Args:
@@ -135,7 +135,7 @@ def _at_exit(finalize: Callable[[], None]) -> None:
         finalize()
 
 
-def _spare(natives: List[Any]) -> None:
+def _spare(natives: List[object]) -> None:
     """In a forked child: run no ACL destructors. It exits through `_exit` with the same status."""
     for native in natives:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))

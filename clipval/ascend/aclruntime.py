@@ -182,7 +182,7 @@ class Session:
             del native  # A and B-early unload in the destructor
 
 
-def _natives() -> List[Any]:
+def _natives() -> List[object]:
     """Objects whose destructor calls ACL."""
     return [one for session in _open.values() for one in (session._native, session._spare)]
 

@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from clipval.ascend import atc_advice, cann
 from clipval.errors import BackendUnavailable, InputError, ToolFailed, UsageError
@@ -155,7 +155,7 @@ def _absolute(token: str) -> str:
     return f"{flag}{equals}{Path(value).absolute()}" if value and Path(value).is_file() else token
 
 
-def key(tower: Tower, batch_size: int, options: AtcOptions) -> Dict[str, Any]:
+def key(tower: Tower, batch_size: int, options: AtcOptions) -> Dict[str, object]:
     """Everything that an OM depends on besides the ONNX file: flags, the files they name, chip, atc."""
     flags = command(Path("model.onnx"), Path("model"), tower, batch_size, options)
     flags = [flag for flag in flags[1:] if not flag.startswith(("--model=", "--output="))]

@@ -24,7 +24,7 @@ CONTAINER = "dumping is not supported inside containers (CANN 8.5 to 9.2); run i
 
 def configuration(
     model: str, folder: Path, *, stats: bool = False, layers: Optional[Sequence[str]] = None
-) -> Dict[str, Any]:
+) -> Dict[str, object]:
     """The content of acl.json: dump outputs of all operators of a model, or of some layers.
 
     Args:
@@ -32,7 +32,7 @@ def configuration(
         stats: statistics instead of tensors.
         layers: names of operators of the OM or of ONNX nodes; None for all (an empty list is refused by CANN).
     """
-    listed: Dict[str, Any] = {"model_name": model, **({"layer": list(layers)} if layers else {})}
+    listed: Dict[str, object] = {"model_name": model, **({"layer": list(layers)} if layers else {})}
     return {
         "dump": {
             "dump_list": [listed],

@@ -62,7 +62,7 @@ class Product(NamedTuple):
     """Products of square matrices: a call, and its floating-point operations."""
 
     operations: float
-    call: Callable[[], Any]
+    call: Callable[[], object]
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterator, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 
@@ -160,7 +160,7 @@ class OnnxBackend(Backend):
         finally:
             os.chdir(before)
 
-    def _profile(self, allowed: Sequence[str]) -> Any:
+    def _profile(self, allowed: Sequence[str]) -> List[Dict[str, Any]]:
         """Events of one profiled run, checked against the requested provider.
 
         Shape operators and allowed operators may be on the CPU.
@@ -173,7 +173,7 @@ class OnnxBackend(Backend):
             if self._ready:
                 self._adapt()
             self.run(np.zeros(self.tower.shape(self.batch_size or 1), self.tower.dtype))
-            events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+            events: List[Dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         found = placement.of(self._assigned(), events)
         strayed = found.beyond(allowed)
         if strayed or not any(name != CPU for name in found.operators):
@@ -284,7 +284,7 @@ def _import_runtime(names: Sequence[str]) -> Any:
     return onnxruntime
 
 
-def _fits(found: Sequence[Any], wanted: Sequence[int]) -> bool:
+def _fits(found: Sequence[object], wanted: Sequence[int]) -> bool:
     return len(found) == len(wanted) and all(one == size for one, size in zip(found, wanted) if isinstance(one, int))
 
 

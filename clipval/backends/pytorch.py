@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
 from clipval.backends import Backend, Identity, Kind, Materials, Opening, Product
 from clipval.errors import BackendUnavailable
 from clipval.towers import Tower
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PytorchBackend(Backend):
@@ -29,7 +32,7 @@ class PytorchBackend(Backend):
     def __init__(
         self,
         tower: Tower,
-        encoder: Any,
+        encoder: torch.nn.Module,
         threads: Optional[int] = None,
         *,
         load_seconds: float = 0.0,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 from clipval import backends, datasets
 from clipval.datasets import RetrievalDataset
 from clipval.options import Settings, add_options
 from clipval.towers import Tower
+
+if TYPE_CHECKING:
+    from clipval.backends import Backend
+    from clipval.chain import Chain
 
 Parser = argparse.ArgumentParser
 MODEL_OPTIONS = [
@@ -27,7 +31,7 @@ class Command(NamedTuple):
     help: str
 
 
-def chain_of(args: argparse.Namespace) -> Any:
+def chain_of(args: argparse.Namespace) -> Chain:
     """The chain for a command's options."""
     from clipval.chain import Chain
 
@@ -51,7 +55,7 @@ def given_data(args: argparse.Namespace) -> RetrievalDataset:
     return datasets.read(args.data_dir, named=args.data_format, captions_format=args.captions_format)
 
 
-def say_notes(backend: Any) -> None:
+def say_notes(backend: Backend) -> None:
     """Print the notes on a backend's file."""
     for note in backend.notes:
         print(f"{backend.identity.name}: {note}", file=sys.stderr)

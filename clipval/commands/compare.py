@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Dict, Optional, Sequence, Tuple
 
 from clipval import backends
 from clipval.backends import Identity
@@ -14,6 +14,7 @@ from clipval.options import add_options, at_least
 from clipval.towers import TOWER_NAMES, Tower
 
 if TYPE_CHECKING:
+    from clipval.arrays import Rows
     from clipval.chain import Chain
     from clipval.embeddings import Embeddings
 
@@ -82,7 +83,7 @@ def _made(chain: Chain, args: argparse.Namespace, name: str, tower: Tower) -> Tu
         backend.close()
 
 
-def _inputs(chain: Chain, args: argparse.Namespace, tower: Tower) -> Tuple[Any, Any]:
+def _inputs(chain: Chain, args: argparse.Namespace, tower: Tower) -> Tuple[Sequence[str], Rows]:
     from clipval import arrays, probe
 
     if args.input is not None:

@@ -6,13 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
 from clipval.errors import UsageError
 from clipval.options import add_options, at_least
 from clipval.towers import TOWER_NAMES
+
+if TYPE_CHECKING:
+    from clipval.diagnose.finding import Finding
 
 
 def _declare(parser: Parser) -> None:
@@ -148,7 +151,7 @@ def _backend(args: argparse.Namespace) -> str:
     return args.backend or (backends.of_file(args.model) if args.model else None) or "onnx"
 
 
-def _of_candidate(args: argparse.Namespace) -> Any:
+def _of_candidate(args: argparse.Namespace) -> Finding:
     from clipval.diagnose import candidate
 
     if args.model is not None and not args.model.is_file():
@@ -165,7 +168,7 @@ def _of_candidate(args: argparse.Namespace) -> Any:
         chain.close()
 
 
-def _of_dump(args: argparse.Namespace) -> Any:
+def _of_dump(args: argparse.Namespace) -> Finding:
     """Diagnose a dump from an NPU host, on a machine without CANN and without the model."""
     import numpy as np
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from clipval.options import Settings, add_options
 
 if TYPE_CHECKING:
     from clipval.ascend.atc import AtcOptions
+    from clipval.results import Figure
     from clipval.towers import Tower
 
 
@@ -176,7 +177,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return _judged(figures)
 
 
-def _judged(figures: Sequence[Any]) -> int:
+def _judged(figures: Sequence[Figure]) -> int:
     for figure in figures:
         print(f"{figure.verdict.upper():4}  {figure.metric} {figure.measured:.4f}, reference {figure.reference}")
         if figure.message:

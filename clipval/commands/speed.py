@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Iterator, List, Sequence, Tuple
 
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, say_notes, tower_of_onnx
@@ -15,6 +15,7 @@ from clipval.options import ONNX_OPTIONS, add_options, at_least
 if TYPE_CHECKING:
     from clipval.backends import Backend
     from clipval.chain import Chain
+    from clipval.throughput.baseline import Baseline
     from clipval.throughput.machine import Pace
     from clipval.throughput.row import Judged, Row
 
@@ -100,7 +101,7 @@ def _useless(row: Row) -> List[str]:
     return [f"{name} is {one.verdict}: {one.reason}" for name, one in _named(row) if one.verdict in bad]
 
 
-def _benched(chain: Any, args: argparse.Namespace) -> Any:
+def _benched(chain: Chain, args: argparse.Namespace) -> Iterator[Tuple[Backend, int]]:
     """Open backends one after another, each with the batch size to measure."""
     if args.model is None:
         for name in chain.settings.validated:
@@ -185,7 +186,7 @@ def _make_baseline(args: argparse.Namespace) -> int:
     return 0
 
 
-def _session(command: Sequence[str], name: str) -> Any:
+def _session(command: Sequence[str], name: str) -> Baseline:
     """Run one session of a baseline, and repeat it once if it was disturbed."""
     import subprocess
 

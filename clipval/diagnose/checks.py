@@ -5,7 +5,7 @@ Each check returns sentences; none if nothing was found.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -126,7 +126,7 @@ def other_weights(graph: Graph, parameters: Dict[str, np.ndarray]) -> List[str]:
     ]
 
 
-def _is_held(values: Any, by_size: Dict[int, List[np.ndarray]]) -> Any:
+def _is_held(values: Optional[np.ndarray], by_size: Dict[int, List[np.ndarray]]) -> Optional[bool]:
     """Whether a matrix is, at least nearly, one of PyTorch's; None if its size does not occur, e.g. after folding."""
     if values is None or values.dtype.kind != "f" or values.size not in by_size:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from clipval.diagnose.graph import NARROW, Graph, Node
 from clipval.diagnose.pairs import distance
 from clipval.diagnose.taps import Recorded, Tap, relative
 from clipval.diagnose.twin import LARGEST, rounded
+
+if TYPE_CHECKING:
+    from clipval.diagnose.ladder import Ladder
 
 RELATED = 0.7  # unrelated weights are 1.4 apart
 SAME = 1e-6  # relative distance of two copies of the same float32 weights
@@ -150,7 +153,7 @@ def _epsilon(graph: Graph, nodes: Sequence[Node], wanted: Optional[float]) -> Li
     return [f"its epsilon is {one:g}, PyTorch's is {wanted:g}" for one in found if abs(one / wanted - 1) > 1e-3]
 
 
-def missing(ladder: Any, numbers: Sequence[int], region: Sequence[int]) -> List[str]:
+def missing(ladder: Ladder, numbers: Sequence[int], region: Sequence[int]) -> List[str]:
     """PyTorch operators with two inputs of which the graph's region uses only one."""
     graph, said = ladder.graph, []
     taken = {name for number in region for name in graph.nodes[number].inputs}
@@ -166,7 +169,7 @@ def missing(ladder: Any, numbers: Sequence[int], region: Sequence[int]) -> List[
     return said
 
 
-def values(found: np.ndarray, ladder: Any, number: int, known: Mapping[int, Tap]) -> List[str]:
+def values(found: np.ndarray, ladder: Ladder, number: int, known: Mapping[int, Tap]) -> List[str]:
     """How a tensor differs from its truth: saturated, scaled, or another tap's values."""
     tap = ladder.recorded.taps[number]
     if not np.isfinite(found).all() and np.isfinite(tap.truth).all():
@@ -181,7 +184,7 @@ def values(found: np.ndarray, ladder: Any, number: int, known: Mapping[int, Tap]
     return _another_token(found, ladder, tap) or _another_scale(found, tap) or _another_order(found, tap)
 
 
-def _another_token(found: np.ndarray, ladder: Any, tap: Tap) -> List[str]:
+def _another_token(found: np.ndarray, ladder: Ladder, tap: Tap) -> List[str]:
     """Whether a pooled vector is from another position than PyTorch's."""
     for number in tap.parents:
         whole = ladder.recorded.taps[number].truth

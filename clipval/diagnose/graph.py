@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -138,7 +138,7 @@ class Graph:
                 rest += [name for name in self.nodes[number].inputs if name not in stop]
         return sorted(found)
 
-    def constant(self, tensor: str) -> Any:
+    def constant(self, tensor: str) -> Optional[np.ndarray]:
         """A weight or constant as an array; None for a computed tensor."""
         from onnx import numpy_helper
 

@@ -221,8 +221,8 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
     rungs = tuple(ladder.rungs.values())
     first = ladder.first()
     if first is None:
-        common: Dict[str, Any] = {"samples": len(ladder.recorded.rows), "precision": ladder.graph.precision}
-        return Finding(NONE, candidate, _no_excess(ladder, candidate), ladder=rungs, **common)
+        sentence, samples = _no_excess(ladder, candidate), len(ladder.recorded.rows)
+        return Finding(NONE, candidate, sentence, ladder=rungs, samples=samples, precision=ladder.graph.precision)
     part = Part.of(ladder, first)
     rung = ladder.rungs[first]
     causes, recorded, precision = tuple(part.causes()), ladder.recorded, ladder.graph.precision

@@ -6,7 +6,7 @@ import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
@@ -62,7 +62,7 @@ def _narrow(
     precision: str,
     folder: Path,
     fused: Dict[str, List[str]],
-) -> Any:
+) -> Tuple[om.Compared, dump.Dump]:
     """The ends of blocks first; then everything between the last good and the first bad one."""
     ends = block_ends(whole)
     if ends:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -216,8 +216,8 @@ def judge(
         why = notes[0] if notes else "no operator name is in the ONNX file: is this the file it was compiled from?"
         return Finding(INPUT, candidate, f"{candidate}: nothing could be compared: {why}", causes=notes)
     if name is None:
-        common: Dict[str, Any] = {"causes": notes, "ladder": rungs, "precision": precision}
-        return Finding(NONE, candidate, _no_excess(compared, precision, candidate), **common)
+        sentence = _no_excess(compared, precision, candidate)
+        return Finding(NONE, candidate, sentence, causes=notes, ladder=rungs, precision=precision)
     rung, operator = compared.rungs[name], compared.operators[name]
     good = {one for one, held in compared.rungs.items() if held.good}
     region = [compared.graph.nodes[n] for n in compared.graph.between(name, good)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Sequence
 
 import numpy as np
 
 from clipval.diagnose import evaluate, explain
 from clipval.diagnose.taps import Tap
+
+if TYPE_CHECKING:
+    from clipval.diagnose.ladder import Ladder
 
 SHOWN = 3
 
@@ -20,7 +23,7 @@ class Part:
         region: numbers of the ONNX nodes in it.
     """
 
-    def __init__(self, ladder: Any, numbers: Sequence[int]) -> None:
+    def __init__(self, ladder: Ladder, numbers: Sequence[int]) -> None:
         self.ladder = ladder
         self.numbers = list(numbers)
         self.taps: List[Tap] = [ladder.recorded.taps[n] for n in numbers]
@@ -30,7 +33,7 @@ class Part:
         self.region = ladder.graph.between(self.tensor, good)
 
     @classmethod
-    def of(cls, ladder: Any, first: int) -> Part:
+    def of(cls, ladder: Ladder, first: int) -> Part:
         """The part that ends at a tap; results without a counterpart in the graph are included."""
         found, rest = {first}, [first]
         while rest:
@@ -73,7 +76,7 @@ class Part:
         ]
         return f"{text} ({', '.join(around[:4])})"
 
-    def values(self) -> Any:
+    def values(self) -> np.ndarray:
         """The bad tensor."""
         rows = self.ladder.recorded.rows
         return next(found for name, found in evaluate.tensors(self.ladder.graph, rows) if name == self.tensor)

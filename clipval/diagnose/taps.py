@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 # Operators that only change the shape, order, dtype or position of their input's values.
 SAME_VALUES = (
@@ -62,7 +65,7 @@ class Recorded:
         rows: the inputs that were run: [n, ...].
     """
 
-    def __init__(self, taps: List[Tap], output: int, modules: Dict[str, Any], rows: np.ndarray) -> None:
+    def __init__(self, taps: List[Tap], output: int, modules: Dict[str, torch.nn.Module], rows: np.ndarray) -> None:
         self.taps = taps
         self.output = output
         self.modules = modules
@@ -93,7 +96,7 @@ class Recorded:
         return getattr(self.modules.get(module), name, None)
 
 
-def record(encoder: Any, rows: np.ndarray) -> Recorded:
+def record(encoder: torch.nn.Module, rows: np.ndarray) -> Recorded:
     """Run a tower in float64 and in float32 and record its intermediate results.
 
     Args:
@@ -134,7 +137,11 @@ def relative(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _run(
-    encoder: Any, rows: np.ndarray, *, double: bool, seen: Optional[Callable[[int, Tap, np.ndarray], None]] = None
+    encoder: torch.nn.Module,
+    rows: np.ndarray,
+    *,
+    double: bool,
+    seen: Optional[Callable[[int, Tap, np.ndarray], None]] = None,
 ) -> Recorded:
     import torch
 
@@ -211,7 +218,7 @@ def _tensors(torch: Any, value: Any) -> List[Any]:
 
 
 @contextmanager
-def _hooked(module: Any, path: str, recorder: Any) -> Iterator[None]:
+def _hooked(module: torch.nn.Module, path: str, recorder: Any) -> Iterator[None]:
     def enter(*_: Any) -> None:
         recorder.path.append(path)
 
@@ -252,7 +259,7 @@ def _plain_attention(torch: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _in_double(encoder: Any) -> Iterator[None]:
+def _in_double(encoder: torch.nn.Module) -> Iterator[None]:
     """Convert the module to float64 and back, which is lossless; a copy would need more memory."""
     encoder.double()
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -40,14 +41,13 @@ def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBound
     shape_ok = found.ids == tuple(ids) and wide.shape == (len(ids), tower.width)
     bad = ~np.isfinite(wide).all(axis=1) | (np.abs(wide) >= 65504).any(axis=1)
     norm = np.abs(np.linalg.norm(np.where(np.isfinite(wide), wide, 0), axis=1) - 1)
-    common: Dict[str, Any] = {"where": where, "count": len(wide)}
+    judged = partial(judge, gate, where=where, count=len(wide))
     worst = int(np.argmax(norm))
     first = f"first bad sample {found.ids[int(np.argmax(bad))]}" if bad.any() else ""
     return [
-        judge(gate, "wrong ids, count and width", float(not shape_ok), "<=", 0, unit="embeddings", **common),
-        judge(gate, "NaN, Inf or +-65504", float(bad.sum()), "<=", 0, unit="samples", worst=first, **common),
-        judge(
-            gate,
+        judged("wrong ids, count and width", float(not shape_ok), "<=", 0, unit="embeddings"),
+        judged("NaN, Inf or +-65504", float(bad.sum()), "<=", 0, unit="samples", worst=first),
+        judged(
             "|L2 norm - 1|",
             norm[worst],
             "<=",
@@ -55,7 +55,6 @@ def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBound
             unit="absolute",
             worst=f"sample {found.ids[worst]}",
             because=bounds.because,
-            **common,
         ),
     ]
 
@@ -87,10 +86,10 @@ def distinct(
     twins = near < limits[0]
     first_twin = int(np.argmax(twins))
     worst = f"samples {names[first_twin]} and {names[other[first_twin]]}" if twins.any() else ""
-    common: Dict[str, Any] = {"where": where, "count": len(unit), "because": because}
+    judged = partial(judge, gate, where=where, count=len(unit), because=because)
     return [
-        judge(gate, "inputs with one embedding", float(twins.sum()), "<=", 0, unit="samples", worst=worst, **common),
-        judge(gate, "spread (1 - |mean|^2)", _spread(unit), ">=", limits[1], unit="absolute", **common),
+        judged("inputs with one embedding", float(twins.sum()), "<=", 0, unit="samples", worst=worst),
+        judged("spread (1 - |mean|^2)", _spread(unit), ">=", limits[1], unit="absolute"),
     ]
 
 
@@ -166,7 +165,7 @@ def batches(
     gate = BATCHES.of(where.name, tower.name, batch_size)
     compared = parity.compare(found.ids, reference.values, found.values)
     far, off = (np.nan_to_num(one, nan=np.inf) for one in (1 - compared.cosine, compared.max_abs))
-    common: Dict[str, Any] = {"where": where, "count": len(found.ids), "because": bounds.because}
+    judged = partial(judge, gate, where=where, count=len(found.ids), because=bounds.because)
 
     def row(n: int) -> str:
         return f"sample {found.ids[n]}, row {n % batch_size} of batch {n // batch_size}"
@@ -174,10 +173,8 @@ def batches(
     worst, largest = int(np.argmax(far)), int(np.argmax(off))
     cosine = compared.cosine[worst]
     return [
-        judge(gate, "minimum cosine", cosine, ">=", bounds.cosine_min, unit="cosine", worst=row(worst), **common),
-        judge(
-            gate, "max |difference|", off[largest], "<=", bounds.max_abs, unit="absolute", worst=row(largest), **common
-        ),
+        judged("minimum cosine", cosine, ">=", bounds.cosine_min, unit="cosine", worst=row(worst)),
+        judged("max |difference|", off[largest], "<=", bounds.max_abs, unit="absolute", worst=row(largest)),
     ]
 
 
@@ -194,16 +191,14 @@ def probe(
     far, off = (np.nan_to_num(one, nan=np.inf) for one in (1 - compared.cosine, compared.max_abs))
     bad = ~np.isfinite(found.values).all(axis=1)
     again = f"repeat with --probe-seed {seed}"
-    common: Dict[str, Any] = {"where": where, "count": len(found.ids)}
+    judged = partial(judge, gate, where=where, count=len(found.ids))
 
     def named(n: int) -> str:
         return f"input {found.ids[n]!r}; {again}"
 
     worst, largest = int(np.argmax(far)), int(np.argmax(off))
-    wide: Dict[str, Any] = {"because": bounds.because, **common}
     return [
-        judge(
-            gate,
+        judged(
             "NaN or Inf",
             float(bad.sum()),
             "<=",
@@ -211,20 +206,24 @@ def probe(
             unit="samples",
             worst=named(int(np.argmax(bad))) if bad.any() else "",
             detail=ProbeDetail(seed),
-            **common,
         ),
-        judge(
-            gate,
+        judged(
             "minimum cosine",
             compared.cosine[worst],
             ">=",
             bounds.cosine_min,
             unit="cosine",
             worst=named(worst),
-            **wide,
+            because=bounds.because,
         ),
-        judge(
-            gate, "max |difference|", off[largest], "<=", bounds.max_abs, unit="absolute", worst=named(largest), **wide
+        judged(
+            "max |difference|",
+            off[largest],
+            "<=",
+            bounds.max_abs,
+            unit="absolute",
+            worst=named(largest),
+            because=bounds.because,
         ),
     ]
 

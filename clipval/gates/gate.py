@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     baseline: bool = False
 
 
-def _always(plan: Plan, *case: Any) -> bool:
+def _always(plan: Plan, *case: object) -> bool:
     return True
 
 
@@ -56,14 +56,14 @@ class Gate:
     also_in_batches_of: Tuple[int, ...] = ()
     after: Tuple[str, ...] = ()
 
-    def of(self, *values: Any) -> str:
+    def of(self, *values: object) -> str:
         """The gate's id for the values of its parameters."""
         return "/".join([self.check, *map(str, values)])
 
     def cases(self, plan: Plan) -> List[Tuple[Any, ...]]:
         """Parameter values, one tuple for each id that the plan promises."""
         spec = plan.spec
-        axes: Dict[str, Any] = {
+        axes: Dict[str, Iterable[object]] = {
             "backend_name": plan.backends,
             "tower_name": TOWER_NAMES,
             "batch_size": plan.batch_sizes,

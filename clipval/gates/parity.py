@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional
+from functools import partial
+from typing import List, Optional
 
 import numpy as np
 
@@ -27,10 +28,9 @@ def agreement(
     worst = compared.worst()
     named = "worst samples " + ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in worst)
     largest = int(np.argmax(np.nan_to_num(compared.max_abs, nan=np.inf)))
-    common: Dict[str, Any] = {"where": where, "count": len(found.ids), "because": bounds.because}
+    judged = partial(judge, gate, where=where, count=len(found.ids), because=bounds.because)
     return [
-        judge(
-            gate,
+        judged(
             "minimum cosine",
             compared.cosine.min(),
             ">=",
@@ -38,18 +38,15 @@ def agreement(
             unit="cosine",
             worst=named,
             detail=_detail(compared),
-            **common,
         ),
-        judge(gate, "mean cosine", compared.cosine.mean(), ">=", bounds.cosine_mean, unit="cosine", **common),
-        judge(
-            gate,
+        judged("mean cosine", compared.cosine.mean(), ">=", bounds.cosine_mean, unit="cosine"),
+        judged(
             "max |difference|",
             compared.max_abs[largest],
             "<=",
             bounds.max_abs,
             unit="absolute",
             worst=f"sample {found.ids[largest]}",
-            **common,
         ),
     ]
 

@@ -154,7 +154,7 @@ def _flip(one: Dict[str, Any], found: List[str]) -> Flip:
     return Flip(one["id"], one["was"], one["now"], margin, found)
 
 
-def _direction(found: retrieval.Retrieval, metric: str) -> Any:
+def _direction(found: retrieval.Retrieval, metric: str) -> Tuple[retrieval.Direction, int]:
     """The direction and k of a metric such as `image_retrieval_recall@5`."""
     name, _, k = metric.partition("_recall@")
     return {one.name: one for one in found.directions}[name], int(k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping
 
 import msgspec
 
@@ -15,6 +15,9 @@ from clipval.report.panels import Assets, Gallery
 from clipval.report.run import JSON, Run, flat, made_by
 from clipval.report.wording import added, backend, cell, difference, name, row_verdict, simulated
 from clipval.results import FAIL, INFO, Figure, PairedDetail, RecallDetail, ThroughputDetail, number, wanted
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 MARKDOWN, HTML = "report.md", "report.html"
@@ -50,7 +53,7 @@ def _encode(run: Run) -> str:
     return msgspec.json.format(msgspec.json.encode(run, enc_hook=_plain), indent=1).decode() + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A numpy value as a Python one; anything else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
@@ -76,7 +79,7 @@ def page(run: Run, assets: Assets) -> str:
     return _render(environment, "report.html.j2", run, more)
 
 
-def _environment(**more: Any) -> Any:
+def _environment(**more: Any) -> jinja2.Environment:
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
@@ -84,7 +87,7 @@ def _environment(**more: Any) -> Any:
     return jinja2.Environment(loader=loader, undefined=strict, trim_blocks=True, lstrip_blocks=True, **more)
 
 
-def _render(environment: Any, template: str, run: Run, more: Dict[str, Any]) -> str:
+def _render(environment: jinja2.Environment, template: str, run: Run, more: Mapping[str, object]) -> str:
     for word in (added, number, wanted, difference, backend, name, row_verdict):
         environment.filters[word.__name__] = word
     environment.filters["tidy"] = _tidy

@@ -26,7 +26,7 @@ THUMBNAIL = 160  # pixels of the longer side
 FLIPS = 10
 
 
-def _nothing(_: str) -> Any:
+def _nothing(_: str) -> None:
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Mapping
 
 import msgspec
 
@@ -107,7 +107,7 @@ def made_by(figures: Iterable[Figure]) -> Dict[str, str]:
     return {name: " / ".join(texts) for name, texts in made.items()}
 
 
-def flat(table: Dict[str, Any], above: str = "") -> Dict[str, str]:
+def flat(table: Mapping[str, object], above: str = "") -> Dict[str, str]:
     """Flatten nested tables, joining the keys of each level; values as text."""
     found: Dict[str, str] = {}
     for key, value in table.items():

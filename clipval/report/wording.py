@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List, Optional
+from typing import Iterable, List, Optional
 
 from clipval import backends
 from clipval.results import FAIL, PASS, Figure, ThroughputDetail
@@ -75,7 +75,7 @@ def word(figure: Figure) -> str:
     return f"{verdict} simulated" if simulated(figure) else verdict
 
 
-def cell(value: Any) -> str:
+def cell(value: object) -> str:
     """Text escaped for a Markdown table cell."""
     text = "" if value is None else str(value)
     for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'"), ("\r", " "), ("\n", " ")):

@@ -94,7 +94,7 @@ def thread_seconds() -> Dict[str, float]:
     return found
 
 
-def threads_used(call: Callable[[], Any]) -> Optional[int]:
+def threads_used(call: Callable[[], object]) -> Optional[int]:
     """Threads that compute during a call: those with at least `A_SHARE` of the busiest thread's CPU time."""
     before = thread_seconds()
     call()
@@ -104,7 +104,7 @@ def threads_used(call: Callable[[], Any]) -> Optional[int]:
     return sum(one >= A_SHARE * max(spent) for one in spent)
 
 
-def leak(looks: Sequence[Look], call: Callable[[], Any]) -> str:
+def leak(looks: Sequence[Look], call: Callable[[], object]) -> str:
     """A message if each call leaks memory, else empty.
 
     Args:
@@ -121,7 +121,7 @@ def leak(looks: Sequence[Look], call: Callable[[], Any]) -> str:
     return "" if kept < LEAK else f"each call keeps {kept / 2**20:.2g} MB of memory, allowed {LEAK / 2**20:g} MB"
 
 
-def idle_threads(asked: int, used: Optional[int], call: Callable[[], Any]) -> str:
+def idle_threads(asked: int, used: Optional[int], call: Callable[[], object]) -> str:
     """A message if a backend leaves requested threads idle, else empty.
 
     Small batches do not keep many threads busy, so the square root of the requested number is enough.

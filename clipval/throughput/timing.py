@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List
+from typing import Callable, Iterator, List
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ WARM_UP_CALLS = 3
 WARM_UP_SECONDS = 1.0  # longer only until the calls are stable
 STABLE = 0.02  # warm when the median of the last calls is within 2 % of the calls before
 
-Loop = Callable[[Callable[[], Any], int], Any]  # calls a function a number of times
+Loop = Callable[[Callable[[], object], int], object]  # calls a function a number of times
 
 
 class WarmUp(msgspec.Struct, frozen=True):
@@ -32,7 +32,7 @@ class WarmUp(msgspec.Struct, frozen=True):
     stable: bool
 
 
-def warm_up(call: Callable[[], Any], *, seconds: float, cap: float, clock: Clock) -> WarmUp:
+def warm_up(call: Callable[[], object], *, seconds: float, cap: float, clock: Clock) -> WarmUp:
     """Call until warm: a minimum count, a minimum time, and until the time of a call is stable.
 
     Args:
@@ -80,7 +80,7 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def plain_loop(call: Callable[[], Any], rounds: int) -> None:
+def plain_loop(call: Callable[[], object], rounds: int) -> None:
     """Call `rounds` times; pytest-benchmark replaces this if available."""
     for _ in range(rounds):
         call()
