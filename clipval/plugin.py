@@ -277,8 +277,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     made = outcome.get_result()
     if _gate(item) is None:
         return
-    if call.excinfo is not None and isinstance(call.excinfo.value, ClipvalError):
-        made.longrepr = f"{call.excinfo.value}\n{_again(item)}"
+    error = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(error, ClipvalError):
+        made.longrepr = f"{error}\n{_again(item)}"
+    if isinstance(error, pytest.fail.Exception) and not error.pytrace:
+        made.longrepr = str(error)
     if made.skipped:  # also an expected failure
         made.outcome = "failed"
         made.longrepr = f"{item.name}: skipped, and a gate must not be skipped: {made.longrepr}\n{_again(item)}"
@@ -308,6 +311,19 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
         made.longrepr = f"{collector.nodeid}: skipped, and gates must not be skipped: {made.longrepr}"
 
 
+class _Message:
+    """A failure's text, which pytest prints once: its short summary would repeat a plain string, on CI in full."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def toterminal(self, out: Any) -> None:
+        out.line(self.text)
+
+
 class Keeper:
     """Keeps the record of a run in the process that reports it: the only one, or xdist's controller."""
 
@@ -321,6 +337,8 @@ class Keeper:
         self.account.add([from_json(text) for text in getattr(report, "clipval_figures", ())])
         if hasattr(report, "clipval_failure"):
             self.account.failures.append(Failure(**report.clipval_failure))
+            if isinstance(report.longrepr, str):
+                report.longrepr = _Message(report.longrepr)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

@@ -1,10 +1,14 @@
 """pytest's side of a run: what `-m` promises, and what a line that is narrowed by anything may still say."""
 
+import subprocess
+import sys
+
 import pytest
 
 from clipval import gates, promise
 from clipval.gates.parity import PARITY
 from clipval.gates.throughput import THROUGHPUT
+from tests import small
 
 
 @pytest.mark.parametrize(
@@ -25,3 +29,33 @@ from clipval.gates.throughput import THROUGHPUT
 def test_what_an_expression_selects(expression, wanted):
     assert [gate.kind for gate in (PARITY, THROUGHPUT) if promise.selects(expression, gate)] == wanted
     assert {gate.kind for gate in gates.CATALOGUE} == {"accuracy", "perf"}
+
+
+RED = """
+import subprocess
+import sys
+
+import pytest
+from clipval.gates import embeddings
+from clipval.gates.gate import judge
+
+@pytest.mark.gate(embeddings.VALUES)
+def test_values(record, backend_name, tower_name):
+    gate = embeddings.VALUES.of(backend_name, tower_name)
+    record([judge(gate, "norm", 2.0, "<=", 1, unit="absolute", count=1, because="a reason of its own")])
+"""
+
+
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_a_failure_is_printed_once_on_ci_too(ci, tmp_path):
+    for name in ("conftest.py", "pytest.ini"):
+        (tmp_path / name).write_text((small.ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "test_red.py").write_text(RED, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gate=values/pytorch/vision"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=small.environment(CI=ci), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stdout.count("a reason of its own") == 1
+    assert "FAILED test_red.py::test_values[pytorch-vision]\n" in ended.stdout
+    assert "FAIL values/pytorch/vision: norm is 2, expected <= 1" in ended.stdout
