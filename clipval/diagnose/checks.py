@@ -11,7 +11,6 @@ import numpy as np
 
 from clipval.diagnose.graph import Graph
 from clipval.diagnose.pairs import distance
-from clipval.diagnose.twin import LARGEST
 
 ALIKE = 0.98  # cosine above which two embeddings count as the same sample's
 SAME_WEIGHTS = 2e-2  # relative distance up to which weights count as the same, rounded or edited
@@ -131,8 +130,3 @@ def _is_held(values: Optional[np.ndarray], by_size: Dict[int, List[np.ndarray]])
     if values is None or values.dtype.kind != "f" or values.size not in by_size:
         return None
     return any(distance(np.asarray(values, np.float32), one) < SAME_WEIGHTS for one in by_size[values.size])
-
-
-def saturated(candidate: np.ndarray) -> bool:
-    """Whether an embedding has NaN, Inf or fp16's largest value."""
-    return bool(~np.isfinite(candidate).all() or (np.abs(candidate) >= LARGEST).any())

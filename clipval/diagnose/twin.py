@@ -11,7 +11,6 @@ import numpy as np
 
 LARGEST = 65504.0
 PRECISIONS = ("fp16", "bf16")
-STEP = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # largest relative error of one rounding
 INTEGERS = ("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "Constant", "ConstantOfShape", "Range")
 
 

@@ -149,7 +149,7 @@ def invariance(
 def batch_samples(count: int, batch_size: int) -> np.ndarray:
     """Indices of two full batches and a partial one, spread over the data set; distinct if it is large enough."""
     wanted = 2 * batch_size + (batch_size // 2 or 1)
-    return np.linspace(0, count - 1, wanted).round().astype(int) if wanted <= count else np.arange(wanted) % count
+    return arrays.spread(count, wanted) if wanted <= count else np.arange(wanted) % count
 
 
 def batches(

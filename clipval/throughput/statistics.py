@@ -28,11 +28,8 @@ class Timing(msgspec.Struct, frozen=True):
         undisturbed: batch size / fifth percentile of the seconds of a call, which baselines compare. Other processes
         only add time, for seconds on end: on a shared host this figure varies by 1.0 to 1.5 % (standard deviation)
         if calls are timed for 10 s, 1.8 to 8.2 % for 1 s; the median by 1.4 to 5.3 % even for 10 s.
-        median_seconds, mean_seconds, min_seconds, max_seconds: of a call; stdev_seconds and cv: of single calls, n - 1;
-        mad_seconds: median distance from the median, not scaled.
-        autocorrelation: of successive calls; effective_rounds: see `effective_rounds`.
+        median_seconds: of a call; effective_rounds: see `effective_rounds`.
         drift: change over the run as a share of the median, positive is slower; 0 if it may be chance.
-        outliers: calls more than 1.5 interquartile ranges outside the quartiles; none is dropped.
     """
 
     scope: str
@@ -43,16 +40,8 @@ class Timing(msgspec.Struct, frozen=True):
     interval: Tuple[float, float]
     undisturbed: float
     median_seconds: float
-    mean_seconds: float
-    min_seconds: float
-    max_seconds: float
-    stdev_seconds: float
-    mad_seconds: float
-    cv: float
-    autocorrelation: float
     effective_rounds: int
     drift: float
-    outliers: int
     p90: Optional[float] = None
     p95: Optional[float] = None
     p99: Optional[float] = None
@@ -69,9 +58,6 @@ def summarise(times: Sequence[float], batch_size: int, scope: str) -> Timing:
         raise ValueError(f"{len(seconds)} times; each must be a positive number of seconds")
     median = float(np.median(seconds))
     low, high = median_interval(seconds)
-    first, third = np.percentile(seconds, [25, 75])
-    stdev = float(seconds.std(ddof=1)) if len(seconds) > 1 else 0.0
-    outliers = int(((seconds < first - 1.5 * (third - first)) | (seconds > third + 1.5 * (third - first))).sum())
     percentiles = {
         name: float(np.percentile(seconds, rank)) if len(seconds) >= least else None
         for name, (rank, least) in PERCENTILES.items()
@@ -85,16 +71,8 @@ def summarise(times: Sequence[float], batch_size: int, scope: str) -> Timing:
         interval=(batch_size / high, batch_size / low),
         undisturbed=batch_size / float(np.percentile(seconds, 5)),
         median_seconds=median,
-        mean_seconds=float(seconds.mean()),
-        min_seconds=float(seconds.min()),
-        max_seconds=float(seconds.max()),
-        stdev_seconds=stdev,
-        mad_seconds=float(np.median(np.abs(seconds - median))),
-        cv=stdev / float(seconds.mean()),
-        autocorrelation=autocorrelation(seconds),
         effective_rounds=effective_rounds(seconds),
         drift=_drift(seconds),
-        outliers=outliers,
         **percentiles,
     )
 

@@ -23,11 +23,10 @@ Loop = Callable[[Callable[[], object], int], object]  # calls a function a numbe
 
 
 class WarmUp(msgspec.Struct, frozen=True):
-    """Untimed calls: how many, total seconds, seconds of the first, the estimate for planning, whether they settled."""
+    """Untimed calls: how many, total seconds, the estimate for planning, whether they settled."""
 
     calls: int
     seconds: float
-    first_call: float
     estimate: float
     stable: bool
 
@@ -47,7 +46,7 @@ def warm_up(call: Callable[[], object], *, seconds: float, cap: float, clock: Cl
         late, early = np.median(times[-half:]), np.median(times[-2 * half : -half] or times)
         stable = len(times) >= WARM_UP_CALLS and abs(late - early) <= STABLE * early
         if spent >= cap or len(times) >= MAX_ROUNDS or (len(times) >= WARM_UP_CALLS and spent >= seconds and stable):
-            return WarmUp(len(times), spent, times[0], float(late), bool(stable))
+            return WarmUp(len(times), spent, float(late), bool(stable))
 
 
 def warm_up_seconds(seconds: float) -> float:

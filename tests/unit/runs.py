@@ -87,7 +87,7 @@ def throughput(backend, tower, size, rate, verdict="VALID", execute=None, simula
     if execute is not None:
         own = msgspec.structs.replace(timing(size, execute, "execute"), samples_per_second_mean=execute)
         clocks["execute"] = Judged(own, "VALID", "")
-    warm, where = WarmUp(3, 1.0, 0.1, 0.1, True), made_by(backend, simulated)
+    warm, where = WarmUp(3, 1.0, 0.1, True), made_by(backend, simulated)
     row = Row(made_by=where, tower=tower, batch_size=size, clocks=clocks, warm_up=warm, attempts=1, **more)
     published = PublishedRate("Ascend910B4", float(fps), "the recipe's table", False)
     values = {"measured": rate, "count": 100, "verdict": "info", "made_by": where}

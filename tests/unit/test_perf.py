@@ -26,7 +26,7 @@ def judged(verdict="VALID", reason="", scope="inference", per_second=300.0):
 
 
 def figures(found, where=HOST, *, required=True, earlier=None):
-    warm = WarmUp(3, 1.0, 0.1, 0.1, True)
+    warm = WarmUp(3, 1.0, 0.1, True)
     made = {"made_by": where, "tower": "vision", "batch_size": 8, "warm_up": warm, "attempts": 1}
     return perf.row(Row(clocks=found, standing=earlier, **made), spec=SPEC, required=required)
 

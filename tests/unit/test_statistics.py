@@ -19,12 +19,8 @@ def test_the_recipes_figure():
 def test_figures_by_hand():
     found = summarise([0.1, 0.2, 0.3, 0.4, 1.0], 4, "inference")
     assert found.median_seconds == pytest.approx(0.3)
-    assert found.mean_seconds == pytest.approx(0.4)
-    assert found.stdev_seconds == pytest.approx(np.sqrt(0.125))
-    assert found.cv == pytest.approx(np.sqrt(0.125) / 0.4)
-    assert found.mad_seconds == pytest.approx(0.1)
+    assert found.samples_per_second_mean == pytest.approx(4 / 0.4)
     assert found.interval == (pytest.approx(4.0), pytest.approx(40.0))
-    assert (found.min_seconds, found.max_seconds, found.outliers) == (0.1, 1.0, 1)
 
 
 def noisy(count, spread, seed=0):
@@ -96,7 +92,7 @@ def test_effective_rounds():
 @pytest.mark.parametrize("times", [[0.5, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.5], [1.0] * 30, [1.0], [1.0, 2.0]])
 def test_a_coarse_clock_gives_figures(times):
     found = summarise(times, 1, "execute")
-    assert np.isfinite([found.autocorrelation, found.drift, *found.interval]).all()
+    assert np.isfinite([found.drift, *found.interval]).all()
 
 
 @settings(deadline=None, max_examples=100)
@@ -105,7 +101,7 @@ def test_statistics_hold_together(times, batch_size):
     found = summarise(times, batch_size, "inference")
     assert found.interval[0] <= found.samples_per_second * (1 + 1e-9)
     assert found.samples_per_second <= found.interval[1] * (1 + 1e-9)
-    assert found.min_seconds <= found.median_seconds <= found.max_seconds
+    assert min(times) <= found.median_seconds <= max(times)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +155,7 @@ def test_outliers_do_not_make_a_row_noisy():
     times = noisy(200, 0.01)
     times[::20] *= 5
     found = summarise(times, 1, "inference")
-    assert found.cv > 0.5
-    assert found.outliers >= 10
+    assert np.std(times) / np.mean(times) > 0.5
     assert verdict(found)[0] == "VALID"
 
 
