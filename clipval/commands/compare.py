@@ -38,6 +38,7 @@ def _compare(args: argparse.Namespace) -> int:
     """Cosine per sample and largest difference of one element, checked against the spec's bounds; exit 1 outside."""
     from clipval import embeddings
     from clipval.gates.parity import agreement
+    from clipval.results import number
 
     chain = chain_of(args)
     tower = chain.towers[args.tower or _tower_of(args)]
@@ -54,7 +55,9 @@ def _compare(args: argparse.Namespace) -> int:
     figures = agreement(one, other, second, tower, bounds)
     print(f"{args.first} ({first})\n{args.second} ({second})\n{len(one.ids)} samples, bounds of {precision}")
     for figure in figures:
-        print(f"{figure.verdict.upper():4}  {figure.message or f'{figure.metric} {figure.measured!r}'}")
+        print(
+            f"{figure.verdict.upper():4}  {figure.message or f'{figure.metric} {number(figure.measured, figure.unit)}'}"
+        )
     return int(any(figure.verdict == "fail" for figure in figures))
 
 

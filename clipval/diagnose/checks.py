@@ -11,6 +11,7 @@ import numpy as np
 
 from clipval.diagnose.graph import Graph
 from clipval.diagnose.pairs import distance
+from clipval.results import number
 
 ALIKE = 0.98  # cosine above which two embeddings count as the same sample's
 SAME_WEIGHTS = 2e-2  # relative distance up to which weights count as the same, rounded or edited
@@ -59,8 +60,8 @@ def _order(ids: Sequence[str], near: np.ndarray) -> List[str]:
         return []
     n = moved[0]
     return [
-        f"samples are in another order: {ids[n]} has the embedding of {ids[best[n]]} (cosine {near[n, best[n]]:.4f}, "
-        f"its own {own[n]:.4f}), {len(moved)} of {len(ids)} are affected"
+        f"samples are in another order: {ids[n]} has the embedding of {ids[best[n]]} (cosine {number(near[n, best[n]], 'cosine')}, "
+        f"its own {number(own[n], 'cosine')}), {len(moved)} of {len(ids)} are affected"
     ]
 
 

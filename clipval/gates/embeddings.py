@@ -12,7 +12,7 @@ from clipval.backends import REFERENCE, Identity
 from clipval.embeddings import Embeddings, Golden
 from clipval.errors import InputError
 from clipval.gates.gate import ACCURACY, Gate, judge
-from clipval.results import Figure, ProbeDetail
+from clipval.results import Figure, ProbeDetail, number
 from clipval.spec import GoldenSpec, ParityBounds
 from clipval.towers import Tower
 
@@ -275,7 +275,7 @@ def _pinned(
     gate: str, metric: str, pinned: np.ndarray, found: Embeddings, least: float, where: Identity, spec: GoldenSpec
 ) -> Figure:
     compared = parity.compare(found.ids, pinned, found.values)
-    named = ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in compared.worst())
+    named = ", ".join(f"{one['id']} ({number(one['cosine'], 'cosine')})" for one in compared.worst())
     return judge(
         gate,
         metric,

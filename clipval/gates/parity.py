@@ -11,7 +11,7 @@ from clipval import parity
 from clipval.backends import REFERENCE, Identity
 from clipval.embeddings import Embeddings
 from clipval.gates.gate import ACCURACY, Gate, judge
-from clipval.results import Figure, ParityDetail, Worst
+from clipval.results import Figure, ParityDetail, Worst, number
 from clipval.spec import ParityBounds
 from clipval.towers import Tower
 
@@ -26,7 +26,7 @@ def agreement(
     gate = PARITY.of(where.name, tower.name)
     compared = parity.compare(found.ids, reference.values, found.values)
     worst = compared.worst()
-    named = "worst samples " + ", ".join(f"{one['id']} ({one['cosine']:.6f})" for one in worst)
+    named = "worst samples " + ", ".join(f"{one['id']} ({number(one['cosine'], 'cosine')})" for one in worst)
     largest = int(np.argmax(np.nan_to_num(compared.max_abs, nan=np.inf)))
     judged = partial(judge, gate, where=where, count=len(found.ids), because=bounds.because)
     return [

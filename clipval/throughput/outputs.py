@@ -97,7 +97,7 @@ def _off_reference(calls: Calls, feed: Feed, expected: Expected) -> str:
         compared = compare(tuple(names), wanted, found[spread])
         if not (compared.cosine.min() >= expected.cosine_min and compared.max_abs.max() <= expected.max_abs):
             worst = compared.worst(1)[0]
-            said = f"cosine {worst['cosine']:.7f}, at least {expected.cosine_min}"
+            said = f"1 - cosine {1 - worst['cosine']:.1e}, at most {1 - expected.cosine_min:.1e}"
             said += f", and |difference| {worst['max_abs']:.1e}, at most {expected.max_abs:g}"
             return f"after the last timed call {worst['id']} differs from pytorch's embedding: {said}"
     return ""
