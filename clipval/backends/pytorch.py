@@ -54,7 +54,7 @@ class PytorchBackend(Backend):
         self.identity = Identity("pytorch", version, device, "fp32")
         self._torch = torch
         self._device = device
-        self._encoder = encoder
+        self._encoder: Any = encoder
 
     def run(self, rows: np.ndarray) -> np.ndarray:
         with self._torch.inference_mode():

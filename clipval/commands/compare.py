@@ -55,9 +55,8 @@ def _compare(args: argparse.Namespace) -> int:
     figures = agreement(one, other, second, tower, bounds)
     print(f"{args.first} ({first})\n{args.second} ({second})\n{len(one.ids)} samples, bounds of {precision}")
     for figure in figures:
-        print(
-            f"{figure.verdict.upper():4}  {figure.message or f'{figure.metric} {number(figure.measured, figure.unit)}'}"
-        )
+        said = figure.message or f"{figure.metric} {number(figure.measured, figure.unit)}"
+        print(f"{figure.verdict.upper():4}  {said}")
     return int(any(figure.verdict == "fail" for figure in figures))
 
 

@@ -60,8 +60,9 @@ def _order(ids: Sequence[str], near: np.ndarray) -> List[str]:
         return []
     n = moved[0]
     return [
-        f"samples are in another order: {ids[n]} has the embedding of {ids[best[n]]} (cosine {number(near[n, best[n]], 'cosine')}, "
-        f"its own {number(own[n], 'cosine')}), {len(moved)} of {len(ids)} are affected"
+        f"samples are in another order: {ids[n]} has the embedding of {ids[best[n]]} (cosine "
+        f"{number(near[n, best[n]], 'cosine')}, its own {number(own[n], 'cosine')}), "
+        f"{len(moved)} of {len(ids)} are affected"
     ]
 
 
