@@ -39,8 +39,9 @@ class Chain:
 
     def __init__(self, settings: Settings, rebuild_before: Optional[float] = None) -> None:
         self.settings = settings
-        started = time.time() if settings.rebuild else None
-        self.store = store.Store(settings.workdir, started if rebuild_before is None else rebuild_before)
+        if rebuild_before is None and settings.rebuild:
+            rebuild_before = time.time()
+        self.store = store.Store(settings.workdir, rebuild_before)
         self.pool = Pool(self)
         self._embeddings: Dict[Tuple[str, str], Made] = {}
         self._retrievals: Dict[str, Retrieval] = {}
@@ -183,44 +184,33 @@ class Chain:
         """
         key = (name, tower.name)
         if key not in self._embeddings:
-            made = self._reference(tower) if name == REFERENCE else self._embed(name, tower, self.accuracy_batch)
-            self._embeddings[key] = made
+            self._embeddings[key] = self._reference(tower) if name == REFERENCE else self._embed(name, tower)
         return self._embeddings[key]
 
-    def _embed(self, name: str, tower: Tower, batch_size: int) -> Made:
-        rows, backend = self.prepared.rows[tower.name], self.backend(name, tower, batch_size)
-        return Made(backend.identity, embed(backend, rows.ids, rows, batch_size))
+    def _embed(self, name: str, tower: Tower) -> Made:
+        rows, backend = self.prepared.rows[tower.name], self.backend(name, tower, self.accuracy_batch)
+        return Made(backend.identity, embed(backend, rows.ids, rows, self.accuracy_batch))
 
     def _reference(self, tower: Tower) -> Made:
         rows, device = self.prepared.rows[tower.name], self.settings.reference_device
-        key = {
-            **self.model_key,
-            "tower": tower.name,
-            "prepared": rows.folder.parent.name,
-            "batch": reference.BATCH,
-            "device": device,
-            "code": store.code_hash("clipval.reference", "clipval.backends.pytorch"),
-        }
+        code = store.code_hash("clipval.reference", "clipval.backends.pytorch")
+        made_by = {"tower": tower.name, "batch": reference.BATCH, "device": device, "code": code}
+        key = {**self.model_key, **made_by, "prepared": rows.folder.parent.name}
 
         def build(folder: Path) -> None:
             reference.make(folder, key, rows, lambda: self.backend(REFERENCE, tower, reference.BATCH))
             if device != "cpu":
-                self._hold_to_cpu(tower, files.read(folder))
+                made, seed = files.read(folder), self.probe_seed
+                bounds = self.spec.bounds("onnx", self.precision(made.identity), tower.name)
+                reference.hold_to_cpu(made.embeddings, rows, self._reference_on_cpu(tower), bounds, seed)
 
         made = files.read(self.store.get("reference", key, build, resumes=True))
         return made._replace(embeddings=align(made.embeddings, rows.ids))
 
-    def _hold_to_cpu(self, tower: Tower, made: Made) -> None:
-        """Hold a GPU's embeddings to those of the same model on the CPU, on a drawn sample."""
-        rows, on_cpu = self.prepared.rows[tower.name], copy.copy(self)
+    def _reference_on_cpu(self, tower: Tower) -> Backend:
+        on_cpu = copy.copy(self)
         on_cpu.settings = replace(self.settings, reference_device="cpu")
-        picked = reference.drawn(len(rows), self.probe_seed)
-        backend = backends.kind(REFERENCE).open(on_cpu, Opening(tower, None, reference.BATCH, 0))
-        ids = tuple(rows.ids[n] for n in picked)
-        wanted = embed(backend, ids, rows[picked], reference.BATCH)
-        found = Embeddings(ids, made.embeddings.values[picked])
-        bounds = self.spec.bounds("onnx", self.precision(made.identity), tower.name)
-        reference.hold(tower, found, wanted, bounds, self.probe_seed)
+        return backends.kind(REFERENCE).open(on_cpu, Opening(tower, None, reference.BATCH, 0))
 
     def golden(self, tower: Tower) -> Golden:
         """The spec's pinned embeddings."""
@@ -267,13 +257,3 @@ class Chain:
     def close(self) -> None:
         """Close every backend."""
         self.pool.close()
-
-    def not_validated(self) -> List[str]:
-        """What this run does not validate, one line each."""
-        listed = {base_name(name) for name in self.settings.validated}
-        left = [f"{name}: not listed in --backends" for name in backends.names() if name not in listed]
-        left += self.subject.left_out
-        left += self.subject.assumed(self.weights) if "weights" in vars(self) else []
-        if self.drawn and not datasets.draws(self.spec.data.kind):
-            left.append(f"data: drawn scenes replace {self.spec.data.name}, since no --data-dir was given")
-        return left

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from clipval import parity
 from clipval.arrays import Source
 from clipval.backends import Backend
-from clipval.embeddings import Embeddings
+from clipval.embeddings import Embeddings, embed
 from clipval.errors import BackendUnavailable
 from clipval.shards import files
 from clipval.spec import ParityBounds
@@ -34,6 +34,14 @@ def make(folder: Path, key: Dict[str, Any], rows: Source, open_backend: Callable
         backend = open_backend()
         files.make(planned, number, backend, rows, backend.identity.device)
     files.publish_index(planned, files.complete(planned), {})
+
+
+def hold_to_cpu(on_gpu: Embeddings, rows: Source, cpu: Backend, bounds: ParityBounds, seed: int) -> None:
+    """Compare a GPU's embeddings of all rows with the CPU's on a drawn sample; see `hold`."""
+    picked = drawn(len(rows), seed)
+    ids = tuple(rows.ids[n] for n in picked)
+    wanted = embed(cpu, ids, rows[picked], BATCH)
+    hold(rows.tower, Embeddings(ids, on_gpu.values[picked]), wanted, bounds, seed)
 
 
 def drawn(count: int, seed: int) -> List[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from clipval import environment
+from clipval import backends, datasets, environment
 from clipval.chain import Chain
 from clipval.report import UNPROMISED, Failure, Run, Subject
 from clipval.report.wording import row_verdict
@@ -106,7 +106,7 @@ class Account:
             missing=self.missing,
             left_out=self.left_out,
             narrowed_by=self.narrowed_by if self.left_out or self.missing else [],
-            not_validated=[*chain.not_validated(), *self.notes, *self._not_gated()],
+            not_validated=[*_not_validated(chain), *self.notes, *self._not_gated()],
             failures=[*self.failures, *self._unexpected()],
             advice=[*self._advice(), *chain.pool.notes],
             again=self.again,
@@ -127,6 +127,17 @@ class Account:
         faster = [gate for gate, row in rows if row.standing is not None and row.standing.status == IMPROVED]
         said = f"{len(faster)} rows are faster than the baseline (e.g. {faster[0]})" if faster else ""
         return [f"{said}; consider recording a new one"] if faster else []
+
+
+def _not_validated(chain: Chain) -> List[str]:
+    """What a run does not validate by its options, one line each."""
+    listed = {backends.base_name(name) for name in chain.settings.validated}
+    left = [f"{name}: not listed in --backends" for name in backends.names() if name not in listed]
+    left += chain.subject.left_out
+    left += chain.subject.assumed(chain.weights) if "weights" in vars(chain) else []
+    if chain.drawn and not datasets.draws(chain.spec.data.kind):
+        left.append(f"data: drawn scenes replace {chain.spec.data.name}, since no --data-dir was given")
+    return left
 
 
 def results_file(workdir: Path) -> Path:
