@@ -28,7 +28,8 @@ class Timing(msgspec.Struct, frozen=True):
         undisturbed: batch size / fifth percentile of the seconds of a call, which baselines compare. Other processes
         only add time, for seconds on end: on a shared host this figure varies by 1.0 to 1.5 % (standard deviation)
         if calls are timed for 10 s, 1.8 to 8.2 % for 1 s; the median by 1.4 to 5.3 % even for 10 s.
-        median_seconds: of a call; effective_rounds: see `effective_rounds`.
+        median_seconds: of a call; cv: standard deviation of single calls (n - 1) / mean.
+        effective_rounds: see `effective_rounds`.
         drift: change over the run as a share of the median, positive is slower; 0 if it may be chance.
     """
 
@@ -40,6 +41,7 @@ class Timing(msgspec.Struct, frozen=True):
     interval: Tuple[float, float]
     undisturbed: float
     median_seconds: float
+    cv: float
     effective_rounds: int
     drift: float
     p90: Optional[float] = None
@@ -71,6 +73,7 @@ def summarise(times: Sequence[float], batch_size: int, scope: str) -> Timing:
         interval=(batch_size / high, batch_size / low),
         undisturbed=batch_size / float(np.percentile(seconds, 5)),
         median_seconds=median,
+        cv=float(seconds.std(ddof=1) / seconds.mean()) if len(seconds) > 1 else 0.0,
         effective_rounds=effective_rounds(seconds),
         drift=_drift(seconds),
         **percentiles,

@@ -76,7 +76,7 @@ def timing(size, rate, scope="inference"):
     """A hundred even calls; of too few to tell the 99th percentile."""
     at = size / rate
     spread = (rate * 0.98, rate * 1.02)
-    known = (scope, size, 100, rate, rate * 0.987, spread, rate, at, at, at, at, 0.0, 0.0, 0.01, 0.0, 100, 0.0, 0)
+    known = (scope, size, 100, rate, rate * 0.987, spread, rate, at, 0.01, 100, 0.0)
     return Timing(*known, p90=0.1, p95=0.2, p99=None)
 
 
