@@ -81,9 +81,9 @@ class _Sample:
         whole, rows = material.graph, material.rows
         self.values: Dict[str, np.ndarray] = {}
         self.floats: Set[str] = set()
-        self._look(whole, rows[:1])
-        alone, self.single = self.values, True
-        if len(rows) > 1 and (material.truth is not None or material.device):
+        self._look(whole, rows[:1] if whole.batch < 2 else rows)
+        alone, self.single = self.values, whole.batch < 2
+        if len(rows) > 1 and self.single and (material.truth is not None or material.device):
             self._look(whole, rows)
             together, kept = self.values, {}
             for name, one in alone.items():

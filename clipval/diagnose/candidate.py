@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import msgspec
 import numpy as np
@@ -13,7 +13,7 @@ from clipval import backends, preprocess
 from clipval.arrays import spread
 from clipval.ascend.atc import DEFAULT_MODE
 from clipval.chain import Chain
-from clipval.diagnose import checks, graph, ladder
+from clipval.diagnose import checks, evaluate, graph, ladder
 from clipval.diagnose.bundle import Material
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
 from clipval.diagnose.locate import EXCESS
@@ -75,8 +75,12 @@ def onnx(
     rows = chain.prepared.rows[tower.name]
     ids, fed = [rows.ids[n] for n in picked], np.ascontiguousarray(rows[picked])
     own = chain.onnx(tower)
-    candidate = graph.load(file or own)
-    name = f"{backend} {tower.name} ({(file or own).name}, {candidate.precision})"
+    validated = chain.pool.file(backend, tower, chain.accuracy_batch) if backends.kind(backend).takes_onnx else own
+    candidate = graph.load(file or validated or own)
+    if candidate.batch:  # the batch size that the file insists on
+        picked = picked[np.arange(candidate.batch) % len(picked)]
+        ids, fed = [rows.ids[n] for n in picked], np.ascontiguousarray(rows[picked])
+    name = f"{backend} {tower.name} ({candidate.file.name}, {candidate.precision})"
     encoder = chain.encoder(tower).module
     said = inputs_differ(chain, tower, picked, fed)
     climbed = ladder.climb(encoder, candidate, fed, graph.load(own) if candidate.precision != "fp32" else None)
@@ -84,8 +88,14 @@ def onnx(
         candidate, read_metadata(candidate.file), _wanted(chain, tower, file), climbed.recorded.parameters("")
     )
     reference = climbed.recorded.taps[climbed.recorded.output].truth
-    found = _run(chain, backend, tower, candidate.file, fed[: len(reference)])
-    said += checks.embeddings(ids[: len(reference)], reference, found)
+    ids, fed = ids[: len(reference)], fed[: len(reference)]
+    taken = tower.output_name if tower.output_name in candidate.outputs else candidate.outputs[0]
+    if len(candidate.outputs) > 1:
+        made = {name: one for name, one in evaluate.tensors(candidate, fed) if name in candidate.outputs}
+        said += checks.swapped(made, taken, reference)
+    found, bound = _run(chain, backend, tower, candidate.file, fed)
+    said += checks.embeddings(ids, reference, found)
+    said += _in_other_places(chain, backend, tower, candidate.file, ids, fed, found, bound)
     finding = ladder.judge(climbed, name)
     if said:
         return replace(
@@ -115,7 +125,7 @@ def om(
     """
     size = batch or chain.accuracy_batch
     made = _om_file(chain, backend, tower, size, file)
-    before = onnx(chain, tower, picked[:SAMPLES])
+    before = onnx(chain, tower, picked[:SAMPLES], file=chain.onnx(tower))
     if before.found:
         return replace(before, sentence=f"{backend} {tower.name}: wrong before it was compiled: {before.sentence}")
     from clipval.diagnose import npu
@@ -124,11 +134,13 @@ def om(
     filled = picked[np.arange(size) % len(picked)]
     rows, ids = np.ascontiguousarray(prepared[filled]), [prepared.ids[n] for n in filled]
     reference = np.asarray(chain.backend("pytorch", tower, size).run(rows))
-    found = _run(chain, backend, tower, made, rows)
+    found, bound = _run(chain, backend, tower, made, rows)
     mode = chain.settings.precision_mode or DEFAULT_MODE
     name = f"{backend} {tower.name} ({made.name}, {mode})"
     count = len(set(ids))
-    said = checks.embeddings(ids[:count], reference[:count], found[:count]) + _compiled_from(chain, tower, made, file)
+    said = _compiled_from(chain, tower, made, file)
+    said += checks.embeddings(ids[:count], reference[:count], found[:count])
+    said += _in_other_places(chain, backend, tower, made, ids, rows, found, bound)
     if said:
         return Finding(INPUT, name, f"{name}: not numerics: {said[0]}", causes=tuple(said), samples=count)
     exact = precision_of(mode)
@@ -168,13 +180,33 @@ def _compiled_from(chain: Chain, tower: Tower, made: Path, file: Optional[Path])
     return [f"{made.name} is older than {onnx_file.name} next to it: it was not compiled from that; compile it again"]
 
 
-def _run(chain: Chain, backend: str, tower: Tower, file: Path, rows: np.ndarray) -> np.ndarray:
-    """The candidate's embeddings from the validated backend, not node by node."""
-    opened = chain.pool.open_file(backend, tower, file, len(rows))
+def _run(chain: Chain, backend: str, tower: Tower, file: Path, rows: np.ndarray) -> Tuple[np.ndarray, float]:
+    """The candidate's embeddings from the validated backend, not node by node, and the bound of one element.
+
+    Any file of the tower is taken, whatever it calls its input and output.
+    """
+    opened = chain.pool.open_file(backend, tower, file, len(rows), ready=True)
     try:
-        return np.asarray(opened.run(rows))
+        return np.asarray(opened.run(rows)), chain.bounds(opened.identity, tower).max_abs
     finally:
         opened.close()
+
+
+def _in_other_places(
+    chain: Chain,
+    backend: str,
+    tower: Tower,
+    file: Path,
+    ids: Sequence[str],
+    rows: np.ndarray,
+    found: np.ndarray,
+    bound: float,
+) -> List[str]:
+    """The same batch once more, its samples one place on."""
+    if len(set(ids)) < 2:
+        return []
+    moved, _ = _run(chain, backend, tower, file, np.ascontiguousarray(np.roll(rows, 1, axis=0)))
+    return checks.batches(ids, found, np.roll(moved, -1, axis=0), bound)
 
 
 def _wanted(chain: Chain, tower: Tower, file: Optional[Path]) -> Dict[str, str]:
@@ -204,7 +236,7 @@ def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -
         f"backend's own result is {off:.1e} off: the error is in the runtime: its optimisations or its provider"
     )
     advice = ("--onnx-providers cpu", "another onnxruntime; report this with what --bundle DIR writes")
-    end, rows = climbed.graph.outputs[0], climbed.recorded.rows
+    end, rows = climbed.tensors[climbed.recorded.output], climbed.recorded.rows
     wrong = Material(climbed.graph, rows, end, max(noise, WORKED / EXCESS), climbed.graph.precision, runtime=True)
     return replace(finding, verdict=DIVERGENCE, sentence=sentence, advice=advice, material=wrong)
 

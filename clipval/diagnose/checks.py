@@ -14,6 +14,7 @@ from clipval.diagnose.pairs import distance
 from clipval.results import number
 
 ALIKE = 0.98  # cosine above which two embeddings count as the same sample's
+ALIKE_VALUES = 0.05  # relative distance up to which an output is the embedding, with the noise of any precision
 SAME_WEIGHTS = 2e-2  # relative distance up to which weights count as the same, rounded or edited
 
 
@@ -25,8 +26,42 @@ def inputs(ids: Sequence[str], prepared: np.ndarray, fresh: np.ndarray) -> List[
     n, what = int(np.argmax(off)), "tokens" if prepared.dtype.kind == "i" else "pixels"
     return [
         f"{what} differ from the model's own: {int((off > 0).sum())} of {len(ids)} samples, {ids[n]} by up to "
-        f"{off[n]:.2g}; every backend gets these, so parity cannot detect it. Prepare the data again (--rebuild)"
+        f"{off[n]:.2g}{_how(prepared, fresh, n)}; every backend gets these, so parity cannot detect it. Prepare the "
+        f"data again (--rebuild)"
     ]
+
+
+def _how(prepared: np.ndarray, fresh: np.ndarray, n: int) -> str:
+    """In which way inputs differ, if that is plain: a linear step per channel, channels in another order, tokens."""
+    if prepared.dtype.kind == "i":
+        place = int(np.argmax(prepared[n] != fresh[n]))
+        return f" (token {place} is {prepared[n][place]}, the tokenizer gives {fresh[n][place]})"
+    given, right = np.asarray(prepared[n], np.float64), np.asarray(fresh[n], np.float64)
+    if given.ndim != 3 or given.shape != right.shape:
+        return ""
+    if np.allclose(given[::-1], right, atol=1e-5):
+        return " (channels in reverse order: BGR for RGB)"
+    fits = [np.polyfit(b.ravel(), a.ravel(), 1) for a, b in zip(given, right) if np.ptp(b) > 0]
+    if not fits or any(np.abs(np.polyval(fit, b) - a).max() > 1e-3 for fit, a, b in zip(fits, given, right)):
+        return ""
+    slopes = [float(fit[0]) for fit in fits]
+    word = (
+        "normalised twice" if min(slopes) > 1.5 and max(slopes) < 10 else "not normalised" if max(slopes) < 0.7 else ""
+    )
+    return f" (as if {word})" if word else f" (scaled by {min(slopes):.3g} to {max(slopes):.3g})"
+
+
+def swapped(outputs: Mapping[str, np.ndarray], taken: str, reference: np.ndarray) -> List[str]:
+    """Another output of the file is the embedding, the one that is taken is not.
+
+    Args:
+        outputs: every output of the graph, of the same samples as the reference.
+    """
+    off = {name: distance(values, reference) for name, values in outputs.items() if values.size == reference.size}
+    best = min(off, key=lambda name: off[name], default=taken)
+    if best == taken or off[best] > ALIKE_VALUES or off.get(taken, np.inf) <= ALIKE_VALUES:
+        return []
+    return [f"outputs are swapped: {best} is PyTorch's embedding, but {taken} is taken; name the embedding as expected"]
 
 
 def embeddings(ids: Sequence[str], reference: np.ndarray, candidate: np.ndarray) -> List[str]:
@@ -76,15 +111,22 @@ def _repeated(ids: Sequence[str], unit: np.ndarray, true: np.ndarray) -> List[st
     return [f"samples {ids[a]} and {ids[b]} have the same embedding, PyTorch's differ: padding, or wrong pooling"]
 
 
-def batches(ids: Sequence[str], together: np.ndarray, alone: np.ndarray, bound: float) -> List[str]:
-    """A sample's embedding must not depend on its batch."""
-    off = np.abs(together.astype(np.float64) - alone).max(axis=1)
+def batches(ids: Sequence[str], here: np.ndarray, elsewhere: np.ndarray, bound: float) -> List[str]:
+    """Whether a sample's embedding depends on its batch.
+
+    Args:
+        here, elsewhere: [n, width], of the same samples, the second time at other places in the batch.
+        bound: largest difference of one element, e.g. that of parity.
+    """
+    if here.shape != elsewhere.shape or not np.isfinite(here).all():
+        return []
+    off = np.abs(here.astype(np.float64) - elsewhere).max(axis=1)
     n = int(np.nan_to_num(off, nan=np.inf).argmax())
     if not off[n] > bound:
         return []
     return [
-        f"sample {ids[n]} depends on its batch: it differs by {off[n]:.2g} alone (bound {bound:.2g}); "
-        f"batch size or padding"
+        f"sample {ids[n]} depends on its batch: at another place in it the embedding differs by {off[n]:.2g} (bound "
+        f"{bound:.2g}): a batch size that is fixed in the graph, padding, or a mix of samples"
     ]
 
 
@@ -103,10 +145,6 @@ def file(
         found = metadata.get(name)
         if found is not None and found != value:
             said.append(f"the file has {name} {found[:40]}, under test is {value[:40]}: a stale or different file")
-    if len(graph.outputs) > 1:
-        said.append(
-            f"the file has {len(graph.outputs)} outputs ({', '.join(graph.outputs)}); the first one is compared"
-        )
     return said + other_weights(graph, parameters)
 
 

@@ -107,7 +107,9 @@ def _kind(whole: Graph, name: str, values: np.ndarray) -> int:
     """Element type of a tensor; numpy has no bfloat16, whose values come as float32."""
     from onnx import TensorProto
 
-    if values.dtype == np.float32 and whole.precision == "bf16" and name in whole.producer:
+    if name in whole.inputs:
+        return whole.input_kind
+    if values.dtype == np.float32 and whole.precision == "bf16":
         return int(TensorProto.BFLOAT16)
     kinds = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
     kinds.update({"int32": TensorProto.INT32, "int64": TensorProto.INT64})

@@ -16,6 +16,7 @@ from clipval.errors import InputError, one_line
 
 Cut = Callable[[Any], Any]
 WIDE = ":wide"
+_DTYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16"}  # of onnx.TensorProto, those that inputs have
 
 
 def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Iterator[Tuple[str, np.ndarray]]:
@@ -35,7 +36,8 @@ def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Ite
     import onnxruntime
 
     last, shown = _last_use(graph), graph.moving | graph.measured
-    alive: Dict[str, Any] = {graph.inputs[0]: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))}
+    fed_rows = np.ascontiguousarray(rows, _DTYPES.get(graph.input_kind))  # somebody's file may take int32 or float16
+    alive: Dict[str, Any] = {graph.inputs[0]: onnxruntime.OrtValue.ortvalue_from_numpy(fed_rows)}
     for numbers in graph.segments():
         made = {name for number in numbers for name in graph.nodes[number].outputs if name}
         used = {name for number in numbers for name in graph.nodes[number].inputs} - made

@@ -51,6 +51,7 @@ class Graph:
         moving: tensors that depend on the graph's input; the others are constants and their shapes.
         measured: shapes among `moving`.
         opset: of the default domain.
+        batch: the only batch size that the input takes, 0 for any; input_kind: its element type (of onnx).
         precision: `fp32`, or `fp16` or `bf16` if the graph computes in it.
     """
 
@@ -61,6 +62,9 @@ class Graph:
         self.weights: Dict[str, Any] = {one.name: one for one in model.graph.initializer}
         self.inputs = [one.name for one in model.graph.input if one.name not in self.weights]
         self.outputs = [one.name for one in model.graph.output]
+        first = next(one.type.tensor_type for one in model.graph.input if one.name in self.inputs)
+        self.batch = int(first.shape.dim[0].dim_value) if first.shape.dim else 0
+        self.input_kind = int(first.elem_type)
         self.producer = {name: n for n, node in enumerate(self.nodes) for name in node.outputs if name}
         self.consumers: Dict[str, List[int]] = {}
         for number, node in enumerate(self.nodes):

@@ -85,12 +85,12 @@ def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Opt
         rows: inputs [n, ...]; the first two are used to pair tensors with taps.
         reference: for a candidate in fp16 or bf16: the same tower's float32 graph, whose twin gives the noise.
     """
-    one = taps.record(encoder, rows[:PAIRED])
+    one = taps.record(encoder, rows[: candidate.batch or PAIRED])
     twin = None if candidate.precision == "fp32" else Twinned(reference or candidate, one, candidate.precision)
     found = pairs.pair(candidate, one.taps, evaluate.tensors(candidate, one.rows))
     noise = noise_of(one, twin, candidate.precision)
     chosen = choose(candidate, found, [EXCESS * one for one in noise], one)
-    if len(rows) > PAIRED:
+    if len(rows) > PAIRED and not candidate.batch:
         more = taps.record(encoder, rows)
         if [tap.op for tap in more.taps] == [tap.op for tap in one.taps]:
             one, noise = more, noise_of(more, twin, candidate.precision)
