@@ -35,6 +35,9 @@ class Chain:
     Args:
         settings: the run's options.
         rebuild_before: see `clipval.store.Store`; default: now if `--rebuild` is set.
+
+    Raises:
+        UsageError: the settings' backends cannot share a process.
     """
 
     def __init__(self, settings: Settings, rebuild_before: Optional[float] = None) -> None:
@@ -43,6 +46,7 @@ class Chain:
             rebuild_before = time.time()
         self.store = store.Store(settings.workdir, rebuild_before)
         self.pool = Pool(self)
+        backends.check_acl(settings.validated, settings)
         self._embeddings: Dict[Tuple[str, str], Made] = {}
         self._retrievals: Dict[str, Retrieval] = {}
 

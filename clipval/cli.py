@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Dict, List, Optional
 
+from clipval.ascend import process
 from clipval.commands import Command, Parser, compare, diagnose, embed, lookup, models, recipe, speed
 from clipval.errors import ClipvalError, os_cause
 
@@ -20,6 +21,7 @@ COMMANDS: Dict[str, Command] = {name: one for part in PARTS for name, one in par
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command; returns the exit code."""
+    process.keep_torch_npu_out()
     parser = Parser(prog="clipval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -8,17 +8,18 @@ from typing import List, Optional, Sequence
 
 from clipval import environment, library
 from clipval.ascend.host import Finding
-from clipval.backends import kind, names
+from clipval.backends import BackendSettings, kind, names
 from clipval.errors import ClipvalError
 
 INSTALL = "pip install -r requirements.txt"
 
 
-def check(backends: Optional[Sequence[str]], device_id: int) -> List[Finding]:
+def check(backends: Optional[Sequence[str]], asked: BackendSettings) -> List[Finding]:
     """Findings in the order in which to fix them.
 
     Args:
         backends: those whose hosts are checked, e.g. an NPU host for `om`. None checks everything.
+        asked: settings that a host is checked for: the device, what runs OM files.
     """
     supported = (3, 8) <= sys.version_info[:2] <= (3, 13)
     python = ".".join(map(str, sys.version_info[:3]))
@@ -31,7 +32,7 @@ def check(backends: Optional[Sequence[str]], device_id: int) -> List[Finding]:
         found.append(Finding(package, version is not None, True, version or "not installed", INSTALL))
     found += [*_torch_build(), _open_clip()]
     for name in names() if backends is None else backends:
-        found += kind(name).host(device_id)
+        found += kind(name).host(asked)
     return found
 
 

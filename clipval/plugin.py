@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from clipval import gates, options, promise, report, rescue, supervise
-from clipval.ascend import watchdog
+from clipval.ascend import process, watchdog
 from clipval.chain import Chain
 from clipval.errors import ClipvalError
 from clipval.report import Failure
@@ -90,11 +90,12 @@ def _acceptance(config: pytest.Config) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    process.keep_torch_npu_out()
     settings = _shared_threads(config, options.Settings.of(config.option))
     config.stash[STARTED] = getattr(config, "workerinput", {}).get("clipval_started", time.time())
-    config.stash[CHAIN] = Chain(settings, config.stash[STARTED] if settings.rebuild else None)
     reports = not hasattr(config, "workerinput") and not config.option.collectonly
     try:
+        config.stash[CHAIN] = Chain(settings, config.stash[STARTED] if settings.rebuild else None)
         config.stash[ACCOUNT] = promise.account(config.stash[CHAIN], _line(config))
         if reports:
             promise.check_outputs(config.option)

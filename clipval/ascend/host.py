@@ -6,10 +6,10 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
-from typing import Callable, List, NamedTuple, Tuple
+from typing import Callable, Dict, List, NamedTuple, Tuple
 
 from clipval import environment
-from clipval.ascend import acl, aclruntime, cann, npu_smi
+from clipval.ascend import acl, aclruntime, cann, npu_smi, pyacl
 from clipval.errors import ClipvalError
 
 # Distribution with another module named `ais_bench`; source: setup.py of github.com/AISBench/benchmark.
@@ -43,14 +43,16 @@ class _Missing(Exception):
 _Check = Callable[[int, Path], str]
 
 
-def check_host(device_id: int = 0, root: Path = Path("/")) -> List[Finding]:
+def check_host(device_id: int = 0, root: Path = Path("/"), runtime: str = "aclruntime") -> List[Finding]:
     """Check every piece of an NPU host. Raises nothing.
 
     Args:
         device_id: ACL's device id of the NPU to check.
         root: the host's file system; programs and modules are always this process's.
+        runtime: what is to run OM files, `aclruntime` or `pyacl`; the other one is not required.
     """
-    return [_look(name, required, check, device_id, root) for name, required, check in _CHECKS]
+    checks = (*_TOOLKIT, *_RUNTIMES[runtime], *_DEVICE)
+    return [_look(name, required, check, device_id, root) for name, required, check in checks]
 
 
 def _look(name: str, required: bool, check: _Check, device_id: int, root: Path) -> Finding:
@@ -140,7 +142,16 @@ def _aclruntime(device_id: int, root: Path) -> str:
     return aclruntime.version(aclruntime.load())
 
 
+def _aclruntime_beside(device_id: int, root: Path) -> str:
+    spec = importlib.util.find_spec("aclruntime")
+    return f"{spec.origin or 'there'}, not used" if spec else "not installed; --om-runtime pyacl does not need it"
+
+
 def _pyacl(device_id: int, root: Path) -> str:
+    return f"imports, {pyacl.load().__file__}"
+
+
+def _pyacl_beside(device_id: int, root: Path) -> str:
     spec = importlib.util.find_spec("acl")
     if spec is None:
         raise _Missing("no module acl", "it comes with CANN and needs no wheel: source its set_env.sh")
@@ -192,7 +203,7 @@ def _idle(device_id: int, root: Path) -> str:
     return f"{npu.memory_used_mb} of {npu.memory_total_mb} MB in use, no process"
 
 
-_CHECKS: Tuple[Tuple[str, bool, _Check], ...] = (
+_TOOLKIT: Tuple[Tuple[str, bool, _Check], ...] = (
     ("driver", True, _driver),
     ("device files", True, _device_files),
     ("CANN", True, _cann),
@@ -200,8 +211,13 @@ _CHECKS: Tuple[Tuple[str, bool, _Check], ...] = (
     ("set_env.sh", True, _set_env),
     ("atc", True, _atc),
     ("atc's Python packages", False, _tbe_packages),
-    ("aclruntime", True, _aclruntime),
-    ("pyACL", False, _pyacl),
+)
+# One process imports one of them: each would initialise ACL.
+_RUNTIMES: Dict[str, Tuple[Tuple[str, bool, _Check], ...]] = {
+    "aclruntime": (("aclruntime", True, _aclruntime), ("pyACL", False, _pyacl_beside)),
+    "pyacl": (("pyACL", True, _pyacl), ("aclruntime", False, _aclruntime_beside)),
+}
+_DEVICE: Tuple[Tuple[str, bool, _Check], ...] = (
     ("ais_bench", False, _ais_bench),
     ("npu-smi", True, _npu_smi),
     ("chip", True, _chip),

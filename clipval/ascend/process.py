@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Optional
 
@@ -30,3 +31,11 @@ def claim(user: str, *own: str) -> None:
             f"{user}: {other} is in this process, and ACL allows one user per process; use them in separate runs"
         )
     _user = user
+
+
+def keep_torch_npu_out() -> None:
+    """Keep torch 2.5 and later from importing an installed torch_npu on its own: it would take ACL from the backends.
+
+    PyTorch is the reference and runs on the CPU. The variable is torch's own; a value that is set already stays.
+    """
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

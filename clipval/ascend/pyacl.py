@@ -33,14 +33,20 @@ def load() -> Any:
     """The acl module.
 
     Raises:
-        BackendUnavailable: it does not import, with the loader's message; or another ACL user is in this process.
+        BackendUnavailable: it does not import, with the loader's message; it is another module of that name; or another
+            user of ACL is in this process.
     """
     acl.refuse_others("torch_npu", "aclruntime")
     try:
-        return importlib.import_module("acl")
+        found = importlib.import_module("acl")
     except ImportError as error:
         advice = cann.how_to_source()
         raise BackendUnavailable(f"om backend: pyACL (module acl) does not import: {error}; {advice}") from error
+    if not (hasattr(found, "mdl") and hasattr(found, "rt")):
+        where = getattr(found, "__file__", None) or "a folder without code"
+        advice = f"put CANN's python/site-packages first: {atc.how_to_source()}"
+        raise BackendUnavailable(f"om backend: the module acl is not pyACL but {where}; {advice}")
+    return found
 
 
 class Session:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
@@ -225,7 +225,7 @@ def _on_host(_: BackendSettings) -> str:
     return ""
 
 
-def _no_host(_: int) -> List[Finding]:
+def _no_host(_: BackendSettings) -> List[Finding]:
     return []
 
 
@@ -247,7 +247,8 @@ class Kind:
         compiled: makes the artifact of any ONNX file: settings, file, folder, its contract, batch size -> the artifact.
         dumped: the device can dump the artifact's inner tensors, which diagnosis reads.
         precision: which of a spec's parity bounds apply to an identity: `fp32`, `fp16`, or a ready file's own.
-        host: what a host of this backend has and lacks, for a device number.
+        host: what a host of this backend has and lacks, with these settings.
+        acl_user: what would initialise ACL in this process, in words; empty if nothing would.
         judged_as: the backend whose parity bounds apply to an identity; empty for its own.
         origin: text for what artifacts depend on besides model, device and precision.
     """
@@ -263,7 +264,8 @@ class Kind:
     compiled: Optional[Callable[[BackendSettings, Path, Path, Tower, int], Path]] = None
     dumped: bool = False
     precision: Callable[[Identity], str] = _fp32
-    host: Callable[[int], List[Finding]] = _no_host
+    host: Callable[[BackendSettings], List[Finding]] = _no_host
+    acl_user: Callable[[BackendSettings], str] = _nothing_else
     origin: Callable[[BackendSettings], str] = _nothing_else
     judged_as: Callable[[Identity], str] = _as_itself
 
@@ -294,6 +296,19 @@ def kind(name: str) -> Kind:
         raise UsageError(f"unknown backend {name!r}; known: {', '.join(MODULES)}")
     found: Kind = import_module(module).KIND
     return found
+
+
+def check_acl(wanted: Iterable[str], asked: BackendSettings) -> None:
+    """Refuse backends that cannot share a process, before any of them is opened.
+
+    Raises:
+        UsageError: two of them would initialise ACL, which allows one user per process.
+    """
+    users = list(dict.fromkeys(filter(None, (kind(name).acl_user(asked) for name in wanted))))
+    if len(users) > 1:
+        raise UsageError(
+            f"{' and '.join(users)} cannot share a run: ACL allows one user per process; use separate runs"
+        )
 
 
 def of_file(file: Path) -> Optional[str]:

@@ -366,6 +366,7 @@ KIND = Kind(
     compiled=_compiled,
     dumped=True,
     precision=lambda where: atc.precision_class(where.precision),
-    host=host.check_host,
+    host=lambda asked: host.check_host(asked.device_id[0], runtime=asked.om_runtime),
+    acl_user=lambda asked: "the om backend",
     origin=lambda asked: om_files.origin(asked.om_dir, asked.keep_dtype, asked.atc_flags),
 )

@@ -358,6 +358,7 @@ KIND = Kind(
     precision=lambda where: providers.precision_class(where.precision),
     judged_as=_judged_as,
     origin=_origin,
+    acl_user=lambda asked: "onnxruntime's CANN provider" if CANN in asked.onnx_providers else "",
 )
 
 

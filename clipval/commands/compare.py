@@ -41,6 +41,8 @@ def _compare(args: argparse.Namespace) -> int:
     from clipval.results import number
 
     chain = chain_of(args)
+    opened = [backends.of_file(Path(name)) for name in (args.first, args.second) if Path(name).is_file()]
+    backends.check_acl(filter(None, opened), chain.settings)
     tower = chain.towers[args.tower or _tower_of(args)]
     try:
         (first, one), (second, other) = (_made(chain, args, name, tower) for name in (args.first, args.second))

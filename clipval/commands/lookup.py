@@ -9,7 +9,7 @@ from clipval import datasets
 from clipval.backends import REFERENCE
 from clipval.commands import Command, Parser, chain_of, model_options
 from clipval.errors import InputError, UsageError
-from clipval.options import add_options, at_least
+from clipval.options import Settings, add_options, at_least
 
 
 def _declare_report(parser: Parser) -> None:
@@ -28,7 +28,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _declare_doctor(parser: Parser) -> None:
-    add_options(parser.add_argument, ["--device-id", "--backends"])
+    add_options(parser.add_argument, ["--device-id", "--backends", "--om-runtime"])
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -36,7 +36,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from clipval import doctor
     from clipval.results import columns
 
-    findings = doctor.check(args.backends, args.device_id[0])
+    findings = doctor.check(args.backends, Settings.of(args))
     rows = []
     for finding in findings:
         mark = "ok" if finding.ok else "MISSING" if finding.required else "warning"

@@ -1,17 +1,22 @@
 """What the chain opens again: how a backend starts from cold."""
 
+import os
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from clipval import backends
+from clipval import backends, environment
 from clipval.backends import Identity, Kind
 from clipval.chain import Chain
+from clipval.errors import UsageError
 from clipval.options import Settings
 from clipval.towers import TEXT, VISION
+from tests.small import ROOT
 
 
 class Recorded(Chain):
@@ -105,3 +110,47 @@ def test_files_that_a_run_will_open_are_built_side_by_side_where_their_kind_can(
     assert built == [[("text", 1), ("text", 8)]]  # and no others
     pool.file("many:0", TEXT, 1)
     assert len(built) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "provider", "refused"),
+    [
+        (("onnx", "om"), "CANNExecutionProvider", True),
+        (("onnx",), "CANNExecutionProvider", False),
+        (("pytorch", "om"), "CANNExecutionProvider", False),
+        (("onnx", "om"), "CPUExecutionProvider", False),
+    ],
+)
+def test_two_users_of_acl_are_refused_before_anything_runs(names, provider, refused):
+    asked = Settings(backends=names, onnx_providers=(provider,))
+    with (
+        pytest.raises(UsageError, match="CANN provider and the om backend cannot share a run")
+        if refused
+        else nullcontext()
+    ):
+        Chain(asked)
+
+
+AUTOLOAD = """
+import sys
+from clipval import cli
+cli.main(["models", "no-such-architecture"])
+import torch
+print("torch_npu" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("variable", "loaded"), [(None, False), ("1", True)])
+def test_an_installed_torch_npu_does_not_take_acl(tmp_path, variable, loaded):
+    (tmp_path / "torch_npu.py").write_text("def start(): pass\n", encoding="utf-8")
+    info = tmp_path / "torch_npu-2.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch-npu\nVersion: 2.5\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:start\n", encoding="utf-8")
+    variables = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(tmp_path)])
+    variables.update({"TORCH_DEVICE_BACKEND_AUTOLOAD": variable} if variable else {})
+    done = subprocess.run([sys.executable, "-c", AUTOLOAD], env=variables, capture_output=True, text=True, check=False)
+    since = tuple(map(int, environment.version("torch").split(".")[:2])) >= (2, 5)
+    by_itself = loaded and since
+    assert done.stdout.split()[-1] == str(by_itself), done.stderr

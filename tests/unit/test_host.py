@@ -44,20 +44,21 @@ class Host:
         for name, value in variables.items():
             self.monkeypatch.setenv(name, value)
 
-    def check(self, device_id=0):
-        return {finding.name: finding for finding in hosts.check_host(device_id, self.root)}
+    def check(self, device_id=0, runtime="aclruntime"):
+        return {finding.name: finding for finding in hosts.check_host(device_id, self.root, runtime)}
 
-    def lacking(self):
-        return [name for name, finding in self.check().items() if not finding.ok and finding.required]
+    def lacking(self, runtime="aclruntime"):
+        return [name for name, one in self.check(0, runtime).items() if not one.ok and one.required]
 
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    before = sys.modules.pop("aclruntime", None)
+    before = {name: sys.modules.pop(name, None) for name in ("aclruntime", "acl")}
     yield Host(tmp_path, monkeypatch)
-    sys.modules.pop("aclruntime", None)
-    if before is not None:
-        sys.modules["aclruntime"] = before
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
 
 
 def test_a_whole_host(host):
@@ -208,6 +209,28 @@ def test_pythons_without_a_wheel():
     advice = aclruntime.wheel_advice((3, 13))
     assert advice.startswith("it has wheels for Python 3.7 to 3.12, not for 3.13")
     assert "pyACL, which comes with CANN" in advice
+
+
+def test_where_pyacl_runs_om_files_no_aclruntime_is_needed(host, monkeypatch):
+    file = host.root / "modules" / "acl.py"
+    host.write("modules/acl.py", "rt = mdl = None\n")
+    no_module(host)
+    assert host.lacking() == ["aclruntime"]
+    found = host.check(runtime="pyacl")
+    assert (found["pyACL"].ok, found["pyACL"].required) == (False, True)
+    assert "source" in found["pyACL"].advice
+    assert found["aclruntime"] == ("aclruntime", True, False, "not installed; --om-runtime pyacl does not need it", "")
+    monkeypatch.syspath_prepend(str(file.parent))
+    assert host.lacking("pyacl") == []
+    assert host.check(runtime="pyacl")["pyACL"].detail == f"imports, {file}"
+
+
+def test_another_module_called_acl_is_not_pyacl(host, monkeypatch):
+    host.write("modules/acl.py", "")
+    monkeypatch.syspath_prepend(str(host.root / "modules"))
+    finding = host.check(runtime="pyacl")["pyACL"]
+    assert not finding.ok
+    assert "the module acl is not pyACL but" in finding.detail
 
 
 def test_a_device_that_is_not_there(host):
