@@ -44,7 +44,7 @@ def load() -> Any:
         raise BackendUnavailable(f"om backend: pyACL (module acl) does not import: {error}; {advice}") from error
     if not (hasattr(found, "mdl") and hasattr(found, "rt")):
         where = getattr(found, "__file__", None) or "a folder without code"
-        advice = f"put CANN's python/site-packages first: {atc.how_to_source()}"
+        advice = f"put CANN's python/site-packages first: {cann.how_to_source()}"
         raise BackendUnavailable(f"om backend: the module acl is not pyACL but {where}; {advice}")
     return found
 
