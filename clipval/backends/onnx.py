@@ -130,6 +130,8 @@ class OnnxBackend(Backend):
                     "--onnx-provider-options or the provider's installation"
                 ) from error
             said, what = one_line(error), "Export it again"
+            if "NOT_IMPLEMENTED" in said:
+                what = f"onnxruntime {self._runtime.__version__} lacks this operator for its types; use a newer one"
             if "ArgMax" in said and "NOT_IMPLEMENTED" in said:  # the recipe's own export finds the end token this way
                 what = (
                     f"onnxruntime {self._runtime.__version__} has no ArgMax on int64, 1.20 and newer do; or export it "

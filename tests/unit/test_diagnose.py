@@ -46,7 +46,12 @@ def test_a_clean_export_has_no_excess_and_every_tap_a_tensor(chain, files, name)
     said = ladder.judge(found, "onnx")
     assert said.verdict == NONE
     assert "no excess: " in said.sentence
-    assert all(rung.error is not None and rung.excess < 2 for rung in found.rungs.values())
+    constant = set()  # open_clip 2.20 adds the class embedding to zeros, which the exporter folds
+    for n, tap in enumerate(found.recorded.taps):
+        if tap.op == "zeros" or (tap.parents and constant.issuperset(tap.parents)):
+            constant.add(n)
+    assert len(constant) <= 2
+    assert all(one.error is not None and one.excess < 2 for n, one in found.rungs.items() if n not in constant)
     ends = [path for tap in found.recorded.taps for path in tap.ends]
     assert [path for path in ends if path.endswith(("ln_1", "attn", "ln_2", "mlp"))]
     assert found.rungs[found.recorded.output].tensor == chain.towers[name].output_name
