@@ -1,4 +1,4 @@
-"""The reference's embeddings of a whole data set: in shards that survive a kill, on the CPU or held to it."""
+"""The reference's embeddings of a whole data set: in shards that survive a kill, on the CPU or compared with it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from clipval.shards import files
 from clipval.spec import ParityBounds
 from clipval.towers import Tower
 
-BATCH = 32  # fewer calls: torch's threads wait for each other at every operator, the more so on a busy host
-SHARD = 4 * BATCH  # samples that a killed run computes again at most
-DRAWN = 32  # samples of a GPU's that the CPU computes too
+BATCH = 32  # fewer calls: torch's threads synchronise at every operator, which is slow on a busy host
+SHARD = 4 * BATCH  # most samples that are recomputed after a kill
+DRAWN = 32  # samples that a GPU's embeddings are compared on
 
 
 def make(folder: Path, key: Dict[str, Any], rows: Source, open_backend: Callable[[], Backend]) -> None:
-    """Embed every row into shards, but for those that a killed run has left complete.
+    """Embed every row into shards, except those that a killed run completed.
 
     Args:
-        folder: of the shards; key: all that the embeddings depend on; open_backend: called where something is left.
+        folder: of the shards; key: everything the embeddings depend on; open_backend: called if a shard is missing.
     """
     planned = files.plan(folder, rows, BATCH, -(-len(rows) // SHARD), key)
     left = files.prepare(planned)
@@ -45,15 +45,15 @@ def hold_to_cpu(on_gpu: Embeddings, rows: Source, cpu: Backend, bounds: ParityBo
 
 
 def drawn(count: int, seed: int) -> List[int]:
-    """Indices of samples that a GPU's embeddings are held to the CPU's on."""
+    """Indices of the samples on which a GPU's embeddings are compared with the CPU's."""
     return sorted(random.Random(seed).sample(range(count), min(DRAWN, count)))
 
 
 def hold(tower: Tower, on_gpu: Embeddings, on_cpu: Embeddings, bounds: ParityBounds, seed: int) -> None:
-    """Hold a GPU's embeddings to the CPU's of the same samples, both in fp32.
+    """Compare a GPU's embeddings with the CPU's of the same samples, both in fp32.
 
     Args:
-        bounds: of one fp32 backend against another; only the order of operations may differ.
+        bounds: for two fp32 backends; only the order of operations may differ.
 
     Raises:
         BackendUnavailable: they differ by more.
@@ -62,8 +62,8 @@ def hold(tower: Tower, on_gpu: Embeddings, on_cpu: Embeddings, bounds: ParityBou
     cosine, largest = found.cosine.min(), found.max_abs.max()
     if not (cosine >= bounds.cosine_min and largest <= bounds.max_abs):
         raise BackendUnavailable(
-            f"--reference-device cuda, {tower.name} tower: the GPU's embeddings are off the CPU's, minimum cosine "
+            f"--reference-device cuda, {tower.name} tower: the GPU's embeddings differ from the CPU's, minimum cosine "
             f"1 - {1 - cosine:.2g}, expected >= 1 - {1 - bounds.cosine_min:.2g}, one element by {largest:.2g}, "
             f"expected <= {bounds.max_abs:g} (of {len(on_cpu.ids)} samples drawn by --probe-seed {seed} the worst is "
-            f"{found.worst(1)[0]['id']}); it does not compute in full fp32, take the CPU for the reference"
+            f"{found.worst(1)[0]['id']}); it does not compute in full fp32; use the CPU for the reference"
         )

@@ -1,6 +1,6 @@
-"""What is left of a run whose process was killed: its figures so far as a summary, a report and a JUnit file.
+"""Rescue a run whose process was killed: its figures so far as a summary, a report and a JUnit file.
 
-Written by the process that watched it. Results are on disk as they come, so only the running check is lost.
+Written by the watching process. Results are on disk as they come, so only the running check is lost.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from clipval.report import Failure
 
 
 class Rescued(NamedTuple):
-    """The run's lines for the terminal, and an exit code if it is known better than by how the process ended."""
+    """The run's lines for the terminal, and an exit code if more is known than the process's own."""
 
     lines: List[str]
     code: Optional[int]
 
 
 def save(chain: Chain, line: promise.Line, child: int, ended: str, began: float) -> Optional[Rescued]:
-    """Write what the options ask for; None for a run that is not about gates.
+    """Write the requested files; None for a run that is not about gates.
 
     Args:
-        chain, line: of the run's options; child: the pid of its process; ended: how that ended, in words.
+        chain, line: for the run's options; child: the pid of its process; ended: how that ended, as text.
         began: when the run began, in seconds since the epoch.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Folders of results as ais_bench and `clipval embed` write them: one file a sample and output, `<id>_<output>.npy`.
+"""Result folders of ais_bench and `clipval embed`: one file per sample and output, `<id>_<output>.npy`.
 
 Source: `save_data_to_files` and the folders of `--output` and `--device` in ais_bench of Ascend/tools at 9d6da90 (A),
 of sync-ait at 7348f67 and c432ed5 (B), and of Yanguan619/aclruntime at df1f9a4 (C); each was run.
@@ -19,15 +19,17 @@ from clipval import arrays
 from clipval.errors import InputError
 
 THREADS = 8
-# ais_bench's folders: of one run where --output_dirname was not given, and of one device of several (A has no number).
+# ais_bench's folders: of a run without --output_dirname, and of each device if there are several (A has no number).
 RUN = re.compile(r"[0-9]{4}_[0-9]{2}_[0-9]{2}-[0-9]{2}_[0-9]{2}_[0-9]{2}$")
 DEVICE = re.compile(r"device[0-9]+(_[0-9]+)?$")
-RESULT = re.compile(r"\.npy$|_[0-9]+\.(bin|txt)$")  # of --outfmt NPY, BIN and TXT
-UNIT_WITHIN = 0.02  # float16 keeps a unit vector's length within 0.001; the bytes of another dtype are off by decades
+RESULT = re.compile(r"\.npy$|_[0-9]+\.(bin|txt)$")  # from --outfmt NPY, BIN and TXT
+UNIT_WITHIN = (
+    0.02  # float16 keeps a unit vector's length within 0.001; bytes of another dtype are off by orders of magnitude
+)
 
 
 def listed(folder: Path) -> List[Path]:
-    """The files of a folder in natural order of their names, else those of ais_bench's devices or only run in there.
+    """The files of a folder in natural order, else of ais_bench's device folders or its only run in it.
 
     Raises:
         InputError: there are none; or several runs, formats, or devices that computed one sample.
@@ -61,13 +63,13 @@ def _of_one_format(folder: Path, parts: Sequence[Path]) -> List[Path]:
 
 
 def load(paths: Sequence[Path]) -> List[np.ndarray]:
-    """Each file's array; of `.bin` and `.txt`, which tell no shape, [1, elements].
+    """Each file's array; for `.bin` and `.txt`, which have no shape, [1, elements].
 
-    `.txt` has six decimals. `.bin` tells no dtype either: it is that of float32 and float16 as which the embeddings
-    are of unit length, as the recipe's model makes them.
+    `.txt` has six decimals. `.bin` has no dtype either: it is the one of float32 and float16 for which the embeddings
+    are of unit length, as the recipe's model normalises them.
 
     Raises:
-        InputError: a file is damaged; or `.bin` files are embeddings of unit length in neither dtype.
+        InputError: a file is damaged; or `.bin` files are of unit length in neither dtype.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(_load, paths))
@@ -76,7 +78,7 @@ def load(paths: Sequence[Path]) -> List[np.ndarray]:
     dtype = _dtype(paths, found)
     for path, raw in zip(paths, found):
         if raw.nbytes % np.dtype(dtype).itemsize:
-            raise InputError(f"{path}: {raw.nbytes} bytes, no whole number of {dtype} as the others hold; cut short")
+            raise InputError(f"{path}: {raw.nbytes} bytes, not a whole number of {dtype} like the others; truncated")
     return [raw.view(dtype).reshape(1, -1) for raw in found]
 
 
@@ -96,14 +98,14 @@ def _dtype(paths: Sequence[Path], found: Sequence[np.ndarray]) -> str:
     fitting = []
     for dtype in ("<f4", "<f2"):
         whole = [raw.view(dtype).astype(np.float64) for raw in outputs if raw.nbytes % np.dtype(dtype).itemsize == 0]
-        with np.errstate(all="ignore"):  # bytes of another dtype are any number
+        with np.errstate(all="ignore"):  # bytes of another dtype may be any number
             lengths = [float(np.sqrt(np.sum(values * values))) for values in whole]
-        # most of them: a sample that is off is for the gates to judge
+        # most of them: a single wrong sample is judged by the gates
         if lengths and sum(abs(one - 1) < UNIT_WITHIN for one in lengths) > len(outputs) / 2:
             fitting.append(dtype)
     if len(fitting) != 1:
         raise InputError(
-            f"embeddings {paths[0].parent}: {len(paths)} .bin files, which tell no dtype, and are of unit length "
+            f"embeddings {paths[0].parent}: {len(paths)} .bin files, which have no dtype and are of unit length "
             "neither as float32 nor as float16; run ais_bench again with --outfmt NPY"
         )
     return fitting[0]

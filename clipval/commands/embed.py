@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from clipval.shards.work import Device, Worker
 
 BATCH = 8
-SHARD_SAMPLES = 1024  # in a shard, where nothing says how many shards
-DRAWN = 16  # samples that are embedded again on another device
+SHARD_SAMPLES = 1024  # per shard by default
+DRAWN = 16  # samples that are embedded a second time on another device
 
 
 def _declare(parser: Parser) -> None:
@@ -37,7 +37,7 @@ def _declare(parser: Parser) -> None:
     parser.add_argument("--backend", choices=backends.names(), help="default: by the model file's suffix")
     parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")
     parser.add_argument("--input", type=Path, metavar="DIR", help="prep_data/images or prep_data/texts")
-    parser.add_argument("--tower", choices=TOWER_NAMES, help="of --data-dir; default: by the model file")
+    parser.add_argument("--tower", choices=TOWER_NAMES, help="for --data-dir; default: by the model file")
     parser.add_argument("--output", type=Path, default=Path("om_outputs"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--output-dirname", "--output_dirname", metavar="NAME", help="folder inside --output")
     size = at_least(int, 1)
@@ -50,20 +50,23 @@ def _declare(parser: Parser) -> None:
         help=f"write N shards (with --devices: one for {SHARD_SAMPLES} samples)",
     )
     parser.add_argument(
-        "--devices", type=listed_devices, metavar="LIST", help="one process each, as 0,1,2,3; of the CPU sets of cores"
+        "--devices",
+        type=listed_devices,
+        metavar="LIST",
+        help="one process each, e.g. 0,1,2,3; on the CPU sets of cores",
     )
-    parser.add_argument("--ray", metavar="ADDRESS", help="make the shards on every device of this Ray cluster")
+    parser.add_argument("--ray", metavar="ADDRESS", help="embed on every device of this Ray cluster")
     parser.add_argument(
         "--again",
         type=at_least(int, 0),
         default=DRAWN,
         metavar="N",
-        help="samples embedded again (default: %(default)s)",
+        help="samples embedded a second time (default: %(default)s)",
     )
 
 
 def _embed(args: argparse.Namespace) -> int:
-    """A data set to embeddings: <output>/<dirname>/<id>_0.npy, or shards of several devices."""
+    """Embed a data set: <output>/<dirname>/<id>_0.npy, or shards made by several devices."""
     from clipval import embeddings
 
     asked = _asked(args)
@@ -88,7 +91,7 @@ def _embed(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is embedded by what, and where to."""
+    """The inputs, the model and the output folder."""
 
     name: str
     file: Optional[Path]
@@ -116,7 +119,7 @@ def _asked(args: argparse.Namespace) -> Asked:
 
 
 def _tower_of_input(folder: Path) -> str:
-    """A folder of token arrays is the text tower's, one of pixels the vision tower's."""
+    """The tower for a folder of arrays: text for tokens, vision for pixels."""
     from clipval import arrays
 
     first = next(iter(sorted(folder.glob("*.npy"))), None)
@@ -127,7 +130,7 @@ def _tower_of_input(folder: Path) -> str:
 
 def _tower_of_model(file: Optional[Path]) -> str:
     if file is None:
-        raise UsageError("embed --data-dir: say which tower with --tower")
+        raise UsageError("embed --data-dir: give --tower vision or --tower text")
     name = backends.of_file(file)
     if name is not None and backends.kind(name).takes_onnx:
         return tower_of_onnx(file).name
@@ -135,7 +138,7 @@ def _tower_of_model(file: Optional[Path]) -> str:
 
 
 def _filled(rows: Source, chain: Any) -> Source:
-    """The rows with the model that makes them of images and captions, which does not travel to other processes."""
+    """The rows with the model that computes them from images and captions, which is not sent to other processes."""
     from clipval.preprocess import RawRows
 
     return replace(rows, model=chain.inputs) if isinstance(rows, RawRows) else rows
@@ -178,14 +181,16 @@ def _in_shards(args: argparse.Namespace, asked: Asked) -> int:
                 return 0
             return _made(args, asked, planned, left)
     except Timeout:
-        raise UsageError(f"{asked.target}: another run makes its shards; wait for it, or give another folder") from None
+        raise UsageError(
+            f"{asked.target}: another run is writing its shards; wait for it, or give another folder"
+        ) from None
 
 
 def _check_devices(args: argparse.Namespace, asked: Asked) -> None:
     if args.ray and args.devices:
-        raise UsageError("embed: --ray takes every device of the cluster; leave out --devices")
+        raise UsageError("embed: --ray uses every device of the cluster; leave out --devices")
     if "device_id" in dict(args.onnx_provider_options):
-        raise UsageError("embed --shards: say which devices with --devices, not by the provider's option device_id")
+        raise UsageError("embed --shards: select devices with --devices, not with the provider's option device_id")
     if asked.file is not None and not asked.file.is_file():
         raise InputError(
             f"--model {asked.file}: no such file; give the ONNX or OM file of the {asked.tower.name} tower"
@@ -193,7 +198,7 @@ def _check_devices(args: argparse.Namespace, asked: Asked) -> None:
 
 
 def _key(args: argparse.Namespace, asked: Asked) -> Dict[str, Any]:
-    """All that the embeddings depend on besides the inputs."""
+    """Everything that the embeddings depend on besides the inputs."""
     from clipval import environment, export, store
     from clipval.preprocess import RawRows
 
@@ -217,7 +222,7 @@ def _key(args: argparse.Namespace, asked: Asked) -> Dict[str, Any]:
 
 
 def _made(args: argparse.Namespace, asked: Asked, planned: Plan, left: Sequence[int]) -> int:
-    """Make what is left, check all, and say what was found."""
+    """Make the missing shards, check all, and report the result."""
     from clipval.shards import again, files
     from clipval.shards.work import Task
 
@@ -239,8 +244,8 @@ def _made(args: argparse.Namespace, asked: Asked, planned: Plan, left: Sequence[
         one = off[0]
         first = f"sample {one.id} by {one.made} and by {one.again}: cosine {one.cosine:.9f}"
         print(
-            f"clipval embed: {len(off)} of {len(found)} samples differ between devices ({first}); find out which "
-            f"device computes wrong, remove its shards (`where` in their manifests) and run embed again without it",
+            f"clipval embed: {len(off)} of {len(found)} samples differ between devices ({first}); find the faulty "
+            f"device, remove its shards (`where` in their manifests) and run embed again without it",
             file=sys.stderr,
         )
         return 1
@@ -267,7 +272,7 @@ def _workers(args: argparse.Namespace, asked: Asked, planned: Plan) -> Union[Pro
 
 
 def _elsewhere(job: Job) -> Job:
-    """The same for processes with another working directory: every path that is there is absolute."""
+    """The same with absolute paths, for processes with another working directory."""
     from clipval.arrays import PreparedRows
 
     def absolute(value: Any) -> Any:
@@ -300,9 +305,9 @@ def _twice(found: Sequence[Any], seed: int) -> str:
     elsewhere, same = sum(one.made != one.again for one in found), sum(one.same for one in found)
     lowest = min((one.cosine for one in found), default=1.0)
     return (
-        f"embedded again: {len(found)} samples drawn by seed {seed}, {elsewhere} on another device, "
-        f"{same} equal to the bit, lowest cosine {lowest:.9f}"
+        f"embedded a second time: {len(found)} samples drawn by seed {seed}, {elsewhere} on another device, "
+        f"{same} bit-identical, lowest cosine {lowest:.9f}"
     )
 
 
-COMMANDS = {"embed": Command(_declare, _embed, "arrays or a data set to embeddings, by any backend and devices")}
+COMMANDS = {"embed": Command(_declare, _embed, "arrays or a data set to embeddings, with any backend and devices")}

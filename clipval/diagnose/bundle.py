@@ -1,7 +1,7 @@
-"""A finding as a folder to send: the smallest part that still shows it, with one sample, as ONNX keeps its test cases.
+"""A finding as a folder to send: the smallest part that still shows it, with one sample, as an ONNX test case.
 
 `model.onnx`, `test_data_set_0/input_0.pb` and `output_0.pb` (what is right) are the layout of ONNX's own backend tests;
-`candidate_output_0.pb` is beside them, and a README with versions and the command that runs it again.
+`candidate_output_0.pb` is added, and a README with versions and the command that runs it again.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Material:
     """What a bundle is cut from.
 
     Attributes:
-        graph: the candidate's graph; of an OM the one that it was compiled from.
-        rows: inputs that were looked at, the worst sample first.
-        tensor: the first bad one; noise: what its precision costs there.
-        good: tensors that are known to be right, from which a part may start.
-        truth: PyTorch's values of it, of all rows; None where the float32 graph itself is right.
-        device: tensors that a device made of the same rows, by name; of an OM.
-        runtime: the graph is right node by node; what the backend makes of it is not.
+        graph: the candidate's graph; for an OM the one that it was compiled from.
+        rows: the diagnosed inputs, the worst sample first.
+        tensor: the first bad one; noise: of its precision there.
+        good: tensors known to be right, from which a part may start.
+        truth: PyTorch's values of `tensor`, for all rows; None if the float32 graph itself is right.
+        device: for an OM, tensors that a device computed from the same rows, by name.
+        runtime: the graph is right node by node, but the backend's result is not.
     """
 
     graph: Graph
@@ -56,7 +56,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Case:
-    """A part with the values of a sample, and how far the candidate is from what is right."""
+    """A part with the values of one sample, and the candidate's distance from the right output."""
 
     part: cut.Part
     start: np.ndarray
@@ -74,7 +74,7 @@ class Case:
 
 
 class _Sample:
-    """One sample of a material: its tensors on the way to the bad one."""
+    """One sample of a material: its tensors up to the bad one."""
 
     def __init__(self, material: Material) -> None:
         self.material = material
@@ -110,11 +110,11 @@ class _Sample:
 
     @staticmethod
     def _own(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """The first sample's share of a tensor of several, whichever axis they are along."""
+        """The first sample's part of a tensor of several samples, whichever axis these are along."""
         return values[tuple(slice(0, size) for size in shape)] if values.ndim == len(shape) else values
 
     def of_sample(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Somebody else's values of a tensor of all rows, as the graph has them of this sample."""
+        """Values of a tensor for all rows from another source, in the graph's shape for this sample."""
         whole = pairs.aligned(np.asarray(values, np.float32), np.asarray(self.together[name], np.float32))
         return np.ascontiguousarray(self._own(whole, self.values[name].shape))
 
@@ -123,11 +123,11 @@ def smallest(material: Material, run: Optional[Run], folder: Path) -> Case:
     """The smallest part of the candidate that still shows what was found.
 
     Args:
-        run: runs a file on the backend under test; needed where the fault is the runtime's own.
-        folder: for files that `run` is given.
+        run: runs a file on the backend under test; needed if the fault is in the runtime.
+        folder: for the files passed to `run`.
 
     Raises:
-        InputError: no part shows it alone.
+        InputError: no part alone shows it.
     """
     sample = _Sample(material)
     if material.runtime:
@@ -153,7 +153,7 @@ def _of_file(sample: _Sample, source: str) -> Case:
 
 
 def _of_device(sample: _Sample, source: str) -> Optional[Case]:
-    """The part in float32 of the device's own input is right; None where the device dumped no such input."""
+    """The part run in float32 on the device's own input gives the right output; None without a dumped input."""
     material = sample.material
     given = material.device.get(source)
     if given is None and source not in material.graph.inputs:
@@ -167,7 +167,7 @@ def _of_device(sample: _Sample, source: str) -> Optional[Case]:
 
 
 def _of_runtime(sample: _Sample, run: Run, folder: Path) -> Case:
-    """Both ends moved inwards as long as the backend's result is off, then up the branch that it is off in."""
+    """Move both ends inwards while the backend's result is off, then up the branch in which it is off."""
     whole, noise = sample.material.graph, sample.material.noise
 
     def case(source: str, target: str) -> Case:
@@ -181,7 +181,7 @@ def _of_runtime(sample: _Sample, run: Run, folder: Path) -> Case:
     found = case(path[0], path[-1])
     if not found.shows:
         raise InputError("bundle: the backend's error does not show again in the first sample alone")
-    low, high = 1, len(path) - 1  # the first output at which it shows
+    low, high = 1, len(path) - 1  # the first output that shows it
     while low < high:
         middle = (low + high) // 2
         tried = case(path[0], path[middle])
@@ -197,7 +197,7 @@ def _of_runtime(sample: _Sample, run: Run, folder: Path) -> Case:
 
 
 def _nearer(sample: _Sample, found: Case, case: Callable[[str, str], Case]) -> Case:
-    """The nearest waist of a part's end from which it still shows."""
+    """The nearest waist before a part's end that still shows it."""
     target = found.part.target
     above = cut.waists(sample.material.graph, target, sample.floats)
     above = above[: above.index(found.part.source)]
@@ -214,12 +214,12 @@ def _start(values: np.ndarray) -> np.ndarray:
 
 
 def _plain(made: cut.Part, start: np.ndarray, change: Optional[evaluate.Cut] = None) -> np.ndarray:
-    """What the part gives node by node, in the shape that its end has in the whole graph."""
+    """The part's output node by node, in the shape of its end in the whole graph."""
     return evaluate.model(made.model, start, cut.OUTPUT, change).reshape(made.shape)
 
 
 def cost(made: cut.Part, start: np.ndarray, exact: np.ndarray, precision: str, floats: Any) -> float:
-    """What a precision costs in a part: the error of its twin; 0 for fp32."""
+    """The noise of a precision in a part: the error of its twin; 0 for fp32."""
     if precision not in PRECISIONS:
         return 0.0
     return pairs.distance(_plain(made, start, Twin(precision, floats)), exact)
@@ -229,7 +229,7 @@ def save(model: Any, file: Path) -> None:
     """Write a model.
 
     Raises:
-        InputError: it cannot be written, or is over protobuf's 2 GiB.
+        InputError: it cannot be written, or exceeds protobuf's 2 GiB.
     """
     try:
         file.write_bytes(model.SerializeToString())
@@ -241,21 +241,21 @@ def write(folder: Path, finding: Finding, options: Sequence[str], run: Optional[
     """Write the bundle of a finding into a new folder.
 
     Args:
-        options: command-line options with which `--replay` runs it on the same backend.
+        options: command-line options for `--replay` on the same backend.
 
     Raises:
-        UsageError: the folder is in use, or the finding has no tensor that is wrong.
+        UsageError: the folder is not empty, or the finding has no wrong tensor.
         InputError: no part shows it, or the folder cannot be written.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"diagnose --bundle {folder}: is not empty; give a new folder")
+        raise UsageError(f"diagnose --bundle {folder}: not empty; give a new folder")
     if finding.material is None:
-        raise UsageError(f"diagnose --bundle: {finding.verdict}: there is no part to cut out, so nothing is written")
+        raise UsageError(f"diagnose --bundle: {finding.verdict}: there is no part to extract, so nothing is written")
     data = folder / DATA
     try:
         data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"bundle {folder}: cannot be made ({error.strerror})") from error
+        raise InputError(f"bundle {folder}: cannot be created ({error.strerror})") from error
     found = smallest(finding.material, run, folder)
     _describe(found, finding)
     save(found.part.model, folder / MODEL)
@@ -304,7 +304,7 @@ def _readme(found: Case, finding: Finding, options: Sequence[str]) -> str:
 
 
 class Bundle:
-    """A bundle that was written here or was sent.
+    """A bundle, written here or received.
 
     Raises:
         InputError: the folder is not one.
@@ -329,7 +329,7 @@ class Bundle:
         self.part = cut.Part(model, tower, cut.INPUT, cut.OUTPUT, self.shape)
 
     def limit(self, precision: str) -> float:
-        """The error that is none yet: what a precision costs in the part, with the factor of every diagnosis."""
+        """The largest error that is no fault: the precision's noise in the part, times a diagnosis's factor."""
         if precision == self.precision or precision not in PRECISIONS:
             return EXCESS * self.noise
         exact = _plain(self.part, self.start)
@@ -337,7 +337,7 @@ class Bundle:
         return EXCESS * max(FLOOR[precision], cost(self.part, self.start, exact, precision, floats))
 
     def error(self, run: Run) -> float:
-        """How far from right a backend's result is now, in whatever order of axes it is closest."""
+        """The error of a backend's result now, in the order of axes in which it is closest."""
         found = np.asarray(run(self.file, self.part.tower, self.start), np.float32).reshape(self.shape)
         return pairs.distance(found, self.right)
 
@@ -351,5 +351,5 @@ def _tensor(file: Path) -> np.ndarray:
 
 
 def total(folder: Path) -> int:
-    """Bytes of all files of a bundle."""
+    """Total bytes of a bundle's files."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,4 +1,4 @@
-"""A part of a graph as a model of its own: one sample, one input, one output, so that any backend can run it."""
+"""A part of a graph as a separate model: one sample, one input, one output, so that any backend can run it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INPUT, OUTPUT = "part_input", "part_output"
 
 @dataclass(frozen=True)
 class Part:
-    """What leads from one tensor to another.
+    """The nodes from one tensor to another.
 
     Attributes:
-        model: takes `INPUT` [1, *shape of the source], gives `OUTPUT` float32 [1, elements of the target].
-        tower: that contract, which backends open it by.
+        model: takes `INPUT` [1, *shape of the source], returns `OUTPUT` float32 [1, elements of the target].
+        tower: this contract, for opening it with a backend.
         source, target: names of the two tensors in the whole graph; shape: of the target there.
     """
 
@@ -32,10 +32,10 @@ class Part:
 
 
 def waists(whole: Graph, tensor: str, floats: Set[str]) -> List[str]:
-    """Tensors that every way from the input to a tensor leads through, the nearest first, the graph's input last.
+    """Tensors on every path from the input to a tensor, the nearest first, the graph's input last.
 
     Args:
-        floats: tensors that depend on the input and are no integers: only these count as ways.
+        floats: non-integer tensors that depend on the input: only paths of these count.
     """
     source = whole.inputs[0]
     above: Dict[str, str] = {}  # the immediate dominator of each tensor
@@ -64,10 +64,10 @@ def waists(whole: Graph, tensor: str, floats: Set[str]) -> List[str]:
 def part(whole: Graph, source: str, target: str, values: Mapping[str, np.ndarray]) -> Part:
     """The nodes between two tensors.
 
-    What else they take, integers such as positions and shapes, becomes constants of this sample.
+    Their other inputs, integers such as positions and shapes, become constants of this sample.
 
     Args:
-        values: of the sample: source, target, and all integers that depend on the input.
+        values: the sample's source, target, and all integers that depend on the input.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -104,7 +104,7 @@ def part(whole: Graph, source: str, target: str, values: Mapping[str, np.ndarray
 
 
 def _kind(whole: Graph, name: str, values: np.ndarray) -> int:
-    """Element type of a tensor; numpy has no bfloat16, whose values come as float32."""
+    """Element type of a tensor; bfloat16, which numpy lacks, is float32."""
     from onnx import TensorProto
 
     if name in whole.inputs:

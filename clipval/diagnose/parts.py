@@ -1,4 +1,4 @@
-"""Parts of a tower on a backend: to cut a fault out of it, and to see later whether it is still there."""
+"""Parts of a tower on a backend: extract a fault, and check later whether it is still there."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from clipval.towers import Tower
 
 
 class Runner:
-    """Runs small ONNX files on a backend; where it takes no ONNX, they are compiled for it first.
+    """Runs small ONNX files on a backend; if it takes no ONNX, they are compiled first.
 
     Attributes:
-        identity: what ran the last one; None before.
+        identity: of the last run; None before.
 
     Raises:
-        UsageError: the backend opens no file.
+        UsageError: the backend opens no files.
     """
 
     def __init__(self, chain: Chain, backend: str) -> None:
@@ -51,7 +51,7 @@ class Runner:
 
     @property
     def precision(self) -> str:
-        """What the backend computed in: `fp32`, `fp16`, `bf16`, ..."""
+        """The backend's precision: `fp32`, `fp16`, `bf16`, ..."""
         assert self.identity is not None  # something was run
         if self._kind.dumped:
             return precision_of(self._chain.settings.precision_mode or DEFAULT_MODE)
@@ -59,7 +59,7 @@ class Runner:
 
 
 def bundle(chain: Chain, backend: str, finding: Finding, folder: Path) -> str:
-    """Write the bundle of a finding; what to say of it. See `clipval.diagnose.bundle.write` for errors."""
+    """Write the bundle of a finding; returns a message. See `clipval.diagnose.bundle.write` for errors."""
     runs = finding.material is not None and finding.material.runtime
     found = write(folder, finding, [f"--backend={backend}", *_options(chain)], Runner(chain, backend) if runs else None)
     nodes, size = len(found.part.model.graph.node), total(folder)
@@ -67,7 +67,7 @@ def bundle(chain: Chain, backend: str, finding: Finding, folder: Path) -> str:
 
 
 def replay(chain: Chain, backend: str, folder: Path) -> Tuple[bool, str]:
-    """Whether a bundle still shows its fault on a backend, and what to say of it."""
+    """Whether a bundle still shows its fault on a backend, and a message."""
     read, run = Bundle(folder), Runner(chain, backend)
     error = read.error(run)
     limit = read.limit(run.precision)
@@ -78,7 +78,7 @@ def replay(chain: Chain, backend: str, folder: Path) -> Tuple[bool, str]:
 
 
 def _options(chain: Chain) -> List[str]:
-    """Options of the run that say how its backend computes."""
+    """Options of the run that affect the backend's computation."""
     own = {"--" + one.name.replace("_", "-") for one in fields(BackendSettings)} - {
         "--onnx-prefix",
         "--om-dir",

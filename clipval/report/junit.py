@@ -1,4 +1,4 @@
-"""A run as a JUnit file, one case per gate, for a run that pytest did not live to report."""
+"""A run as a JUnit file, one case per gate, for a run that pytest could not report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def junit(run: Run, ended: str) -> bytes:
     """The file's content; a promised gate that was not evaluated is an error.
 
     Args:
-        ended: how the run ended, in words.
+        ended: how the run ended, as text.
     """
     gates = list(dict.fromkeys([*(one.gate for one in run.figures), *run.missing]))
     failed = {gate: [one.message for one in run.figures if one.gate == gate and one.verdict == FAIL] for gate in gates}
@@ -32,5 +32,5 @@ def junit(run: Run, ended: str) -> bytes:
 
 
 def _clean(text: str) -> str:
-    """XML has no control characters but tab and line ends; a runtime's words may hold any."""
+    """Remove control characters other than tab and line ends, which XML forbids and a runtime's message may have."""
     return "".join(one if one in "\t\n\r" or one.isprintable() else "?" for one in text)

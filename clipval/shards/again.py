@@ -1,4 +1,4 @@
-"""Samples drawn at random, embedded a second time on another device than the one that made them, and compared."""
+"""Random samples, embedded a second time on another device and compared."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from clipval.errors import InputError
 from clipval.shards.files import VALUES, Plan, Shard, usable
 from clipval.shards.work import Task
 
-# Of two equal devices off the processor. The same program on the same batch gives the same bits unless it adds in an
-# order that is not fixed, which moves an fp16 embedding by units in the last place (2**-11 of an element each):
-# 1 - cosine stays below (2**-11)**2 / 2 = 1.2e-7. A device that computes wrong is off by far more than this.
+# For two equal accelerators. The same program on the same batch is bit-identical unless its order of summation varies,
+# which changes an fp16 embedding by units in the last place (2**-11 of an element each): 1 - cosine stays below
+# (2**-11)**2 / 2 = 1.2e-7. A faulty device is off by far more.
 COSINE = 1 - 1e-6
 
 
@@ -22,8 +22,8 @@ class Drawn(NamedTuple):
     """A sample that was embedded twice.
 
     Attributes:
-        id: of the sample; made, again: the two devices; cosine: of both embeddings; same: to the bit.
-        exact: it must be, as it was computed on the processor with as many threads.
+        id: of the sample; made, again: the two devices; cosine: of both embeddings; same: bit-identical.
+        exact: they must be, having been computed on the CPU with the same number of threads.
     """
 
     id: str
@@ -35,12 +35,12 @@ class Drawn(NamedTuple):
 
     @property
     def off(self) -> bool:
-        """The two devices disagree."""
+        """Whether the two devices disagree."""
         return not self.same and (self.exact or not self.cosine >= COSINE)
 
 
 def draw(planned: Plan, shards: Sequence[Shard], count: int, seed: int) -> Dict[Task, List[int]]:
-    """Batches to embed again, each with the drawn samples in it, by their index in the plan."""
+    """Batches to embed again, each with its drawn samples, by index in the plan."""
     picked = random.Random(seed).sample(range(len(planned.ids)), min(count, len(planned.ids)))
     found: Dict[Task, List[int]] = {}
     for n in sorted(picked):
@@ -51,17 +51,17 @@ def draw(planned: Plan, shards: Sequence[Shard], count: int, seed: int) -> Dict[
 
 
 def compare(planned: Plan, task: Task, samples: Sequence[int], where: str, found: Any) -> List[Drawn]:
-    """Hold what a device gave for a batch to what is in the shards.
+    """Compare a device's embeddings of a batch with those in the shards.
 
     Args:
-        samples: of the batch, by their index in the plan; found: as `clipval.shards.work.Worker.do` gave it.
+        samples: of the batch, by index in the plan; found: the result of `clipval.shards.work.Worker.do`.
     """
     values, threads = found
     first = task.number * planned.batch_size
     number = int(np.searchsorted(planned.edges, first, side="right")) - 1
     shard = usable(planned, number)
     if shard is None:
-        raise InputError(f"{planned.place(number)}: was damaged while it was checked; run embed again")
+        raise InputError(f"{planned.place(number)}: damaged during the check; run embed again")
     stored = np.load(planned.place(number) / VALUES, mmap_mode="r")
     exact = shard.identity.on_host and shard.threads == threads
     drawn = []

@@ -1,8 +1,8 @@
-"""Workers on a Ray cluster: Ray Data makes the shards with one actor a device, in a folder that every node shares.
+"""Workers on a Ray cluster: Ray Data makes the shards with one actor per device, in a folder shared by all nodes.
 
-Inside an actor the device is always number 0: Ray leaves it one device by ASCEND_RT_VISIBLE_DEVICES or
-CUDA_VISIBLE_DEVICES, and the ids that it tells are the host's. Ray starts actors that were killed again, and does what
-they were doing again. Needs Ray 2.51 (`ActorPoolStrategy` in `compute`), which has wheels for Python 3.9 on.
+Inside an actor the device is always number 0: Ray restricts it to one device by ASCEND_RT_VISIBLE_DEVICES or
+CUDA_VISIBLE_DEVICES, and reports the host's ids. Ray restarts killed actors and repeats their tasks. Needs Ray 2.51
+(`ActorPoolStrategy` in `compute`), which has wheels for Python 3.9 on.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from clipval.shards.pool import ERRORS, described
 from clipval.shards.work import Device, Opener, Task
 
 KNOCK_SECONDS = 10.0
-RESOURCES = {"NPU": "NPU", "GPU": "GPU", "": "CPU"}  # Ray's names of what an actor takes one of, by kind of device
+RESOURCES = {"NPU": "NPU", "GPU": "GPU", "": "CPU"}  # Ray's resource of an actor, by kind of device
 
 
 class Actor:
-    """A worker inside Ray; errors come back as values, since Ray would do what raised again."""
+    """A worker inside Ray; errors are returned as values, since Ray would repeat a task that raises."""
 
     def __init__(self, opener: Opener, accelerator: str) -> None:
         self._worker: Any = None
@@ -37,11 +37,11 @@ class Actor:
             self._error = described(error)
 
     def where(self) -> str:
-        """Which device of which node this is."""
+        """The node and device of this worker."""
         return self._where
 
     def do(self, task: Task) -> Tuple[Optional[Tuple[str, str]], Any]:
-        """The error of a task, or None and what it gave."""
+        """A task's error, or None and its result."""
         if self._error is not None:
             return self._error, None
         try:
@@ -57,7 +57,7 @@ class Actor:
 
 
 def _here(accelerator: str) -> str:
-    """Node and device of an actor, by the host's own number of it; on the processor its process."""
+    """Node and device of an actor, by the host's device number; on the CPU its process."""
     ray = _import_ray()
     context = ray.get_runtime_context()
     node = f"{ray.util.get_node_ip_address()} ({context.get_node_id()[:6]})"
@@ -66,16 +66,16 @@ def _here(accelerator: str) -> str:
 
 
 class Cluster:
-    """Workers on a Ray cluster; a context manager, at whose end this process leaves the cluster.
+    """Workers on a Ray cluster; a context manager that disconnects from the cluster on exit.
 
     Args:
-        address: of the cluster, as `ray.init` takes it.
-        opener: opens a worker in its actor; must say everything by absolute paths.
-        accelerator: `NPU`, `GPU`, or empty for the processor; an actor takes one.
-        cores: of the processor that an actor takes.
+        address: of the cluster, for `ray.init`.
+        opener: opens a worker in its actor; must use absolute paths.
+        accelerator: `NPU`, `GPU`, or empty for the CPU; an actor uses one.
+        cores: CPU cores per actor.
 
     Attributes:
-        retired, notes: as of `clipval.shards.pool.Processes`; always empty.
+        retired, notes: as in `clipval.shards.pool.Processes`; always empty.
 
     Raises:
         BackendUnavailable: Ray is missing or too old, the cluster cannot be reached, or has no such device.
@@ -92,21 +92,21 @@ class Cluster:
     def __enter__(self) -> Cluster:
         ray = _import_ray()
         _knock(self._address)
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # warnings of its own about its own actors
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's warnings about its own actors
         try:
             ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # ConnectionError, ValueError, RuntimeError, by what is wrong
             raise BackendUnavailable(
                 f"--ray {self._address}: cannot be reached ({one_line(error)}); give the address of "
-                f"`ray start --head`, of the same Ray and Python as here"
+                f"`ray start --head`, with the same versions of Ray and Python"
             ) from error
         each = self._cores if self._resource == "CPU" else 1
         self._size = int(ray.cluster_resources().get(self._resource, 0)) // each
         if not self._size:
             ray.shutdown()
             raise BackendUnavailable(
-                f"--ray {self._address}: the cluster has no {self._resource} that is free for {each}; start its nodes "
-                f"with --resources='{{\"{self._resource}\": N}}' where Ray does not find them itself"
+                f"--ray {self._address}: the cluster has no free {self._resource} for {each}; start its nodes "
+                f"with --resources='{{\"{self._resource}\": N}}' if Ray does not detect them"
             )
         return self
 
@@ -127,7 +127,7 @@ class Cluster:
             ) from error
 
     def _options(self) -> Dict[str, Any]:
-        """What an actor takes, in the words of Ray's options."""
+        """Ray's options of an actor."""
         if self._resource == "GPU":
             return {"num_cpus": self._cores, "num_gpus": 1}
         return {"num_cpus": self._cores, **({"resources": {"NPU": 1}} if self._resource == "NPU" else {})}
@@ -136,7 +136,7 @@ class Cluster:
         if not tasks:
             return
         ray = _import_ray()
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of its plans
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs its plans
         ray.data.DataContext.get_current().enable_progress_bars = False
         size = min(self._size, len(tasks))
         rows = ray.data.from_items([{"number": task.number} for task in tasks], override_num_blocks=len(tasks))
@@ -170,7 +170,7 @@ class Cluster:
 
 
 def _knock(address: str) -> None:
-    """See at once whether something listens at an address; Ray itself tries for minutes.
+    """Check at once whether something listens at an address; Ray itself retries for minutes.
 
     Raises:
         BackendUnavailable: nothing does.

@@ -1,6 +1,6 @@
-"""Shards on disk: `<number>-of-<count>/values.npy` and `shard.json` each; `shards.json` once all were checked.
+"""Shards on disk: `<number>-of-<count>/values.npy` and `shard.json` each; `shards.json` once all are checked.
 
-A shard is whole batches of the one run that it is a part of, so that it holds, to the bit, what that run would give.
+A shard consists of whole batches of the complete run, so that it is bit-identical to that run.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ BLOCK = 1 << 22  # bytes read at once
 
 @dataclass(frozen=True)
 class Plan:
-    """What is embedded, cut into shards.
+    """What is embedded, divided into shards.
 
     Attributes:
-        folder: holds the shards.
+        folder: of the shards.
         tower: of the model; ids: n names, in order.
-        batch_size: rows a call; edges: where the shards begin in `ids`, and n; all but n are multiples of it.
-        key: all that the embeddings depend on besides the inputs, JSON-able.
+        batch_size: rows per call; edges: where the shards begin in `ids`, and n; all but n are multiples of it.
+        key: everything the embeddings depend on besides the inputs, JSON-serialisable.
         stamps: of each shard's inputs; see `clipval.arrays.Source.stamp`.
     """
 
@@ -71,8 +71,8 @@ class Shard(msgspec.Struct, frozen=True):
 
     Attributes:
         key, stamp: see `Plan`; ids: its samples; sha256: of its `values.npy`.
-        made_by: the backend; where: which device of which host, in words.
-        seconds: of embedding, inputs read, without opening the backend; threads: of the processor, where it tells.
+        made_by: the backend; where: device and host, as text.
+        seconds: of embedding including reading inputs, without opening the backend; threads: CPU threads if known.
     """
 
     key: Dict[str, Any]
@@ -91,7 +91,7 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 def plan(folder: Path, rows: Source, batch_size: int, count: int, key: Dict[str, Any]) -> Plan:
-    """Cut rows into at most `count` shards of whole batches, as equal as these allow.
+    """Divide rows into at most `count` shards of whole batches, as equal as possible.
 
     Raises:
         InputError: there are no rows, or a file of them is missing.
@@ -106,10 +106,10 @@ def plan(folder: Path, rows: Source, batch_size: int, count: int, key: Dict[str,
 
 
 def prepare(planned: Plan) -> List[int]:
-    """Numbers of the shards that are still to be made; what a killed run left half made is removed.
+    """Numbers of the missing shards; incomplete ones of a killed run are removed.
 
     Raises:
-        InputError: the folder holds something else, which would be mixed in.
+        InputError: the folder holds something else, which would be mixed with them.
     """
     planned.folder.mkdir(parents=True, exist_ok=True)
     for name in os.listdir(planned.folder):
@@ -122,7 +122,7 @@ def prepare(planned: Plan) -> List[int]:
                 f"--shards and inputs, empty it, or give another folder"
             )
         elif name.endswith(".npy"):
-            raise InputError(f"{planned.folder}: holds embeddings that are no shards ({name}); give another folder")
+            raise InputError(f"{planned.folder}: holds embeddings that are not shards ({name}); give another folder")
     left = [number for number in range(len(planned)) if usable(planned, number) is None]
     for number in left:
         shutil.rmtree(planned.place(number), ignore_errors=True)
@@ -133,10 +133,10 @@ def prepare(planned: Plan) -> List[int]:
 
 
 def usable(planned: Plan, number: int) -> Optional[Shard]:
-    """A shard that is complete and of these inputs; None where it is missing, damaged, or its inputs were changed.
+    """A shard that is complete and from these inputs; None if it is missing, damaged, or its inputs changed.
 
     Raises:
-        InputError: it is another model's, or of other samples.
+        InputError: it is from another model, or of other samples.
     """
     place = planned.place(number)
     try:
@@ -164,18 +164,18 @@ def _manifest(place: Path) -> Shard:
 
 
 def make(planned: Plan, number: int, backend: Backend, rows: Source, where: str) -> Shard:
-    """Embed one shard and publish it by a rename; embeddings are written batch by batch.
+    """Embed one shard and publish it by renaming; embeddings are written batch by batch.
 
     Args:
-        backend: open, of the plan's tower; rows: all rows of the plan; where: this device, in words.
+        backend: open, for the plan's tower; rows: all rows of the plan; where: this device, as text.
 
     Raises:
-        InputError: a row or an embedding is not what the tower's contract says.
+        InputError: a row or an embedding breaks the tower's contract.
     """
     start, stop = planned.edges[number], planned.edges[number + 1]
     place, ids = planned.place(number), planned.samples(number)
     scratch = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=BUILDING, dir=str(planned.folder)))
-    scratch.chmod(0o755)  # mkdtemp's are private; these are for others too
+    scratch.chmod(0o755)  # mkdtemp's folders are private; these may be read by others
     try:
         started = time.perf_counter()
         with open(scratch / VALUES, "wb") as stream:
@@ -200,7 +200,7 @@ def make(planned: Plan, number: int, backend: Backend, rows: Source, where: str)
 
 
 def _write(stream: BinaryIO, shape: Tuple[int, int], blocks: Iterator[np.ndarray]) -> str:
-    """Write an array as `np.save` does, as it comes; sha256 of the file."""
+    """Write an array block by block in `np.save`'s format; returns the file's sha256."""
     npy.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
     stream.flush()
     digest = hashlib.sha256(Path(stream.name).read_bytes())
@@ -212,7 +212,7 @@ def _write(stream: BinaryIO, shape: Tuple[int, int], blocks: Iterator[np.ndarray
 
 
 def _publish(planned: Plan, number: int, scratch: Path) -> None:
-    """Move a shard into its place; another one that was published meanwhile, by a process taken for dead, is kept."""
+    """Rename a shard into place; keep one that a process thought dead has published in the meantime."""
     try:
         os.replace(scratch, planned.place(number))
     except OSError:
@@ -221,7 +221,7 @@ def _publish(planned: Plan, number: int, scratch: Path) -> None:
 
 
 class Rate(NamedTuple):
-    """What one device did: samples, and seconds of embedding them."""
+    """The work of one device: samples, and seconds of embedding."""
 
     where: str
     samples: int
@@ -233,7 +233,7 @@ class Rate(NamedTuple):
 
 
 def rates(shards: Sequence[Shard]) -> List[Rate]:
-    """Throughput by device, in the order of their names."""
+    """Throughput by device, sorted by name."""
     found: Dict[str, Rate] = {}
     for shard in shards:
         _, samples, seconds = found.get(shard.where, Rate(shard.where, 0, 0.0))
@@ -260,12 +260,12 @@ def complete(planned: Plan) -> List[Shard]:
     return found
 
 
-SLOW = 0.9  # of the others' median: equal devices that are fed alike stay within a few percent of each other
-TELLING = 1.0  # seconds of work from which on a rate is compared: less is starting up
+SLOW = 0.9  # of the others' median: equal devices with equal inputs differ by a few percent
+TELLING = 1.0  # minimum seconds of work to compare rates: less is start-up
 
 
 def slow(found: Sequence[Rate]) -> List[str]:
-    """Devices that are slower than the others, in words."""
+    """Messages on devices that are slower than the others."""
     said = []
     for one in found:
         others = [other.per_second for other in found if other is not one and other.seconds >= TELLING]
@@ -277,10 +277,10 @@ def slow(found: Sequence[Rate]) -> List[str]:
 
 
 def publish_index(planned: Plan, shards: Sequence[Shard], more: Dict[str, Any]) -> None:
-    """Say in `shards.json` that the shards are complete.
+    """Record in `shards.json` that the shards are complete.
 
     Args:
-        more: what else to keep there, JSON-able.
+        more: further content, JSON-serialisable.
     """
     about = {
         "shards": len(planned),
@@ -298,7 +298,7 @@ def _one_maker(folder: Path, shards: Sequence[Shard]) -> None:
     for shard in shards:
         one = shard.identity
         if one._replace(device="") != first._replace(device="") or _chip(one) != _chip(first):
-            raise InputError(f"{folder}: shards of two makers, {first} and {one}; empty it and embed all by one")
+            raise InputError(f"{folder}: shards from two backends, {first} and {one}; empty it and embed all with one")
 
 
 def _chip(made_by: Identity) -> str:
@@ -307,17 +307,17 @@ def _chip(made_by: Identity) -> str:
 
 
 def here(folder: Path) -> bool:
-    """The folder holds shards, complete or not."""
+    """Whether the folder holds shards, complete or not."""
     with suppress(OSError):
         return any(name == INDEX or SHARD.match(name) for name in os.listdir(folder))
     return False
 
 
 def read(folder: Path, width: Optional[int] = None) -> Made:
-    """Embeddings of a folder of shards, read in blocks into one array, with what made them.
+    """Embeddings of a folder of shards, read in blocks into one array, with the backend's identity.
 
     Args:
-        width: elements of an embedding; None takes what is there.
+        width: elements of an embedding; None for any.
 
     Raises:
         InputError: shards are missing, damaged, incomplete or of another width, or an id is a duplicate.
@@ -348,7 +348,7 @@ def read(folder: Path, width: Optional[int] = None) -> Made:
 
 
 def _read(place: Path, shard: Shard, into: np.ndarray) -> None:
-    """Fill rows of an array with a shard's, held to its manifest on the way."""
+    """Fill rows of an array with a shard's, checking them against its manifest."""
     file, digest = place / VALUES, hashlib.sha256()
     room = into.reshape(-1).view(np.uint8)
     try:
@@ -367,7 +367,7 @@ def _read(place: Path, shard: Shard, into: np.ndarray) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read ({one_line(error)}); run embed again") from error
     if digest.hexdigest() != shard.sha256:
-        raise InputError(f"{file}: not what its manifest says, damaged; run embed again")
+        raise InputError(f"{file}: differs from its manifest, damaged; run embed again")
 
 
 def read_any(folder: Path, width: Optional[int] = None) -> Embeddings:

@@ -1,7 +1,7 @@
-"""Workers in processes of this host, one a device; one that is killed is started again, and what it did is done again.
+"""Workers in processes of this host, one per device; a killed one is restarted and its task repeated.
 
-Processes are spawned: a runtime's threads and devices do not survive a fork. The executors of `concurrent.futures`
-give up all of their processes when one is killed.
+Processes are spawned, since a runtime's threads and devices do not survive a fork. `concurrent.futures` is not used:
+its executors give up all processes when one is killed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from clipval import supervise
 from clipval.errors import BackendUnavailable, ClipvalError, InputError, UsageError, one_line, os_cause
 from clipval.shards.work import Device, Opener, Task
 
-TRIES = 5  # times that a process may be ended in one task, or on one device in a row
-PATIENCE = 10.0  # seconds in which an idle worker ends when it is told to
+TRIES = 5  # how often a process may be killed in one task, or on one device in a row
+PATIENCE = 10.0  # seconds for an idle worker to end when asked to
 ERRORS = {one.kind: one for one in (InputError, UsageError, BackendUnavailable)}
 
 
 def devices(name: str, numbers: Sequence[int], on_host: bool) -> List[Device]:
-    """Devices of this host: those of an accelerator, or sets of the processor's cores, all of one size.
+    """Devices of this host: accelerators, or equal sets of CPU cores.
 
-    Where there are fewer cores than devices, some share one.
+    If there are fewer cores than devices, some share one.
     """
     cores = sorted(os.sched_getaffinity(0)) if on_host and hasattr(os, "sched_getaffinity") else []
     each = max(1, len(cores) // len(numbers))
@@ -42,10 +42,10 @@ def devices(name: str, numbers: Sequence[int], on_host: bool) -> List[Device]:
 
 @dataclass
 class Process:
-    """A worker's process as its parent sees it.
+    """The parent's state of a worker's process.
 
     Attributes:
-        ready: its backend is open; task: what it does now; ended: times in a row that it ended without finishing one.
+        ready: its backend is open; task: the current one; ended: how often in a row it ended without finishing one.
     """
 
     device: Device
@@ -57,14 +57,14 @@ class Process:
 
 
 class Processes:
-    """Workers of this host; a context manager, at whose end they are gone.
+    """Workers of this host; a context manager that ends them on exit.
 
     Args:
         opener: opens a worker in its process.
         devices: one process each.
 
     Attributes:
-        retired: devices that failed, and how; notes: of the backends, each once; see `clipval.backends.Backend`.
+        retired: failed devices, and how; notes: of the backends, without duplicates; see `clipval.backends.Backend`.
     """
 
     def __init__(self, opener: Opener, devices: Sequence[Device]) -> None:
@@ -95,14 +95,14 @@ class Processes:
         self._workers = []
 
     def run(self, tasks: Sequence[Task], describe: str) -> Iterator[Tuple[Task, str, Any]]:
-        """Do tasks on whichever device is free.
+        """Run tasks on whichever device is free.
 
         Yields:
-            A task, where it was done, and what it gave, as they come.
+            Each task, its device, and its result, as they complete.
 
         Raises:
-            InputError, UsageError: a worker's own; no more tasks are done.
-            BackendUnavailable: no device is left, or one task ended its process too often.
+            InputError, UsageError: raised by a worker; no more tasks are run.
+            BackendUnavailable: no device is left, or one task killed its process too often.
         """
         left, bar = deque(tasks), tqdm(desc=describe, total=len(tasks), disable=None, leave=False)
         with bar:
@@ -123,7 +123,7 @@ class Processes:
         return Process(device, process, ours)
 
     def _assign(self, left: Deque[Task]) -> None:
-        """Give a task to each worker that waits, but none that is to be done elsewhere while there is an elsewhere."""
+        """Give each idle worker a task, but not one that should avoid its device while there is another."""
         names = {worker.device.where for worker in self._workers}
         for worker in self._workers:
             others = names - {worker.device.where}
@@ -133,7 +133,7 @@ class Processes:
                 if task is not None:
                     left.remove(task)
                     worker.task = task
-                    with suppress(OSError):  # it is dead, which is heard next
+                    with suppress(OSError):  # it is dead, which is noticed next
                         worker.connection.send(task)
 
     def _heard(self) -> List[Process]:
@@ -141,7 +141,7 @@ class Processes:
         return [worker for worker in self._workers if worker.connection in ready]
 
     def _receive(self, worker: Process, left: Deque[Task]) -> Optional[Tuple[Any]]:
-        """What a task gave; None for any other news, which is dealt with."""
+        """A task's result; None for any other message, which is handled."""
         try:
             word, value = worker.connection.recv()
         except (EOFError, OSError):
@@ -161,7 +161,7 @@ class Processes:
         return None
 
     def _died(self, worker: Process, left: Deque[Task]) -> None:
-        """Start a worker again, and give back what it was doing."""
+        """Restart a worker, and put its task back."""
         worker.process.join()
         how, task, where = _ending(worker.process.exitcode), worker.task, worker.device.where
         doing = f"in {task}" if task else "while it waited" if worker.ready else "while it was started"
@@ -177,13 +177,13 @@ class Processes:
                 )
             left.appendleft(task)
         worker.connection.close()
-        print(f"{where}: its process was ended {how} {doing}; it is started again", file=sys.stderr)
+        print(f"{where}: its process was ended {how} {doing}; restarting it", file=sys.stderr)
         again = self._start(worker.device)
         again.ended = worker.ended + 1
         self._workers[self._workers.index(worker)] = again
 
     def _retire(self, worker: Process, message: str, left: Deque[Task]) -> None:
-        """Go on without a device."""
+        """Continue without a device."""
         where = worker.device.where
         self.retired[where] = message
         self._workers.remove(worker)
@@ -192,7 +192,7 @@ class Processes:
         worker.connection.close()
         if not self._workers:
             raise BackendUnavailable(f"{where}: {message}")
-        print(f"{where}: {message}; the other devices go on without it", file=sys.stderr)
+        print(f"{where}: {message}; continuing without this device", file=sys.stderr)
         if worker.task is not None:
             left.appendleft(worker.task)
 
@@ -205,11 +205,11 @@ def _ending(code: Optional[int]) -> str:
 
 
 def _serve(opener: Opener, device: Device, connection: Connection, parent: int) -> None:
-    """A worker's whole life."""
+    """A worker's main loop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     supervise.end_with(parent)
     if device.cores:
-        os.sched_setaffinity(0, device.cores)  # before a runtime counts them
+        os.sched_setaffinity(0, device.cores)  # before a runtime counts cores
     try:
         worker = opener(device)
         connection.send(("ready", worker.backend.notes))
@@ -227,7 +227,7 @@ def _serve(opener: Opener, device: Device, connection: Connection, parent: int) 
 
 
 def described(error: BaseException) -> Tuple[str, str]:
-    """Kind of an error and a line for a person; what clipval did not foresee is printed whole."""
+    """Kind of an error and a one-line message; unexpected errors are printed in full."""
     if isinstance(error, ClipvalError):
         return error.kind, str(error)
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""What one device does: open a backend, then make shards, or embed a batch again."""
+"""The work of one device: open a backend, then make shards, or embed a batch again."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clipval.shards.files import Plan
 
 
 class Device(NamedTuple):
-    """Where a backend is opened.
+    """The device that a backend is opened on.
 
     Attributes:
-        number: of the device as the backend counts them; inside a worker of Ray always 0.
-        where: which device of which host, in words.
-        cores: of the processor that the worker keeps to; empty for all.
+        number: the backend's device number; inside a Ray worker always 0.
+        where: device and host, as text.
+        cores: CPU cores that the worker is restricted to; empty for all.
     """
 
     number: int
@@ -33,8 +33,7 @@ class Task(NamedTuple):
 
     Attributes:
         number: of the shard, or of the batch within the plan.
-        avoid: for a batch: the device that made it, which is not to embed it again if there is another; empty for a
-            shard.
+        avoid: for a batch: the device that made it, to be avoided if there is another; empty for a shard.
     """
 
     number: int
@@ -46,7 +45,7 @@ class Task(NamedTuple):
 
 @dataclass
 class Worker:
-    """An open backend and the rows that it embeds."""
+    """An open backend and the rows to embed."""
 
     planned: Plan
     backend: Backend
@@ -54,7 +53,7 @@ class Worker:
     where: str
 
     def do(self, task: Task) -> Any:
-        """Make a shard; or embed a batch: float32 [n, width], and the threads of the processor that did it."""
+        """Make a shard; or embed a batch: float32 [n, width], and the number of CPU threads."""
         if not task.avoid:
             files.make(self.planned, task.number, self.backend, self.rows, self.where)
             return None
@@ -69,5 +68,5 @@ class Worker:
         self.backend.close()
 
 
-# Opens a worker on a device; travels to another process, so it is a function of a module or an object of its class.
+# Opens a worker on a device; it is pickled, so it is a module's function or an object of a module's class.
 Opener = Callable[[Device], Worker]

@@ -67,7 +67,7 @@ def test_om_files_on_every_npu_of_the_cluster(address, rows, tmp_path):
     many = clipval(tmp_path, *given, "many", "--shards", SHARDS, "--ray", address)
     assert many.returncode == 0, many.stderr
     assert f"in {SHARDS} shards ({SHARDS} made now) by om simulated" in many.stdout
-    assert "16 equal to the bit" in many.stdout
+    assert "16 bit-identical" in many.stdout
     wanted, found = embeddings.read(tmp_path / "one"), files.read_any(tmp_path / "many")
     assert found.ids == wanted.ids
     assert found.values.tobytes() == wanted.values.tobytes()

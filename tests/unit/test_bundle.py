@@ -142,11 +142,11 @@ def test_waists_are_what_every_way_leads_through(tmp_path):
 
 
 def test_what_cannot_be_bundled_or_replayed_is_said(chain, tmp_path, capsys):
-    with pytest.raises(UsageError, match="no excess: there is no part to cut out"):
+    with pytest.raises(UsageError, match="no excess: there is no part to extract"):
         bundle.write(tmp_path / "new", Finding(NONE, "onnx", "fine"), [])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(UsageError, match="is not empty"):
+    with pytest.raises(UsageError, match="not empty"):
         bundle.write(tmp_path / "full", Finding(DIVERGENCE, "onnx", "bad"), [])
     command = ["diagnose", "--workdir", str(tmp_path), "--replay"]
     assert cli.main([*command, str(tmp_path / "none")]) == 2

@@ -344,10 +344,10 @@ def test_ais_benchs_other_formats(tmp_path, under, ending, dtype):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda folder: saved(folder, "bin", some()), "12 .bin files, which tell no dtype.*--outfmt NPY"),
+        (lambda folder: saved(folder, "bin", some()), "12 .bin files, which have no dtype.*--outfmt NPY"),
         (
             lambda folder: (folder / "2_0_0.bin").write_bytes(bytes(2047)),
-            "2_0_0.bin: 2047 bytes, no whole number of <f4",
+            "2_0_0.bin: 2047 bytes, not a whole number of <f4",
         ),
         (lambda folder: (folder / "2_0_0.bin").write_bytes(bytes(2044)), r"2_0_0.bin: <f4 \(1, 511\), expected"),
         (lambda folder: saved(folder, "txt", some(2)), r"results of several runs \(12 .bin, 2 .txt files\)"),

@@ -106,7 +106,7 @@ def test_a_killed_worker_costs_its_shard_only(planned, rows, job, capfd):
     twice = range(planned.edges[hit], 17, BATCH)  # up to the batch in which it was killed
     assert calls(deadly) == sorted([*range(0, SAMPLES, BATCH), *twice])
     said = capfd.readouterr().err
-    assert f"its process was ended by SIGKILL in shard {hit}; it is started again" in said
+    assert f"its process was ended by SIGKILL in shard {hit}; restarting it" in said
     assert (
         not [name for name in os.listdir(planned.folder) if name.endswith(files.BUILDING)]
         or files.prepare(planned) == []
@@ -129,7 +129,7 @@ def test_a_device_that_fails_is_left_out_and_named(planned, job, capfd):
     _, workers = run(job(broken=1, after=1))
     files.complete(planned)
     assert list(workers.retired) == ["fake:1"]
-    assert "fake:1: fake device 1 is lost; reset it; the other devices go on without it" in capfd.readouterr().err
+    assert "fake:1: fake device 1 is lost; reset it; continuing without this device" in capfd.readouterr().err
 
 
 def test_no_device_left(job):
@@ -212,7 +212,7 @@ def test_what_would_be_mixed_in_is_refused(planned, rows):
     with pytest.raises(InputError, match=r"00000-of-00004: of other samples \(0_0, ...\)"):
         files.prepare(files.plan(planned.folder, other, BATCH, 4, KEY))
     np.save(planned.folder / "7_0_0.npy", np.ones((1, 512), np.float32))
-    with pytest.raises(InputError, match=r"holds embeddings that are no shards \(7_0_0.npy\)"):
+    with pytest.raises(InputError, match=r"holds embeddings that are not shards \(7_0_0.npy\)"):
         files.prepare(planned)
 
 
@@ -222,7 +222,7 @@ def test_shards_of_two_makers_are_refused(planned, rows):
     manifest = json.loads(file.read_text())
     for change in ({"version": "2"}, {"device": "Other:0"}, {"simulated": True}):
         file.write_text(json.dumps({**manifest, "made_by": {**manifest["made_by"], **change}}))
-        with pytest.raises(InputError, match="shards of two makers"):
+        with pytest.raises(InputError, match="shards from two backends"):
             files.complete(planned)
 
 
@@ -323,7 +323,7 @@ def test_embed_in_shards_is_embed_to_the_bit(arranged, capsys):
     said = capsys.readouterr().out
     assert "21 embeddings of the text tower in 3 shards (3 made now) by onnx" in said
     assert "16 samples drawn" in said
-    assert "16 equal to the bit" in said
+    assert "16 bit-identical" in said
     one, many = embeddings.read(folder / "one"), files.read_any(folder / "many")
     assert many.ids == one.ids
     assert many.values.tobytes() == one.values.tobytes()
@@ -341,14 +341,14 @@ def test_one_run_at_a_time(arranged, capsys):
     given = ["--model", model, "--input", folder / "texts", "--output", folder, "--output-dirname", "many"]
     with FileLock(str(folder / "many" / ".lock")):
         assert clipval("embed", *given, "--shards", 2) == 2
-    assert "another run makes its shards" in capsys.readouterr().err
+    assert "another run is writing its shards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--ray", "127.0.0.1:1", "--devices", "0"], "leave out --devices"),
-        (["--shards", "2", "--onnx-provider-options", "device_id=1"], "say which devices with --devices"),
+        (["--shards", "2", "--onnx-provider-options", "device_id=1"], "select devices with --devices"),
         (["--shards", "2", "--data-dir", "x"], "give either --input with prepared arrays or --data-dir"),
     ],
 )
@@ -388,7 +388,7 @@ def test_simulated_npus(arranged, monkeypatch, capsys):
     assert all(shard.identity.device == f"Ascend910B4:{shard.where[-1]}" for shard in shards)
     plain = embeddings.embed(_onnx(model), found.ids, arrays.listed(folder / "texts", TEXT), 4)
     assert np.allclose(found.values, plain.values, atol=2e-3)
-    assert "16 equal to the bit" in said
+    assert "16 bit-identical" in said
 
 
 def _onnx(model):
