@@ -49,6 +49,7 @@ class Chain:
         backends.check_acl(settings.validated, settings)
         self._embeddings: Dict[Tuple[str, str], Made] = {}
         self._retrievals: Dict[str, Retrieval] = {}
+        self._rows: Dict[Tuple[str, int], np.ndarray] = {}
 
     @cached_property
     def subject(self) -> subject.Subject:
@@ -235,14 +236,25 @@ class Chain:
         return secrets.randbelow(10**6) if self.settings.probe_seed is None else self.settings.probe_seed
 
     def embed_probe(self, name: str, tower: Tower, seed: Optional[int] = None) -> Embeddings:
-        """A backend's embeddings of probe inputs, by default of this run's seed, computed now."""
+        """A backend's embeddings of probe inputs, computed now: of a seed, else of this run's, with every token id."""
         ids, rows = probe.inputs(self.model, tower, self.probe_seed if seed is None else seed)
+        if seed is None and rows.dtype.kind == "i":
+            more = probe.every_id(self.model, tower, self.probe_seed)
+            ids, rows = ids + more.ids, np.concatenate([rows, more.rows])
         return embed(self.backend(name, tower, self.accuracy_batch), ids, rows, self.accuracy_batch)
 
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:
         """A backend's embeddings of some samples, in the order picked, computed now."""
         rows = self.prepared.rows[tower.name]
         return embed(self.backend(name, tower, batch_size), [rows.ids[n] for n in picked], rows[picked], batch_size)
+
+    def reference_rows(self, tower: Tower, index: np.ndarray) -> np.ndarray:
+        """The reference's embeddings of some samples, each computed once a run: float32 [n, width]."""
+        missing = np.unique([n for n in index if (tower.name, int(n)) not in self._rows]).astype(int)
+        if len(missing):
+            found = self.embed_some(REFERENCE, tower, missing, min(32, len(missing))).values
+            self._rows.update({(tower.name, int(n)): row for n, row in zip(missing, found)})
+        return np.stack([self._rows[tower.name, int(n)] for n in index])
 
     def retrieval(self, name: str) -> Retrieval:
         """A backend's ranks on the whole data set."""

@@ -34,6 +34,8 @@ ACCOUNT: pytest.StashKey[Account] = pytest.StashKey()
 STARTED: pytest.StashKey[float] = pytest.StashKey()
 UNWATCHED: pytest.StashKey[str] = pytest.StashKey()
 FIGURES: pytest.StashKey[List[Figure]] = pytest.StashKey()
+BEGUN: pytest.StashKey[bool] = pytest.StashKey()
+PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,12 +55,24 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, None]:
             os.execv(sys.executable, [sys.executable, "-m", "pytest", "-c", str(ini), *args])
         config.stash[UNWATCHED] = supervise.why_not()
         began = time.time()
-        code = None if config.stash[UNWATCHED] else supervise.fork(partial(_say, config), partial(_save, config, began))
+        again = [sys.executable, *getattr(sys, "orig_argv", ["", "-m", "pytest", *args])[1:]]
+        save = partial(_save, config, began)
+        code = None if config.stash[UNWATCHED] else supervise.start(again, partial(_say, config), save)
         if code is not None:
             os._exit(code)  # the child has already run all exit hooks
+    elif not hasattr(config, "workerinput"):
+        config.stash[UNWATCHED] = "another program runs pytest"
     outcome = yield
     if outcome.excinfo is None:
+        if outcome.get_result() in PASSED and config.stash.get(BEGUN, False) and config.stash[ACCOUNT].failed:
+            _say(config, "clipval: FAIL: the run failed, but something changed its exit code to that of a pass")
+            outcome.force_result(pytest.ExitCode.TESTS_FAILED)
         supervise.close(outcome.get_result())
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    config.stash[BEGUN] = not hasattr(config, "workerinput") and not config.option.collectonly
 
 
 def _say(config: pytest.Config, line: str) -> None:
@@ -356,7 +370,7 @@ class Keeper:
         if exitstatus != pytest.ExitCode.USAGE_ERROR and self._concerned():
             self.run = self.account.run(self.config.stash[CHAIN])
             self.written = self._write(self.run)
-        if self.account.failed and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if self.account.failed and exitstatus in PASSED:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:

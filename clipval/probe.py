@@ -17,6 +17,7 @@ from clipval.model import Model, transformed, vocabulary
 from clipval.towers import Tower
 
 SHORTEST = 3  # tokens: start, one word, end
+MOST_ROWS = 700  # that show the ids of a vocabulary: all 49408 of CLIP's, 75 a row; of larger ones a part, drawn
 
 
 class Probe(NamedTuple):
@@ -96,6 +97,22 @@ def inputs(loaded: Model, tower: Tower, seed: int) -> Probe:
     if tower.dtype == "float32":
         return pictures(tower, partial(transformed, loaded), seed)
     return captions(tower, token_layout(loaded.tokenize, vocabulary(loaded)), seed)
+
+
+def every_id(loaded: Model, tower: Tower, seed: int) -> Probe:
+    """Full rows of tokens in which each id of the vocabulary stands once, as far as `MOST_ROWS` go, in drawn order.
+
+    A few captions show few ids, and one wrong row of the table of tokens would be met by chance alone.
+    """
+    layout = token_layout(loaded.tokenize, vocabulary(loaded))
+    words = _generator(seed, 2).permutation(layout.words)
+    fixed = len(layout.prefix) + len(layout.suffix)
+    each = tower.row_shape[0] - fixed
+    count = min(-(-len(words) // each), MOST_ROWS)
+    rows = np.empty((count, tower.row_shape[0]), tower.dtype)
+    for row, some in zip(rows, np.resize(words, (count, each))):
+        row[:] = [*layout.prefix, *some, *layout.suffix]
+    return Probe(tuple(f"ids, row {n + 1}" for n in range(count)), rows)
 
 
 def captions(tower: Tower, layout: TokenLayout, seed: int) -> Probe:

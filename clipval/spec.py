@@ -26,7 +26,7 @@ else:
     from typing_extensions import Annotated
 
 FOLDER = Path(__file__).parent / "specs"
-LEAST_COSINE, MOST_RECALL = 0.9, 0.1
+LEAST_COSINE, MOST_RECALL, LEAST_FLOOR, MOST_DUPLICATES = 0.9, 0.1, 0.1, 0.1
 MOST = {"max_abs": 0.1, "norm": 0.1, "invariance": 0.1}
 Between = Annotated[float, msgspec.Meta(gt=0, lt=1)]  # an open interval, so that a bound can both pass and fail
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -72,7 +72,7 @@ class DataSpec(_Table, frozen=True):
         name: its name in published tables: `flickr30k`, `mscoco_captions`, `shapes`.
         kind: one of `clipval.datasets.MODULES`; a folder of another kind is still recognised.
         images, captions: expected numbers; 0 allows any.
-        captions_sha256: of the captions in order, each ended by a newline; not compared if empty.
+        captions_sha256: of the captions in order and the ids of their images, from `clipval pin`; not compared if empty.
         fingerprint: of ids, captions and the bytes of every image, from `clipval pin`; not compared if empty.
         duplicates: number of images that may be duplicates with another id.
         get: one sentence for users without the data: where to get it, and the expected layout.
@@ -181,7 +181,7 @@ class ThroughputSpec(_Table, frozen=True):
     """Batch sizes to measure, published curves, and the required share of a published figure on its chip."""
 
     batch_sizes: Annotated[Tuple[Size, ...], msgspec.Meta(min_length=1)] = (1, 4, 8, 16, 32, 64)
-    floor: float = 0.9
+    floor: Share = 0.9
     because: str = ""
     published: List[PublishedThroughput] = []
 
@@ -302,7 +302,8 @@ def _cannot_fail(spec: Spec) -> List[str]:
     """Bounds so wide that a broken model is within them.
 
     Embeddings of two different samples have a cosine of 0.3 to 0.9 in a CLIP model, unit vectors of width 512 differ by
-    0.1 to 0.3 in one element, and a recall that is 0.1 off means another model.
+    0.1 to 0.3 in one element, and a recall that is 0.1 off means another model. A tenth of the published speed means
+    another machine, and a tenth of the images with two ids another data set.
     """
     wide = [
         f"parity {one.backend}: cosine_min {one.cosine_min:g}" for one in spec.parity if one.cosine_min < LEAST_COSINE

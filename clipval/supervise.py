@@ -1,7 +1,8 @@
 """Watch a run from a parent process: the child's closing record counts, besides its exit code.
 
 A runtime's library or an exit hook may call `os._exit(0)` at any moment, and nothing inside the process can prevent
-it. The child is a fork, so debuggers, coverage and interpreter options still apply.
+it. The child is a fork, so debuggers, coverage and interpreter options still apply. A fork does not copy threads, so
+beside running threads the child is a process that starts again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,8 +22,9 @@ FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 TERMINAL = (signal.SIGINT, signal.SIGQUIT)  # typed, they have reached the child too
 LOOK = 0.2  # seconds between two looks at the child
 ENDING = 60.0  # seconds that a run may take to end after its verdict: closing devices, deleting scratch files
-# Modules with threads of their own, which a fork does not copy: debuggers, and a runtime that waits for them at exit
-THREADED = ("pydevd", "debugpy", "onnxruntime")
+DEBUGGERS = ("pydevd", "debugpy")  # their threads can neither be copied nor started again
+THREADED = ("onnxruntime",)  # modules with native threads, which they wait for at exit
+VARIABLE = "CLIPVAL_WATCHED_BY"  # of a child that starts again: its parent, and where its closing record goes
 
 _record: Optional[int] = None
 
@@ -33,6 +36,9 @@ class _Ended(NamedTuple):
     record: Optional[int]
 
 
+Rescue = Callable[[int, str], Optional[int]]
+
+
 def _nothing(child: int, said: str) -> None:
     return None
 
@@ -41,28 +47,56 @@ def why_not() -> str:
     """Why this process cannot be watched; empty if it can be."""
     if not hasattr(os, "fork") or not hasattr(signal, "sigwaitinfo"):
         return "this system has no fork or sigwaitinfo"
-    loaded = [name for name in THREADED if name in sys.modules]
-    if loaded:
-        return f"{loaded[0]} is loaded, and a fork does not copy its threads"
-    return "threads are running" if threading.active_count() > 1 else ""
+    loaded = [name for name in DEBUGGERS if name in sys.modules]
+    return f"{loaded[0]} is loaded, and its threads cannot be watched" if loaded else ""
 
 
-def fork(say: Callable[[str], None], rescue: Callable[[int, str], Optional[int]] = _nothing) -> Optional[int]:
+def start(again: List[str], say: Callable[[str], None], rescue: Rescue = _nothing) -> Optional[int]:
+    """Let a child do the work: None in the child, which continues; in the parent the exit code, once it has ended.
+
+    Args:
+        again: command line of a child that starts again; others: see `fork`.
+    """
+    if _adopted():
+        return None
+    threads = threading.active_count() > 1 or any(name in sys.modules for name in THREADED)
+    return fork(say, rescue, again if threads else None)
+
+
+def _adopted() -> bool:
+    """Whether this process is a child that started again; from now on it writes its closing record."""
+    global _record
+    parent, _, writer = os.environ.pop(VARIABLE, "").partition(" ")
+    if parent != str(os.getppid()):
+        return False
+    _record = int(writer)
+    os.set_inheritable(_record, False)
+    end_with(int(parent))
+    return True
+
+
+def fork(say: Callable[[str], None], rescue: Rescue = _nothing, again: Optional[List[str]] = None) -> Optional[int]:
     """Fork: None in the child, which continues; in the parent the exit code, once the child has ended.
 
     Args:
         say: prints a line, in the parent.
         rescue: called in the parent if the child ended without a verdict, with its pid and how it ended; saves what is
             left of its run, and may return another exit code.
+        again: command line of a child that is started instead.
     """
     global _record
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if stream is not None:
             stream.flush()  # or both processes print what is buffered
     signals = {getattr(signal, name) for name in FORWARDED} | {signal.SIGCHLD}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     parent, (reader, writer) = os.getpid(), os.pipe()
-    child = os.fork()
+    if again is not None:  # a program that starts inherits what is blocked, so it starts first
+        told = {**os.environ, VARIABLE: f"{parent} {writer}"}
+        process = subprocess.Popen(again, pass_fds=[writer], env=told)
+        child = process.pid
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    if again is None:
+        child = os.fork()
     if child == 0:
         os.close(reader)
         _record = writer

@@ -52,7 +52,8 @@ def write_spec(folder: Path) -> Path:
     for name in ("shapes-vit.json", "shapes-vit.pt", "shapes-golden.npz"):
         text = text.replace(f'"{name}"', f'"{SPECS / name}"')
     head, _, rest = text.partition("[[references]]")
-    captions = "".join(f"{one}\n" for _, made in shapes.scenes(shapes.SEED_TEST, IMAGES) for one in made)
+    drawn = zip(shapes._ids(IMAGES), shapes.scenes(shapes.SEED_TEST, IMAGES))
+    captions = "".join(f"{number}\t{one}\n" for number, (_, made) in drawn for one in made)
     lines = [line for line in head.splitlines() if not line.startswith("captions_sha256")]
     head = "\n".join(lines).replace("images = 1001", f"images = {IMAGES}")
     digest = f'captions_sha256 = "{hashlib.sha256(captions.encode()).hexdigest()}"'

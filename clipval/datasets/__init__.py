@@ -80,8 +80,10 @@ class RetrievalDataset:
         return dict(zip(self.caption_ids, self.captions)).get(caption_id)
 
     def captions_sha256(self) -> str:
-        """sha256 over the captions in order, each ended by a newline."""
-        return hashlib.sha256("".join(f"{caption}\n" for caption in self.captions).encode()).hexdigest()
+        """sha256 over the captions in order: the id of each one's image, a tab, the caption, a newline."""
+        owners = (self.image_ids[index] for index in self.image_of_caption.tolist())
+        lines = (f"{owner}\t{caption}\n" for owner, caption in zip(owners, self.captions))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 over ids, captions and the bytes of every image, which are read once.

@@ -84,7 +84,9 @@ def prepared_texts(data: PreparedRows, dataset: RetrievalDataset, model: Model, 
     if spec.data.captions_sha256:
         same = np.array([dataset.captions_sha256() != spec.data.captions_sha256])
         figures.append(
-            _prepared(PREPARED_TEXTS, "captions that differ from the spec's", same, 0.0, ["annotation file"])
+            _prepared(
+                PREPARED_TEXTS, "captions that differ from the spec's, or their images", same, 0.0, ["annotation file"]
+            )
         )
     return figures
 

@@ -57,9 +57,14 @@ class Calls:
             self.misshapen = self.misshapen or found.shape or (0,)
             return
         self.last[slot] = np.array(found)
-        self.prints.setdefault(slot, []).append(np.einsum("ij,j->i", found, self._direction))
+        self.prints.setdefault(slot, []).append(self.print_of(found))
         if len(self.times) % self._every == 0:
             self.memory.append((len(self.times), Memory.now()))
+
+    def print_of(self, found: np.ndarray) -> np.ndarray:
+        """A figure of each row of an output, which tells it from others: [batch]."""
+        figures: np.ndarray = np.einsum("ij,j->i", found, self._direction)
+        return figures
 
     def pairs(self) -> np.ndarray:
         """Seconds [pairs, 2] of paired calls: with the seen batch, and with the fresh one."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Optional, Sequence
 
 import numpy as np
 
-from clipval.throughput.machine import Clock
+from clipval.throughput.machine import Clock, witness
 
 APART = 0.02  # share of the elapsed time by which two clocks of one host may differ; a slewed one is off by 5e-4
 SLACK = 0.01  # further seconds, for reading the clocks
+TICKS = 0.03  # further seconds, three ticks of times(2): a third clock, which the system call alone tells
 # Execute time is inside the call: at most the call's time, apart from the resolution of a float32 clock in milliseconds
 # (see `clipval.backends.om`), and at least a twentieth of it, since transfers and Python do not take nineteen parts.
 LONGEST = 1.02
@@ -22,7 +24,7 @@ class Watched:
 
     def __init__(self, clock: Clock, other: Clock) -> None:
         self._clocks = clock, other
-        self._start = clock(), other()
+        self._start, self._ticks = (clock(), other()), os.times().elapsed
 
     def elapsed(self) -> float:
         """Seconds by the other clock."""
@@ -35,6 +37,7 @@ class Watched:
             times: seconds of each call by the first clock.
         """
         elapsed, other = (clock() - start for clock, start in zip(self._clocks, self._start))
+        ticks = os.times().elapsed - self._ticks
         seconds = np.asarray(times, np.float64)
         bad = int((~(seconds > 0)).sum())
         if bad:
@@ -42,6 +45,8 @@ class Watched:
         if abs(elapsed - other) > APART * abs(other) + SLACK or seconds.sum() > (1 + APART) * other + SLACK:
             calls = f"{len(seconds)} calls took {seconds.sum():.3f} s"
             return f"the host's clock jumped: {calls} of {elapsed:.3f} s by this clock, {other:.3f} s by another"
+        if self._clocks[1] is witness and self._ticks and abs(ticks - other) > APART * ticks + TICKS:
+            return f"the host's clocks cannot be believed: {other:.3f} s by them were {ticks:.2f} s by times(2)"
         return ""
 
 

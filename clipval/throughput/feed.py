@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Feed:
         self.fresh = np.array(rows[(self.indices[-1] + batch_size) % len(rows)], order="C")
         self._rows, self._coming, self._turn = rows, [0] * 0, 0
         self._rng = np.random.default_rng(list(os.urandom(16)))
+        self._drawn: List[int] = []  # seeds of the changes to the fresh batch so far
         if self.fresh.dtype.kind == "i":
             self._words, self._columns = _replaceable(np.asarray(rows[np.arange(min(SAMPLE, len(rows)))]), self.fresh)
 
@@ -43,8 +44,27 @@ class Feed:
             self._coming = [self._turn, FRESH] if self._rng.random() < 0.5 else [FRESH, self._turn]
         slot = self._coming.pop()
         batch = self.fresh if slot == FRESH else self.batches[slot]
-        self._write(batch, changed=slot == FRESH)
+        seed = int(self._rng.integers(2**63))
+        self._write(batch, seed, changed=slot == FRESH)
+        if slot == FRESH:
+            self._drawn.append(seed)
         return slot, batch
+
+    def again(self, count: int) -> Iterator[np.ndarray]:
+        """The fresh batch as it was the last so many times, the last one first. It stays as it was the first of them.
+
+        A runtime that wrote to it in between does not find it as it was.
+        """
+        for n in range(count):
+            if n:
+                self._undo()
+            yield self.fresh
+
+    def _undo(self) -> None:
+        """Make the fresh batch what it was the time before."""
+        last = self._drawn.pop()
+        words = self.fresh.dtype.kind == "i"  # they are written over; a rectangle is inverted a second time
+        self._write(self.fresh, self._drawn[-1] if words else last, changed=True)
 
     def begin_pair(self) -> None:
         """Make the next batch the first of a pair."""
@@ -58,16 +78,17 @@ class Feed:
             if not np.array_equal(batch, np.asarray(self._rows[index]))
         ]
 
-    def _write(self, batch: np.ndarray, *, changed: bool) -> None:
+    def _write(self, batch: np.ndarray, seed: int, *, changed: bool) -> None:
         """Modify the fresh batch. A seen one is rewritten unchanged, so that CPU caches treat both alike."""
+        rng = np.random.default_rng(seed)
         if batch.dtype.kind == "i":
-            drawn = self._rng.choice(self._words, (self.batch_size, self._columns))
+            drawn = rng.choice(self._words, (self.batch_size, self._columns))
             place = batch[:, 1 : 1 + self._columns]
             place[:] = drawn if changed else place.copy()
             return
         # inverting twice restores the image, which rectangles of random size and place hardly ever do
-        top, left = (int(self._rng.integers(0, side // 2)) for side in batch.shape[-2:])
-        height, width = (int(self._rng.integers(side // 4, side // 2 + 1)) for side in batch.shape[-2:])
+        top, left = (int(rng.integers(0, side // 2)) for side in batch.shape[-2:])
+        height, width = (int(rng.integers(side // 4, side // 2 + 1)) for side in batch.shape[-2:])
         part = batch[..., top : top + height, left : left + width]
         for _ in range(1 if changed else 2):
             np.negative(part, out=part)

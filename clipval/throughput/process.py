@@ -13,9 +13,13 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
+from clipval.throughput.machine import witness
+
 LOOKS = 5  # samples of the memory needed for a median growth
 LEAK = 2**19  # bytes per call; allocators take memory in steps, so a clean call shows 0 in most samples
-AGAIN = 12  # calls with garbage collection after each, before memory counts as leaked
+AGAIN, MOST_AGAIN = 12, 60  # calls with garbage collection after each, before memory counts as leaked
+STEPS = 2  # largest steps of the memory that do not count as leaked
+ENOUGH = 0.5  # seconds of calls that show which threads compute
 A_SHARE = 0.25  # a waiting thread spins for milliseconds at most; a working one takes nearly as much time as the others
 LARGE_BATCH = 64  # rows that keep every thread busy
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -71,14 +75,16 @@ def _allocated() -> int:
 
 
 def growth(looks: Sequence[Look]) -> float:
-    """Bytes by which this process grew per call, as the median between samples; 0 for fewer than `LOOKS` samples.
+    """Bytes by which this process grew per call, by median or by sum; 0 for fewer than `LOOKS` samples.
 
-    A median, since allocators take memory in steps while a leaking call leaks every time.
+    Allocators take memory in steps while leaking calls leak again and again, so the sum is without the largest `STEPS`.
     """
     if len(looks) < LOOKS:
         return 0.0
     calls, grown = np.diff([n for n, _ in looks]), np.diff([memory for _, memory in looks], axis=0)
-    return float(np.median(grown / calls[:, None], axis=0).max())
+    each = np.median(grown / calls[:, None], axis=0)
+    kept = np.sort(grown, axis=0)[:-STEPS].sum(axis=0) / calls.sum()
+    return float(max(each.max(), kept.max()))
 
 
 def thread_seconds() -> Dict[str, float]:
@@ -113,7 +119,7 @@ def leak(looks: Sequence[Look], call: Callable[[], object]) -> str:
     if growth(looks) < LEAK:
         return ""
     again: List[Look] = []
-    for n in range(AGAIN):
+    for n in range(min(max(AGAIN, looks[-1][0]), MOST_AGAIN)):
         call()
         gc.collect()
         again.append((n, Memory.now()))
@@ -121,17 +127,26 @@ def leak(looks: Sequence[Look], call: Callable[[], object]) -> str:
     return "" if kept < LEAK else f"each call keeps {kept / 2**20:.2g} MB of memory, allowed {LEAK / 2**20:g} MB"
 
 
-def idle_threads(asked: int, used: Optional[int], call: Callable[[], object]) -> str:
+def idle_threads(asked: int, used: Optional[int], seconds: float, call: Callable[[], object]) -> str:
     """A message if a backend leaves requested threads idle, else empty.
 
-    Small batches do not keep many threads busy, so the square root of the requested number is enough.
+    Small batches do not keep many threads busy, so the square root of the requested number is enough. Calls for less
+    than `ENOUGH` seconds do not distinguish working threads from waiting ones, so large ones are made for that long.
 
     Args:
-        asked: threads that a call should use; used: those that computed during the timed calls, None if unknown; call:
-            makes a call with a large batch, which has work for all.
+        asked: threads that a call should use; used: those that computed during the timed calls, None if unknown;
+            seconds: of the timed calls; call: makes a call with a large batch, which has work for all.
     """
     least = math.ceil(math.sqrt(asked))
-    if used is None or used >= least:
+    if used is None or (used >= least and seconds >= ENOUGH):
         return ""
-    used = threads_used(call) or used
+
+    def for_long() -> None:
+        start = witness()
+        while True:
+            call()
+            if witness() - start >= ENOUGH:
+                return
+
+    used = threads_used(for_long) or used
     return "" if used >= least else f"{asked} threads were requested (--threads), but only {used} computed"

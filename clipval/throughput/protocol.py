@@ -253,7 +253,7 @@ class _Timed:
     def fault(self) -> Optional[Fault]:
         """What is wrong with the row itself, the worst first; asked after timing."""
         subject, calls = self._subject, self.calls
-        bad = wrong_outputs(calls, subject.feed, subject.expected)
+        bad = wrong_outputs(calls, subject.backend, subject.feed, subject.expected)
         if bad:
             return Fault(BAD_OUTPUT, bad)
         if self.clock_fault:
@@ -266,7 +266,8 @@ class _Timed:
         lost = leak(calls.memory, calls)
         if lost:
             return Fault(LEAKING, lost)
-        idle = idle_threads(subject.threads, self._used, self._large_call) if subject.threads else ""
+        spent = sum(calls.times)
+        idle = idle_threads(subject.threads, self._used, spent, self._large_call) if subject.threads else ""
         return Fault(IDLE_THREADS, idle) if idle else None
 
     def _large_call(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -44,7 +45,8 @@ def subject(
     def expected() -> Expected:
         bounds = chain.bounds(backend.identity, tower)
         reference = chain.backend(REFERENCE, tower, 1)
-        return Expected(reference.run, bounds.cosine_min, bounds.max_abs, chain.prepared.rows[tower.name].ids)
+        ids, of_rows = chain.prepared.rows[tower.name].ids, partial(chain.reference_rows, tower)
+        return Expected(reference.run, bounds.cosine_min, bounds.max_abs, ids, of_rows)
 
     def standing(clocks: Clocks) -> baseline.Judgement:
         assert known is not None

@@ -240,6 +240,29 @@ def captions_exchanged() -> None:
     dataset(change)
 
 
+@fault("two images have each other's name in the annotations", "prepared/data/text", "or their images")
+def images_renamed() -> None:
+    def change(data: Any) -> Any:
+        order = [1, 0, *range(2, len(data.image_ids))]  # their captions stay where they are
+        images = {name: tuple(getattr(data, name)[n] for n in order) for name in ("image_ids", "image_paths")}
+        owners = [images["image_ids"][n] for n in data.image_of_caption]
+        ids = tuple(f"{owner}_{name.rpartition('_')[2]}" for owner, name in zip(owners, data.caption_ids))
+        return dataclasses.replace(data, **images, caption_ids=ids)
+
+    dataset(change)
+
+
+@fault("one caption counted to the next image", "prepared/data/text", "or their images")
+def caption_of_the_next_image() -> None:
+    def change(data: Any) -> Any:
+        owner = data.image_of_caption.copy()
+        owner[14] = owner[15]  # both images keep some
+        ids = (*data.caption_ids[:14], f"{data.image_ids[owner[15]]}_5", *data.caption_ids[15:])
+        return dataclasses.replace(data, image_of_caption=owner, caption_ids=ids)
+
+    dataset(change)
+
+
 @fault("a copy of the data that lacks the last image", "prepared/data/vision", "the spec says", "incomplete copy")
 def incomplete_copy() -> None:
     def change(data: Any) -> Any:

@@ -193,3 +193,32 @@ def int12_layer() -> None:
         return np.asarray(np.round(values / step) * step, np.float32)
 
     exported(lambda onnx, graph: weights(onnx, graph, rounded), "vision")
+
+
+def token_table(change: Callable[[np.ndarray], None]) -> None:
+    """Change the table of tokens of the text tower's export."""
+
+    def run(onnx: Any, graph: Any) -> None:
+        (held,) = [one for one in graph.graph.initializer if one.dims and one.dims[0] > 40000]
+        table = onnx.numpy_helper.to_array(held).copy()
+        change(table)
+        held.CopyFrom(onnx.numpy_helper.from_array(table, held.name))
+
+    exported(run)
+
+
+@fault("one row of the table of tokens zeroed", "probe/onnx/text", "input 'ids, row", "repeat with --probe-seed")
+def token_zeroed() -> None:
+    def change(table: np.ndarray) -> None:
+        table[30_000] = 0
+
+    token_table(change)
+
+
+@fault("one row of the table of tokens off by a thousandth", "probe/onnx/text", "input 'ids, row",
+       "repeat with --probe-seed")  # fmt: skip
+def token_off() -> None:
+    def change(table: np.ndarray) -> None:
+        table[12_345] *= 1.001
+
+    token_table(change)

@@ -12,6 +12,7 @@ import pytest
 
 from clipval.backends.onnx import OnnxBackend
 from clipval.gates import parity
+from clipval.plugin import Keeper
 from tests.faults.in_backends import output
 from tests.faults.table import ACCURACY, fault
 
@@ -89,8 +90,48 @@ def unpromised_figure() -> None:
     parity.agreement = agreement
 
 
+@fault("a plugin that sets the exit code to 0 when the tests are done", "parity/onnx/text",
+       "something changed its exit code")  # fmt: skip
+def exit_code_reset() -> None:
+    output(lambda rows: -rows)  # and the plugin comes when tests are collected
+
+
+@fault("a plugin that takes the account of the run away", "clipval: FAIL", "something changed its exit code")
+def account_lost() -> None:
+    return None  # done when tests are collected
+
+
+THREADED = (*ACCURACY, "-p", "tests.faults.threaded")
+
+
+@fault("a runtime that ends the process with exit code 0, beside threads of other plugins", "clipval: FAIL",
+       "before its verdict", arguments=THREADED)  # fmt: skip
+def process_with_threads_ended() -> None:
+    process_ended()
+
+
+@fault("an exit hook that turns exit code 1 into 0, beside threads of other plugins", "parity/onnx/text",
+       "its exit hooks changed that to 0", arguments=THREADED)  # fmt: skip
+def exit_code_changed_with_threads() -> None:
+    exit_code_changed()
+
+
+class ResetsExitCode:
+    """A plugin, as those that let failures pass in a pipeline."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: Any) -> None:
+        session.exitstatus = 0
+
+
 def collected(items: Any, name: str) -> None:
     """Do to the collected tests what a fault says."""
+    plugins = items[0].config.pluginmanager if items else None
+    if name == "exit_code_reset":
+        plugins.register(ResetsExitCode())
+    elif name == "account_lost":
+        for plugin in [one for one in plugins.get_plugins() if isinstance(one, Keeper)]:
+            plugins.unregister(plugin)
     parity = [item for item in items if item.name.startswith("test_parity[")]
     if name == "skipped_gate":
         for item in parity:

@@ -9,6 +9,7 @@ from typing import Any, Callable, List
 import numpy as np
 
 from clipval.backends.onnx import OnnxBackend
+from clipval.throughput.feed import Feed
 from tests.faults.table import fault
 
 PERF = ("-m", "perf", "--batch-sizes=8")
@@ -170,3 +171,172 @@ def idle_threads() -> None:
         return found
 
     OnnxBackend._options = options  # type: ignore[method-assign]
+
+
+def of_new_batches(change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change what the text tower gives for one batch that never came before, in the middle of the timed calls."""
+    seen: List[bytes] = []
+    chosen: List[bytes] = []
+
+    def of(self: OnnxBackend, rows: np.ndarray, found: np.ndarray, n: int) -> np.ndarray:
+        key = rows.tobytes()
+        new = key not in seen
+        seen.append(key)
+        if n < TIMED or not new or chosen:
+            return found
+        chosen.append(key)
+        return change(found)
+
+    timed(of)
+
+
+@fault("one batch that never came before is given other embeddings, in the middle of the timed calls",
+       "throughput/onnx/text/8", "BAD_OUTPUT", "than when it was given again", arguments=PERF)  # fmt: skip
+def one_new_batch_wrong() -> None:
+    of_new_batches(lambda found: np.roll(found, 1, axis=1))
+
+
+@fault("two rows of one new batch exchanged, in the middle of the timed calls",
+       "throughput/onnx/text/8", "BAD_OUTPUT", "than when it was given again", arguments=PERF)  # fmt: skip
+def one_new_batch_exchanged() -> None:
+    of_new_batches(lambda found: found[[1, 0, *range(2, len(found))]])
+
+
+LARGE = ("-m", "perf", "--batch-sizes=16")
+
+
+@fault("the fourth row of each large batch wrong", "throughput/onnx/text/16", "BAD_OUTPUT", "off pytorch's embedding",
+       arguments=LARGE)  # fmt: skip
+def fourth_row() -> None:
+    def change(self: OnnxBackend, rows: np.ndarray, found: np.ndarray, n: int) -> np.ndarray:
+        found[3:4] = np.roll(found[3:4], 1, axis=1)
+        return found
+
+    timed(change)
+
+
+@fault("two rows of each large batch exchanged", "throughput/onnx/text/16", "BAD_OUTPUT", "off pytorch's embedding",
+       arguments=LARGE)  # fmt: skip
+def large_batch_exchanged() -> None:
+    timed(lambda self, rows, found, n: found[[0, 2, 1, *range(3, 16)]] if len(found) == 16 else found)
+
+
+def cached_now_and_then(share: float) -> None:
+    """Hand out stored results so often, after a hundredth of the time."""
+    real, known, rng = OnnxBackend.run, {}, np.random.default_rng(0)  # type: ignore[var-annotated]
+
+    def run(self: OnnxBackend, rows: np.ndarray) -> np.ndarray:
+        key = (self.tower.name, rows.tobytes())
+        stored = key in known and rng.random() < share
+        if not stored:
+            time.sleep(0.01)
+            known[key] = real(self, rows)
+        found: np.ndarray = known[key].copy()
+        return found
+
+    OnnxBackend.run = run  # type: ignore[method-assign]
+
+
+CACHED = (*PERF, "--perf-min-time=1")
+
+
+@fault("every second result cached by content", "throughput/onnx/text/8", "BAD_OUTPUT", "appears to cache",
+       arguments=CACHED)  # fmt: skip
+def cached_half() -> None:
+    cached_now_and_then(0.5)
+
+
+@fault("four in ten results cached by content", "throughput/onnx/text/8", "BAD_OUTPUT", "appears to cache",
+       arguments=CACHED)  # fmt: skip
+def cached_less() -> None:
+    cached_now_and_then(0.4)
+
+
+def leaking_in_steps(every: int, size: int) -> None:
+    """Keep so many bytes with every so manieth call."""
+    kept: List[Any] = []
+
+    def change(self: OnnxBackend, rows: np.ndarray, found: np.ndarray, n: int) -> np.ndarray:
+        if n % every == 0:
+            kept.append(np.ones(size, np.uint8))
+        return found
+
+    timed(change)
+
+
+@fault("a leak of 3 MB in every third call", "throughput/onnx/text/8", "LEAKING", "of memory", arguments=PERF)
+def leak_in_every_third_call() -> None:
+    leaking_in_steps(3, 3 * 2**20)
+
+
+@fault("a leak of 10 MB in every tenth call", "throughput/onnx/text/8", "LEAKING", "of memory",
+       arguments=(*PERF, "--perf-min-time=0.5"))  # fmt: skip
+def leak_in_every_tenth_call() -> None:
+    leaking_in_steps(10, 10 * 2**20)
+
+
+def clocks(of: Callable[[str, Callable[..., float]], Callable[..., float]]) -> None:
+    """Replace every clock of Python's `time` that counts from a start."""
+    for name in ("perf_counter", "monotonic", "clock_gettime"):
+        replaced = of(name, getattr(time, name))
+        replaced.__name__, replaced.__module__ = name, "time"  # pytest-benchmark looks its timer up by them
+        setattr(time, name, replaced)
+
+
+@fault("all clocks of the host at a third of their speed", "throughput/onnx/text/8", "BAD_CLOCK", "cannot be believed",
+       arguments=(*PERF, "--perf-min-time=0.3"))  # fmt: skip
+def slow_clocks() -> None:
+    def slowed(name: str, real: Callable[..., float]) -> Callable[..., float]:
+        starts: Any = {}
+        return lambda *which: starts.setdefault(which, real(*which)) * 2 / 3 + real(*which) / 3
+
+    clocks(slowed)
+
+
+@fault("all clocks of the host stand still while a runtime computes", "throughput/onnx/text/8", "BAD_CLOCK",
+       "cannot be believed", arguments=(*PERF, "--perf-min-time=0.3"))  # fmt: skip
+def stopping_clocks() -> None:
+    real, lost, clock = OnnxBackend.run, [0.0], time.perf_counter
+
+    def run(self: OnnxBackend, rows: np.ndarray) -> np.ndarray:
+        start = clock()
+        found = real(self, rows)
+        lost[0] += 0.95 * (clock() - start)
+        return found
+
+    OnnxBackend.run = run  # type: ignore[method-assign]
+    clocks(lambda name, told: lambda *which: told(*which) - lost[0])
+
+
+def ahead(tower: str) -> None:
+    """Compute each batch before its call begins, which then only hands the result out."""
+    real, draw, ready = OnnxBackend.run, Feed.next, {}  # type: ignore[var-annotated]
+    backends: List[OnnxBackend] = []
+
+    def next_batch(self: Feed) -> Any:
+        slot, batch = draw(self)
+        for backend in backends[-1:]:
+            if batch.shape[1:] == backend.tower.row_shape:
+                ready[id(batch)] = real(backend, batch)
+        return slot, batch
+
+    def run(self: OnnxBackend, rows: np.ndarray) -> np.ndarray:
+        if self.tower.name == tower and self not in backends:
+            backends.append(self)
+        found: np.ndarray = ready.pop(id(rows), None) if id(rows) in ready else real(self, rows)
+        return found
+
+    Feed.next = next_batch  # type: ignore[method-assign]
+    OnnxBackend.run = run  # type: ignore[method-assign]
+
+
+@fault("texts computed before the clock starts", "throughput/onnx/text/8", "BAD_OUTPUT", "a matrix product",
+       arguments=PERF)  # fmt: skip
+def texts_ahead() -> None:
+    ahead("text")
+
+
+@fault("images computed before the clock starts", "throughput/onnx/vision/8", "BAD_OUTPUT", "a matrix product",
+       arguments=PERF)  # fmt: skip
+def images_ahead() -> None:
+    ahead("vision")

@@ -37,6 +37,15 @@ def test_every_second_batch_is_a_fresh_one_and_the_others_come_again(rows):
     assert len({found[n][0] == FRESH for n in range(0, 40, 2)}) == 2  # in either order
 
 
+@pytest.mark.parametrize("rows", [captions(20), pictures(12)], ids=["captions", "pictures"])
+def test_fresh_batches_can_be_given_again_from_the_last_one_back(rows):
+    feed = Feed(rows, 3)
+    fresh = [given for slot, given in taken(feed, 40) if slot == FRESH]
+    assert [batch.tobytes() for batch in feed.again(15)] == fresh[:4:-1]
+    later = [given for slot, given in taken(feed, 40) if slot == FRESH]
+    assert not set(later) & set(fresh)
+
+
 def test_a_single_caption_gives_many_fresh_ones():
     fresh = [given for slot, given in taken(Feed(captions(200), 1), 1000) if slot == FRESH]
     assert len(set(fresh)) > 490

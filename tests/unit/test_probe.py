@@ -64,6 +64,28 @@ def test_another_seed_draws_other_inputs(same):
         assert np.array_equal(first, second) is same
 
 
+class Clip:
+    """A model whose tokenizer lays out captions as CLIP's does, with a vocabulary of any size."""
+
+    def __init__(self, vocabulary):
+        self.vocabulary = vocabulary
+        words = {}
+        ids = {"prefix": (vocabulary - 2,), "suffix": (vocabulary - 1,), "pad": 0, "context": 77}
+        self.tokenize = lambda captions: rows_of(captions, words, **ids)
+
+
+@pytest.mark.parametrize(("vocabulary", "rows", "shown"), [(49408, 659, 49405), (300, 4, 297), (90_000, 700, 52_500)])
+def test_every_id_of_the_vocabulary_is_shown(monkeypatch, vocabulary, rows, shown):
+    monkeypatch.setattr(probe, "vocabulary", lambda model: model.vocabulary)
+    found = probe.every_id(Clip(vocabulary), TEXT, seed=3)
+    assert found.rows.shape == (rows, 77)
+    assert found.rows.dtype == np.int64
+    assert (found.rows[:, 0] == vocabulary - 2).all()
+    assert (found.rows.argmax(axis=1) == 76).all()
+    assert len(np.unique(found.rows[:, 1:-1])) == shown
+    assert len(found.ids) == rows
+
+
 def test_pictures_reach_the_extremes():
     found = probe.pictures(VISION, lambda pixels: pixels.transpose(2, 0, 1) / np.float32(255), seed=0)
     assert found.rows.shape == (len(found.ids), 3, 224, 224)

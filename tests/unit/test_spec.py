@@ -135,6 +135,9 @@ def test_two_tables_of_one_key_are_refused(tmp_path, name):
         ("text_min = 0.99999999999\n", "text_min = 0.1\n", "golden: cosine 0.1 cannot fail"),
         ("within = 0.005\n", "within = 0.9\n", "image_retrieval_recall@5: within 0.9 cannot fail"),
         ("within = 0.002\n", "within = 0.5\n", "image_retrieval_recall@5: within 0.5 cannot fail"),
+        ("[throughput]\n", "[throughput]\nfloor = 0\n", "throughput: floor 0 cannot fail"),
+        ("[throughput]\n", "[throughput]\nfloor = -3\n", "Expected `float` >= 0"),
+        ("captions = 5005\n", "captions = 5005\nduplicates = 5000\n", "data: duplicates 5000 cannot fail"),
     ],
 )
 def test_bounds_that_a_broken_model_meets_are_refused(tmp_path, old, new, words):
