@@ -58,6 +58,7 @@ def account(chain: Chain, line: Line) -> Account:
     made = Account(promised, results_file(settings.workdir), narrowed_by=["--gate"] * bool(settings.gate) + said)
     made.deliberate = deliberate and not settings.strict
     made.chosen = chosen if settings.gate else None
+    made.least = {name: gate.figures for name, gate in found.items()}
     made.always = [name for name in chosen if found[name] is gates.BASELINE]
     made.again = shlex.join(["pytest", *options.arguments(settings)])
     if line.distributed:
@@ -124,6 +125,13 @@ def check_outputs(option: Any) -> None:
     # pytest-benchmark 4 has opened the file by now, later versions keep its path
     files = [("--benchmark-json", getattr(json_file, "name", None) if hasattr(json_file, "write") else json_file)]
     files += [("--junitxml", getattr(option, "xmlpath", None)), ("--report", folder and folder / report.JSON)]
+    files += [
+        ("--benchmark-histogram", f"{prefix}.svg") for prefix in getattr(option, "benchmark_histogram", None) or ()
+    ]
+    if getattr(option, "benchmark_save", None) or getattr(option, "benchmark_autosave", None):
+        storage = str(option.benchmark_storage)
+        if storage.startswith("file://") or "://" not in storage:
+            files.append(("--benchmark-storage", f"{storage.partition('file://')[2] or storage}/new.json"))
     for flag, name in files:
         if name:
             file = Path(os.path.expanduser(os.path.expandvars(name))).absolute()

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from clipval import backends, datasets, environment
 from clipval.chain import Chain
@@ -31,6 +31,7 @@ class Account:
         selected: gate ids of the tests that were collected and not deselected; None until that is known.
         always: gates that nothing leaves out: the comparison with a given baseline.
         chosen: gate ids of `--gate`, the only ones judged; None without it.
+        least: number of figures that a gate must have; one if not listed.
         again: the command line of this run, to be narrowed with `--gate`.
         notes: further lines on what was not validated.
         failures: one entry per failed test.
@@ -43,6 +44,7 @@ class Account:
     selected: Optional[List[str]] = None
     always: List[str] = field(default_factory=list)
     chosen: Optional[List[str]] = None
+    least: Dict[str, int] = field(default_factory=dict)
     again: str = ""
     notes: List[str] = field(default_factory=list)
     figures: List[Figure] = field(default_factory=list)
@@ -72,9 +74,9 @@ class Account:
 
     @property
     def missing(self) -> List[str]:
-        """Expected gates without a figure."""
-        evaluated = {figure.gate for figure in self.figures}
-        return [gate for gate in self.expected if gate not in evaluated]
+        """Expected gates without a figure, or without all of them."""
+        found = Counter(figure.gate for figure in self.figures)
+        return [gate for gate in self.expected if found[gate] < self.least.get(gate, 1)]
 
     @property
     def unexpected(self) -> List[str]:

@@ -72,7 +72,7 @@ class DataSpec(_Table, frozen=True):
         name: its name in published tables: `flickr30k`, `mscoco_captions`, `shapes`.
         kind: one of `clipval.datasets.MODULES`; a folder of another kind is still recognised.
         images, captions: expected numbers; 0 allows any.
-        captions_sha256: of the captions in order and the ids of their images, from `clipval pin`; not compared if empty.
+        captions_sha256: of the captions in order and their images' ids, from `clipval pin`; not compared if empty.
         fingerprint: of ids, captions and the bytes of every image, from `clipval pin`; not compared if empty.
         duplicates: number of images that may be duplicates with another id.
         get: one sentence for users without the data: where to get it, and the expected layout.

@@ -128,6 +128,10 @@ def _left_out(spec: Spec, replaced: Spec, why: str, seeded: bool) -> Tuple[str, 
             lines.append(f"recall: the spec's figures are not of {why}; held to published ones of these weights")
         else:
             lines.append(f"recall: not gated, the spec's figures are not of {why}, and no published ones are")
+    elif all(one.within is None for one in spec.references):
+        lines.append("recall: shown and not gated, as no [[references]] of the spec gives within")
+    if not seeded and not spec.paired:
+        lines.append("paired: the spec has no [[paired]], so recall is not held to PyTorch's on the same samples")
     return tuple(lines)
 
 

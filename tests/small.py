@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
 
 from clipval import results
+from clipval.chain import Chain
 from clipval.datasets import shapes
+from clipval.options import Settings
+from clipval.throughput import baseline
+from clipval.throughput.rows import baseline_key
 
 ROOT = Path(__file__).parents[1]
 SPECS = ROOT / "clipval" / "specs"
@@ -68,6 +72,20 @@ def write_spec(folder: Path) -> Path:
     file = folder / "small.toml"
     file.write_text(f"{head}\n{references}\n{bounds}\n[throughput]\nbatch_sizes = [1, 8]\n", encoding="utf-8")
     return file
+
+
+def baseline_of(found: Run, spec: Path, workdir: Path) -> baseline.Baseline:
+    """A baseline of several sessions, all of them like the rows of one run with one thread."""
+    rows = [one.detail.row for one in found.figures if isinstance(one.detail, results.ThroughputDetail)]
+    key = baseline_key(Chain(Settings(spec=str(spec), workdir=workdir, threads=1)), {"onnx": str(rows[-1].made_by)})
+    key.update(OMP_NUM_THREADS=environment()["OMP_NUM_THREADS"])
+    timings = {f"onnx/{one.tower}/{one.batch_size}/inference": one.clocks["inference"].timing for one in rows}
+
+    def sessions(figure: str) -> Dict[str, List[float]]:
+        return {name: [getattr(one, figure)] * baseline.MIN_SESSIONS for name, one in timings.items()}
+
+    medians, means = sessions("samples_per_second"), sessions("samples_per_second_mean")
+    return baseline.Baseline(key, sessions("undisturbed"), medians=medians, means=means)
 
 
 def command(spec: Path, workdir: Path, *arguments: str) -> List[str]:

@@ -20,7 +20,7 @@ from clipval.results import INFO, Figure, PlacementDetail
 from clipval.spec import Spec
 from clipval.towers import Tower
 
-PREPARED_IMAGES = Gate("prepared/data/vision", ACCURACY)
+PREPARED_IMAGES = Gate("prepared/data/vision", ACCURACY, figures=3)
 PREPARED_TEXTS = Gate("prepared/data/text", ACCURACY)
 ARTIFACT = Gate(
     "artifact", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: kind(backend).takes_onnx

@@ -16,17 +16,20 @@ from clipval.results import Figure, ProbeDetail, number
 from clipval.spec import GoldenSpec, ParityBounds
 from clipval.towers import Tower
 
-VALUES = Gate("values", ACCURACY, ("backend_name", "tower_name"))
-DISTINCT = Gate("distinct", ACCURACY, ("backend_name", "tower_name"))
-INVARIANCE = Gate("invariance", ACCURACY, ("backend_name", "tower_name"), also_in_batches_of=(1,))
+VALUES = Gate("values", ACCURACY, ("backend_name", "tower_name"), figures=3)
+DISTINCT = Gate("distinct", ACCURACY, ("backend_name", "tower_name"), figures=2)
+INVARIANCE = Gate("invariance", ACCURACY, ("backend_name", "tower_name"), also_in_batches_of=(1,), figures=2)
 GOLDEN = Gate(
     "golden",
     ACCURACY,
     ("backend_name", "tower_name"),
     lambda plan, backend, tower: backend == REFERENCE and plan.spec.golden is not None,
+    figures=3,
 )
-BATCHES = Gate("batches", ACCURACY, ("backend_name", "tower_name", "batch_size"))
-PROBE = Gate("probe", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE)
+BATCHES = Gate("batches", ACCURACY, ("backend_name", "tower_name", "batch_size"), figures=2)
+PROBE = Gate(
+    "probe", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE, figures=3
+)
 INVARIANCE_SAMPLES = 32
 SAME = 1e-7  # cosine distance below which two fp32 embeddings are equal; one more word in a caption changes it by 1e-4
 SPREAD = 1e-3  # of the embeddings of a trained tower, at least; of untrained ones see `distinct`

@@ -47,6 +47,7 @@ class Gate:
         also_in_batches_of: further batch sizes for which its test opens a backend.
         applies: the plan and the values of one case -> whether a run of this plan promises it.
         after: checks whose failure, for the same backend or the data, explains a failure of this one.
+        figures: how many its function gives at least; with fewer it counts as not evaluated.
     """
 
     check: str
@@ -55,6 +56,7 @@ class Gate:
     applies: Callable[..., bool] = _always
     also_in_batches_of: Tuple[int, ...] = ()
     after: Tuple[str, ...] = ()
+    figures: int = 1
 
     def of(self, *values: object) -> str:
         """The gate's id for the values of its parameters."""

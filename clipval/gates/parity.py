@@ -16,7 +16,9 @@ from clipval.spec import ParityBounds
 from clipval.towers import Tower
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-PARITY = Gate("parity", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE)
+PARITY = Gate(
+    "parity", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE, figures=3
+)
 
 
 def agreement(

@@ -26,7 +26,7 @@ LOOSE = 0.999  # cosine if no bound is known
 CACHED = 1.25  # a fresh batch may take this many times as long as one seen before
 SOMETIMES = 0.25  # share of pairs above it from which more pairs are measured
 CHANCE = 1e-6  # probability that so many more pairs are above it than below its inverse by chance
-MOST_PAIRS = 60
+MOST_PAIRS = 120
 
 
 class Expected(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 
 from clipval.backends.onnx import OnnxBackend
 from clipval.gates import parity
-from clipval.plugin import Keeper
+from clipval.plugin import Keeper, Recorder
 from tests.faults.in_backends import output
 from tests.faults.table import ACCURACY, fault
 
@@ -77,6 +77,23 @@ def process_ended() -> None:
 def exit_code_changed() -> None:
     output(lambda rows: -rows)
     atexit.register(os._exit, 0)
+
+
+def recorded(keep: Any) -> None:
+    """Record only some of a gate's figures."""
+    real = Recorder.__call__
+    Recorder.__call__ = lambda self, figures: real(self, keep(figures))  # type: ignore[method-assign]
+
+
+@fault("only the first figure of each gate recorded", "parity/onnx/text", "not evaluated")
+def first_figure_only() -> None:
+    recorded(lambda figures: figures[:1])
+
+
+@fault("figures that fail not recorded", "values/onnx/text", "not evaluated")
+def failed_figures_dropped() -> None:
+    output(lambda rows: rows * 1.01)
+    recorded(lambda figures: [one for one in figures if one.verdict != "fail"])
 
 
 @fault("a figure for a gate that no test promised", "parity/onnx/other", "no test promised")

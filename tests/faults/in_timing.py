@@ -9,10 +9,11 @@ from typing import Any, Callable, List
 import numpy as np
 
 from clipval.backends.onnx import OnnxBackend
+from clipval.throughput.calls import Calls
 from clipval.throughput.feed import Feed
 from tests.faults.table import fault
 
-PERF = ("-m", "perf", "--batch-sizes=8")
+PERF = ("-m", "perf", "--batch-sizes=8", "--perf-min-time=0.5")  # long enough for many calls on a busy host
 TIMED = 12  # calls with a batch after which all are timed ones: cold start and warm-up come before
 
 
@@ -50,7 +51,7 @@ def input_overwritten() -> None:
 
 
 @fault("results cached by content, twice as fast", "throughput/onnx/text/8", "BAD_OUTPUT", "appears to cache",
-       arguments=(*PERF, "--perf-min-time=0.5"))  # fmt: skip
+       arguments=PERF)  # fmt: skip
 def cached_by_content() -> None:
     real, known = OnnxBackend.run, {}  # type: ignore[var-annotated]
 
@@ -161,7 +162,7 @@ def untouched_leak() -> None:
 
 
 @fault("threads that were asked for and are not used", "throughput/onnx/text/8", "IDLE_THREADS", "2 threads were",
-       arguments=(*PERF, "--threads=2", "--perf-min-time=0.5"))  # fmt: skip
+       arguments=(*PERF, "--threads=2"))  # fmt: skip
 def idle_threads() -> None:
     real: Any = OnnxBackend._options
 
@@ -174,19 +175,20 @@ def idle_threads() -> None:
 
 
 def of_new_batches(change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change what the text tower gives for one batch that never came before, in the middle of the timed calls."""
-    seen: List[bytes] = []
-    chosen: List[bytes] = []
+    """Change what the text tower gives for the third batch that never came before, once the timed calls have begun."""
+    plan, seen, new = Calls.plan, set(), [0]
+
+    def begin(self: Calls, rounds: int) -> None:
+        new[0] = 0
+        plan(self, rounds)
 
     def of(self: OnnxBackend, rows: np.ndarray, found: np.ndarray, n: int) -> np.ndarray:
-        key = rows.tobytes()
-        new = key not in seen
-        seen.append(key)
-        if n < TIMED or not new or chosen:
-            return found
-        chosen.append(key)
-        return change(found)
+        known = rows.tobytes() in seen
+        seen.add(rows.tobytes())
+        new[0] += not known
+        return change(found) if new[0] == 3 and not known else found
 
+    Calls.plan = begin  # type: ignore[method-assign]
     timed(of)
 
 
@@ -202,7 +204,7 @@ def one_new_batch_exchanged() -> None:
     of_new_batches(lambda found: found[[1, 0, *range(2, len(found))]])
 
 
-LARGE = ("-m", "perf", "--batch-sizes=16")
+LARGE = (*PERF, "--batch-sizes=16")
 
 
 @fault("the fourth row of each large batch wrong", "throughput/onnx/text/16", "BAD_OUTPUT", "off pytorch's embedding",
@@ -222,14 +224,14 @@ def large_batch_exchanged() -> None:
 
 
 def cached_now_and_then(share: float) -> None:
-    """Hand out stored results so often, after a hundredth of the time."""
+    """Hand out stored results so often, at once."""
     real, known, rng = OnnxBackend.run, {}, np.random.default_rng(0)  # type: ignore[var-annotated]
 
     def run(self: OnnxBackend, rows: np.ndarray) -> np.ndarray:
         key = (self.tower.name, rows.tobytes())
         stored = key in known and rng.random() < share
         if not stored:
-            time.sleep(0.01)
+            time.sleep(0.03)
             known[key] = real(self, rows)
         found: np.ndarray = known[key].copy()
         return found
@@ -270,7 +272,7 @@ def leak_in_every_third_call() -> None:
 
 
 @fault("a leak of 10 MB in every tenth call", "throughput/onnx/text/8", "LEAKING", "of memory",
-       arguments=(*PERF, "--perf-min-time=0.5"))  # fmt: skip
+       arguments=(*PERF, "--perf-min-time=2"))  # fmt: skip
 def leak_in_every_tenth_call() -> None:
     leaking_in_steps(10, 10 * 2**20)
 
@@ -284,7 +286,7 @@ def clocks(of: Callable[[str, Callable[..., float]], Callable[..., float]]) -> N
 
 
 @fault("all clocks of the host at a third of their speed", "throughput/onnx/text/8", "BAD_CLOCK", "cannot be believed",
-       arguments=(*PERF, "--perf-min-time=0.3"))  # fmt: skip
+       arguments=PERF)  # fmt: skip
 def slow_clocks() -> None:
     def slowed(name: str, real: Callable[..., float]) -> Callable[..., float]:
         starts: Any = {}
@@ -294,7 +296,7 @@ def slow_clocks() -> None:
 
 
 @fault("all clocks of the host stand still while a runtime computes", "throughput/onnx/text/8", "BAD_CLOCK",
-       "cannot be believed", arguments=(*PERF, "--perf-min-time=0.3"))  # fmt: skip
+       "cannot be believed", arguments=PERF)  # fmt: skip
 def stopping_clocks() -> None:
     real, lost, clock = OnnxBackend.run, [0.0], time.perf_counter
 
@@ -340,3 +342,39 @@ def texts_ahead() -> None:
        arguments=PERF)  # fmt: skip
 def images_ahead() -> None:
     ahead("vision")
+
+
+AGAINST = (*PERF, "--backends=onnx", "--perf-max-time=1")
+
+
+def slowed(share: float, factor: float) -> None:
+    """Let a share of the text tower's calls take so many times as long."""
+    real, calls = OnnxBackend.run, [0]
+
+    def run(self: OnnxBackend, rows: np.ndarray) -> np.ndarray:
+        calls[0] += 1
+        start = time.perf_counter()
+        found = real(self, rows)
+        if self.tower.name == "text" and calls[0] * share % 1 < share:
+            time.sleep((factor - 1) * (time.perf_counter() - start))
+        return found
+
+    OnnxBackend.run = run  # type: ignore[method-assign]
+
+
+@fault("nine calls in ten take three times as long as in the baseline", "throughput/onnx/text/8",
+       "samples/s by the median of the calls, baseline", arguments=AGAINST, baseline=True)  # fmt: skip
+def most_calls_slow() -> None:
+    slowed(0.9, 3)
+
+
+@fault("one call in ten takes fifteen times as long as in the baseline", "throughput/onnx/text/8",
+       "samples/s by the mean of the calls, baseline", arguments=AGAINST, baseline=True)  # fmt: skip
+def some_calls_very_slow() -> None:
+    slowed(0.1, 15)
+
+
+@fault("every call takes twice as long as in the baseline", "throughput/onnx/text/8", "undisturbed samples/s, baseline",
+       arguments=AGAINST, baseline=True)  # fmt: skip
+def every_call_slow() -> None:
+    slowed(1, 2)

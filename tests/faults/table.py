@@ -16,6 +16,7 @@ class Fault(NamedTuple):
         says: what is wrong, for the documentation.
         gate: prefix of the gate that is meant for it; words: must stand in the output of the failed run.
         plant: replaces what must be replaced; arguments: of the run; code: what it must end with.
+        baseline: the run is given one, of the same rows without the fault.
     """
 
     says: str
@@ -24,18 +25,24 @@ class Fault(NamedTuple):
     plant: Callable[[], None]
     arguments: Tuple[str, ...] = ACCURACY
     code: int = 1
+    baseline: bool = False
 
 
 FAULTS: Dict[str, Fault] = {}
 
 
 def fault(
-    says: str, gate: str, *words: str, arguments: Tuple[str, ...] = ACCURACY, code: int = 1
+    says: str,
+    gate: str,
+    *words: str,
+    arguments: Tuple[str, ...] = ACCURACY,
+    code: int = 1,
+    baseline: bool = False,
 ) -> Callable[[Any], Any]:
     """Enter a function that plants a fault under its own name."""
 
     def add(plant: Callable[[], None]) -> Callable[[], None]:
-        FAULTS[plant.__name__] = Fault(says, gate, words, plant, arguments, code)
+        FAULTS[plant.__name__] = Fault(says, gate, words, plant, arguments, code, baseline)
         return plant
 
     return add

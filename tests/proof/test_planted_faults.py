@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from clipval.throughput import baseline
 from tests import small
 from tests.faults.planted import FAULTS
 
@@ -13,7 +14,12 @@ NAMES = sorted(FAULTS)
 
 def check(name, small_spec, workdir):
     fault = FAULTS[name]
-    ended = small.run(small_spec, workdir, *fault.arguments, CLIPVAL_FAULT=name)
+    arguments = list(fault.arguments)
+    if fault.baseline:
+        file, clean = workdir.parent / "baseline.json", small.run(small_spec, workdir, *arguments)
+        baseline.save(small.baseline_of(clean, small_spec, workdir), file)
+        arguments.append(f"--baseline={file}")
+    ended = small.run(small_spec, workdir, *arguments, CLIPVAL_FAULT=name)
     assert ended.code == fault.code, f"{name}: exit code {ended.code}\n{ended.output[-3000:]}"
     for words in (fault.gate, *fault.words):
         assert words in ended.output, f"{name}: {words!r} is not said; red: {ended.red}\n{ended.output[-3000:]}"

@@ -53,6 +53,14 @@ def test_a_selection_that_leaves_the_comparison_out_fails(saved, tmp_path):
     [
         (["-m", "accuracy", "--report={taken}/report"], "--report {taken}/report/report.json: cannot be written"),
         (["-m", "accuracy", "--junitxml={taken}/junit.xml"], "--junitxml {taken}/junit.xml: cannot be written"),
+        (
+            ["-m", "perf", "--benchmark-histogram={taken}/plot"],
+            "--benchmark-histogram {taken}/plot.svg: cannot be written",
+        ),
+        (
+            ["-m", "perf", "--benchmark-save=x", "--benchmark-storage=file://{taken}/kept"],
+            "--benchmark-storage {taken}/kept/new.json: cannot be written",
+        ),
         (["-m", "perf", "--benchmark-json={taken}/perf.json"], "{taken}/perf.json"),
         (["-m", "perf", "--benchmark-disable"], "--benchmark-disable: this run promises throughput, which would not"),
         (["-m", "perf", "-p", "no:benchmark"], "throughput needs pytest-benchmark, which is not loaded"),

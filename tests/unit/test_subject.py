@@ -181,3 +181,15 @@ def test_pretrained_cfg_must_be_a_tag():
         weights.find_weights("ViT-B-32", str(OWN), "no_such_tag")
     found = weights.identify(CONFIG, str(OWN), "ViT-L-14/laion2b_s32b_b82k")
     assert found.preprocess.mean == (0.5, 0.5, 0.5)
+
+
+def test_recall_that_gates_nothing_is_said(tmp_path):
+    text = (spec.FOLDER / "shapes.toml").read_text(encoding="utf-8").replace('"shapes-', f'"{spec.FOLDER}/shapes-')
+    lines = [line for line in text.splitlines() if not line.startswith("within = 0.0") or "captions: at" in line]
+    shown = tmp_path / "shown.toml"
+    head, _, rest = "\n".join(lines).partition("[[paired]]")
+    shown.write_text(head + rest[rest.index("[throughput]") :], encoding="utf-8")
+    assert [line.partition(",")[0] for line in of(spec=str(shown)).left_out] == [
+        "recall: shown and not gated",
+        "paired: the spec has no [[paired]]",
+    ]
