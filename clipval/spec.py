@@ -317,6 +317,9 @@ def _cannot_fail(spec: Spec) -> List[str]:
     within = [(one.metric, one.within) for one in spec.references if one.within is not None]
     within += [(pair.metric, pair.within) for pair in spec.paired]
     wide += [f"{metric}: within {value:g}" for metric, value in within if value >= MOST_RECALL]
+    wide += [f"throughput: floor {spec.throughput.floor:g}"] if spec.throughput.floor < LEAST_FLOOR else []
+    duplicates, images = spec.data.duplicates, spec.data.images
+    wide += [f"data: duplicates {duplicates}"] if images and duplicates > MOST_DUPLICATES * images else []
     return [
         f"{one} cannot fail: a broken model is within it; see the shipped specs for suitable bounds" for one in wide
     ]

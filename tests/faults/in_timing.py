@@ -207,7 +207,7 @@ def one_new_batch_exchanged() -> None:
 LARGE = (*PERF, "--batch-sizes=16")
 
 
-@fault("the fourth row of each large batch wrong", "throughput/onnx/text/16", "BAD_OUTPUT", "off pytorch's embedding",
+@fault("the fourth row of each large batch wrong", "throughput/onnx/text/16", "BAD_OUTPUT", "differs from pytorch's embedding",
        arguments=LARGE)  # fmt: skip
 def fourth_row() -> None:
     def change(self: OnnxBackend, rows: np.ndarray, found: np.ndarray, n: int) -> np.ndarray:
@@ -217,7 +217,7 @@ def fourth_row() -> None:
     timed(change)
 
 
-@fault("two rows of each large batch exchanged", "throughput/onnx/text/16", "BAD_OUTPUT", "off pytorch's embedding",
+@fault("two rows of each large batch exchanged", "throughput/onnx/text/16", "BAD_OUTPUT", "differs from pytorch's embedding",
        arguments=LARGE)  # fmt: skip
 def large_batch_exchanged() -> None:
     timed(lambda self, rows, found, n: found[[0, 2, 1, *range(3, 16)]] if len(found) == 16 else found)
