@@ -207,8 +207,8 @@ def one_new_batch_exchanged() -> None:
 LARGE = (*PERF, "--batch-sizes=16")
 
 
-@fault("the fourth row of each large batch wrong", "throughput/onnx/text/16", "BAD_OUTPUT", "differs from pytorch's embedding",
-       arguments=LARGE)  # fmt: skip
+@fault("the fourth row of each large batch wrong", "throughput/onnx/text/16", "BAD_OUTPUT",
+       "differs from pytorch's embedding", arguments=LARGE)  # fmt: skip
 def fourth_row() -> None:
     def change(self: OnnxBackend, rows: np.ndarray, found: np.ndarray, n: int) -> np.ndarray:
         found[3:4] = np.roll(found[3:4], 1, axis=1)
@@ -217,8 +217,8 @@ def fourth_row() -> None:
     timed(change)
 
 
-@fault("two rows of each large batch exchanged", "throughput/onnx/text/16", "BAD_OUTPUT", "differs from pytorch's embedding",
-       arguments=LARGE)  # fmt: skip
+@fault("two rows of each large batch exchanged", "throughput/onnx/text/16", "BAD_OUTPUT",
+       "differs from pytorch's embedding", arguments=LARGE)  # fmt: skip
 def large_batch_exchanged() -> None:
     timed(lambda self, rows, found, n: found[[0, 2, 1, *range(3, 16)]] if len(found) == 16 else found)
 
