@@ -1,7 +1,8 @@
 """One inference of an OM with CANN's dump enabled, in its own process.
 
 The configuration is passed to aclInit, which a process calls once. The process is `python -m clipval.ascend.dumping OM
-ROWS.npy DEVICE ACL.json OUT.npy`. Dump files are complete only after ACL is finalised, which aclruntime does at exit.
+ROWS.npy DEVICE ACL.json OUT.npy RUNTIME`. Dump files are complete only after ACL is finalised, which both runtimes do
+at exit.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Union
 
 import numpy as np
 
-from clipval.ascend import aclruntime, cann
+from clipval.ascend import aclruntime, cann, pyacl
 from clipval.errors import BackendUnavailable, ToolFailed
 
 TIMEOUT_S = 1800
@@ -44,11 +45,12 @@ def configuration(
     }
 
 
-def dump(om: Path, rows: np.ndarray, device: int, folder: Path, **what: Any) -> np.ndarray:
+def dump(om: Path, rows: np.ndarray, device: int, folder: Path, runtime: str = "aclruntime", **what: Any) -> np.ndarray:
     """Run an OM once in a new process and leave its dump in a folder; returns the embeddings.
 
     Args:
         rows: a full batch; folder: created here; what: see `configuration`.
+        runtime: what runs the OM, a name of `--om-runtime`.
 
     Raises:
         BackendUnavailable: the process failed, with its last output.
@@ -58,7 +60,10 @@ def dump(om: Path, rows: np.ndarray, device: int, folder: Path, **what: Any) -> 
     config.write_text(json.dumps(configuration(om.name.rpartition(".")[0], folder, **what)), encoding="utf-8")
     np.save(fed, rows)
     command = [sys.executable, "-m", "clipval.ascend.dumping", str(om), str(fed), str(device), str(config), str(made)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run([*command, runtime], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BackendUnavailable(f"dump of {om.name} on device {device}: no end after {TIMEOUT_S} s") from error
     if done.returncode or not made.is_file():
         words = " ".join((done.stderr or done.stdout).split())[-400:]
         hint = f"; {CONTAINER}" if in_container() else ""
@@ -92,8 +97,9 @@ def in_container() -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """The new process: one session with the configuration, one run, one output."""
-    om, fed, device, config, made = arguments
-    session = aclruntime.Session(Path(om).resolve(), int(device), config)
+    om, fed, device, config, made, runtime = arguments
+    kind = pyacl.Session if runtime == "pyacl" else aclruntime.Session
+    session: Union[pyacl.Session, aclruntime.Session] = kind(Path(om).resolve(), int(device), config)
     np.save(made, session.run(np.ascontiguousarray(np.load(fed)), session.outputs[0].name))
     session.free()
     return 0

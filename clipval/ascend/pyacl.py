@@ -55,21 +55,22 @@ class Session:
     Args:
         file: the OM file, not a link.
         device: ACL's device id.
+        acl_json: ACL's configuration file, which only the first session of a process can set; empty for none.
 
     Raises:
-        BackendUnavailable: acl cannot be used in this process.
+        BackendUnavailable: acl cannot be used in this process, or was initialised without the configuration.
         acl.Failed: it does not load; with the code and the runtime's words.
     """
 
     version = "pyACL"
 
-    def __init__(self, file: Path, device: int) -> None:
+    def __init__(self, file: Path, device: int, acl_json: str = "") -> None:
         self._acl = load()
         self.simulated = getattr(self._acl, "__simulated__", False) is True
         self._undo = ExitStack()  # in the documented order: buffers, model, stream, context
         self._times: Dict[str, List[float]] = {"to_device": [], "execute": [], "from_device": []}
         acl.begin(_finalize, list)
-        self._start(device)
+        self._start(device, acl_json)
         _open[id(self)] = self
         try:
             self._load(file)
@@ -77,10 +78,13 @@ class Session:
             self.free()
             raise
 
-    def _start(self, device: int) -> None:
+    def _start(self, device: int, acl_json: str) -> None:
         global _initialised_in, _module
         _module = self._acl
-        code = 0 if _initialised_in == os.getpid() else self._acl.init()
+        ours = _initialised_in == os.getpid()
+        code = 0 if ours else self._acl.init(*filter(None, [acl_json]))
+        if acl_json and (ours or code == REPEATED):
+            raise BackendUnavailable("om backend: ACL was initialised before, so its configuration cannot be set now")
         if code != REPEATED:
             self._check("acl.init", code)
             _initialised_in = os.getpid()

@@ -145,7 +145,9 @@ def om(
         return Finding(INPUT, name, f"{name}: not numerics: {said[0]}", causes=tuple(said), samples=count)
     exact = precision_of(mode)
     whole = graph.load(chain.onnx(tower))
-    located = npu.locate(made.resolve(), whole, rows, _device(chain, backend), exact, name, keep)
+    located = npu.locate(
+        made.resolve(), whole, rows, _device(chain, backend), exact, name, keep, chain.settings.om_runtime
+    )
     own = {rung.tensor: rung.pytorch for rung in before.ladder if rung.tensor}
     rungs = tuple(replace(rung, pytorch=own.get(rung.tensor)) for rung in located.ladder)
     return replace(located, samples=count, ladder=rungs)

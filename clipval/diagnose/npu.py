@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
@@ -29,23 +30,26 @@ def locate(
     precision: str,
     candidate: str,
     keep: Optional[Path] = None,
+    runtime: str = "aclruntime",
 ) -> Finding:
     """Where an OM diverges from the ONNX graph that it was compiled from.
 
     Args:
         rows: one full batch of the OM.
         keep: folder for the dumps; default: a temporary folder, which is deleted.
+        runtime: what runs the OM, a name of `--om-runtime`.
 
     Raises:
         BackendUnavailable: no dump is possible; the message has alternatives.
     """
+    take = partial(dumping.dump, file, rows, device, runtime=runtime)
     with _folder(keep) as folder:
         described = _described(file, folder)
         fused = fusions.names(described) if described else {}
         try:
-            dumping.dump(file, rows, device, folder / "statistics", stats=True)
+            take(folder / "statistics", stats=True)
             figures = dump.read(folder / "statistics")
-            found = _narrow(file, whole, rows, device, precision, folder, fused)
+            found = _narrow(take, whole, rows, precision, folder, fused)
         except (BackendUnavailable, InputError) as error:
             raise BackendUnavailable(f"{error}. {WITHOUT}") from error
         compared, dumped = found
@@ -55,10 +59,9 @@ def locate(
 
 
 def _narrow(
-    file: Path,
+    take: Callable[..., np.ndarray],
     whole: graph.Graph,
     rows: np.ndarray,
-    device: int,
     precision: str,
     folder: Path,
     fused: Dict[str, List[str]],
@@ -66,17 +69,17 @@ def _narrow(
     """The ends of blocks first; then everything between the last good and the first bad one."""
     ends = block_ends(whole)
     if ends:
-        dumping.dump(file, rows, device, folder / "blocks", layers=ends)
+        take(folder / "blocks", layers=ends)
         coarse = om.compare(whole, dump.read(folder / "blocks"), rows, precision, fused)
         bad = om.first(coarse)
         if bad is not None:
             good = [name for name, rung in coarse.rungs.items() if rung.good]
             inside = [whole.nodes[n].name for n in whole.between(bad, good)]
             layers = [*inside, *(whole.node_of(name).name for name in good)]
-            dumping.dump(file, rows, device, folder / "inside", layers=layers)
+            take(folder / "inside", layers=layers)
             dumped = dump.read(folder / "inside")
             return om.compare(whole, dumped, rows, precision, fused), dumped
-    dumping.dump(file, rows, device, folder / "whole")
+    take(folder / "whole")
     dumped = dump.read(folder / "whole")
     return om.compare(whole, dumped, rows, precision, fused), dumped
 

@@ -80,6 +80,30 @@ def test_a_dump_is_analysed_without_cann(made, tmp_path, capsys, monkeypatch):
     assert "give --onnx FILE" in capsys.readouterr().err
 
 
+def test_pyacl_dumps_what_aclruntime_dumps(made, tmp_path):
+    file, tower, rows = faulty(made, "mask_missing", tmp_path)
+    found = {}
+    for runtime in ("aclruntime", "pyacl"):
+        embedded = dumping.dump(file, rows, 0, tmp_path / runtime, runtime=runtime)
+        dumped = dump.read(tmp_path / runtime)
+        found[runtime] = embedded, {name: one.values(0) for name, one in dumped.operators.items()}
+    ours, theirs = found.values()
+    assert np.array_equal(ours[0], theirs[0])
+    assert len(ours[1]) > 60
+    assert {name: values.tobytes() for name, values in ours[1].items()} == {
+        name: values.tobytes() for name, values in theirs[1].items()
+    }
+    whole = graph.load(made.onnx(tower))
+    located = npu.locate(file, whole, rows, 0, "fp16", "om", runtime="pyacl")
+    assert located.module == in_blocks.PLANTED["mask_missing"].module
+
+
+def test_a_dump_without_an_end_is_said(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(dumping, "TIMEOUT_S", 0.01)
+    with pytest.raises(BackendUnavailable, match=r"dump of x.om on device 3: no end after 0.01 s"):
+        dumping.dump(tmp_path / "x.om", np.zeros((1, 2), np.float32), 3, tmp_path / "dump")
+
+
 def test_a_dump_that_switched_nothing_on_is_said(made, tmp_path, monkeypatch):
     file, tower, rows = faulty(made, "bias_dropped", tmp_path)
     real = dumping.configuration

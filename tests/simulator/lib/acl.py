@@ -97,6 +97,8 @@ def init(*args: Any) -> int:
     _parse("init", "s" * len(args[:1]), args)
     try:
         core.init()
+        if args:
+            core.configure(args[0])
     except core.AclError as error:
         return error.code
     return 0
