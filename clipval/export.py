@@ -23,6 +23,7 @@ from clipval.towers import TEXT, VISION, Tower
 OPSET = 14
 OPSETS = range(14, 19)
 BATCH = "batch"
+LARGE = 1 << 16  # elements of a weight from which on it counts for memory
 ALIGNMENT = 4096  # bytes: the page size, so that a runtime can map each tensor
 
 
@@ -53,18 +54,48 @@ def export(model: Model, tower: Tower, file: Path, *, opset: int = OPSET, metada
     with warnings.catch_warnings(), _without_fused_attention(), tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         warnings.simplefilter("ignore")
         traced = Path(scratch) / file.name
-        torch.onnx.export(
-            encoder(model, tower),
-            (example,),
-            str(traced),
-            input_names=[tower.input_name],
-            output_names=[tower.output_name],
-            dynamic_axes={tower.input_name: {0: BATCH}, tower.output_name: {0: BATCH}},
-            opset_version=opset,
-            **options,
-        )
-        _finish(traced, file, tower, {**_logits(model), **metadata})
+        environment.release_memory()
+        with _other_tower_on_disk(model.module, tower, Path(scratch)):
+            torch.onnx.export(
+                encoder(model, tower),
+                (example,),
+                str(traced),
+                input_names=[tower.input_name],
+                output_names=[tower.output_name],
+                dynamic_axes={tower.input_name: {0: BATCH}, tower.output_name: {0: BATCH}},
+                opset_version=opset,
+                **options,
+            )
+            environment.release_memory()
+            _finish(traced, file, tower, {**_logits(model), **metadata})
+            environment.release_memory()
     check(file, tower)
+    environment.release_memory()
+
+
+@contextmanager
+def _other_tower_on_disk(module: Any, tower: Tower, folder: Path) -> Iterator[None]:
+    """Keep the large weights of the other tower in a file; the exporter needs room for three copies of this one's."""
+    import torch
+
+    named = [(name.startswith("visual."), one) for name, one in module.named_parameters()]
+    others = [one for is_vision, one in named if is_vision != (tower.name == "vision")]
+    moved = [one for one in others if one.numel() >= LARGE and one.dtype == torch.float32 and one.is_contiguous()]
+    shapes = [one.shape for one in moved]
+    with open(folder / "other-tower", "wb+") as stream:
+        for one in moved:
+            stream.write(memoryview(one.detach().numpy()).cast("B"))
+        for one in moved:
+            one.data = torch.empty(0)
+        try:
+            yield
+        finally:
+            stream.seek(0)
+            for one, shape in zip(moved, shapes):
+                one.data = torch.empty(shape)  # aligned as torch does it, on which the last bits may depend
+                room = memoryview(one.detach().numpy()).cast("B")
+                if stream.readinto(room) != len(room):  # type: ignore[attr-defined]
+                    raise OSError(f"{stream.name}: cut short")
 
 
 def origin(model: str, weights: str) -> Dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Un
 
 import numpy as np
 
-from clipval import store
+from clipval import environment, store
 from clipval.ascend import cann, npu_smi, process
 from clipval.backends import (
     EXTRA,
@@ -83,6 +83,7 @@ class OnnxBackend(Backend):
         started, running = time.perf_counter(), _threads_running()
         self._session: Any = self._load(self._options())
         self.load_seconds = time.perf_counter() - started
+        environment.release_memory()  # of the file's own copy of the weights
         # the session does not report how many it started besides the caller's own
         self.threads = threads or (1 + _threads_running() - running if running else None)
         self.placement = placement.of(self._assigned(), profile)

@@ -1,5 +1,6 @@
 """ONNX files: the contract, and what the check must refuse."""
 
+import contextlib
 import inspect
 import json
 from pathlib import Path
@@ -40,6 +41,27 @@ def test_onnx_is_the_model(seeded, files, tower, count):
     assert found.shape == (count, tower.width)
     assert found.dtype == np.float32
     assert np.abs(found - wanted).max() < 2e-6
+
+
+def weights_of(model):
+    return {name: (one.data_ptr(), one.detach().numpy().tobytes()) for name, one in model.module.named_parameters()}
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower.name)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_other_tower_is_out_of_memory_meanwhile_and_comes_back_as_it_was(seeded, tmp_path, tower, fails):
+    before = weights_of(seeded)
+    with contextlib.suppress(ZeroDivisionError), export._other_tower_on_disk(seeded.module, tower, tmp_path):
+        held = {name for name, one in seeded.module.named_parameters() if one.numel()}
+        gone = set(before) - held
+        assert gone
+        assert {name.startswith("visual.") for name in gone} == {tower is TEXT}
+        own = [name for name in before if name.startswith("visual.") == (tower is VISION)]
+        assert held >= set(own)
+        assert all(before[name][0] == dict(seeded.module.named_parameters())[name].data_ptr() for name in own)
+        assert 1 / (not fails)
+    after = weights_of(seeded)
+    assert {name: content for name, (_, content) in after.items()} == {n: content for n, (_, content) in before.items()}
 
 
 @pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower.name)
