@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
@@ -107,14 +107,14 @@ def _modes(args: argparse.Namespace) -> int:
     return int(not any(one.good for one in found))
 
 
-def _try_keep(args: argparse.Namespace, found: Any) -> str:
+def _try_keep(args: argparse.Namespace, found: Finding) -> str:
     from clipval.chain import Chain
     from clipval.diagnose import candidate, trials
     from clipval.options import Settings
 
     backend, name = _compiled_backend(args), args.tower or _tower_of(args.model)
 
-    def look(settings: Any) -> Any:
+    def look(settings: Settings) -> Finding:
         chain = Chain(settings)
         try:
             tower = chain.towers[name]

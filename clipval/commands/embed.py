@@ -19,6 +19,8 @@ from clipval.towers import TOWER_NAMES, Tower
 
 if TYPE_CHECKING:
     from clipval.arrays import Source
+    from clipval.chain import Chain
+    from clipval.shards.again import Drawn
     from clipval.shards.cluster import Cluster
     from clipval.shards.files import Plan, Shard
     from clipval.shards.pool import Processes
@@ -137,7 +139,7 @@ def _tower_of_model(file: Optional[Path]) -> str:
     return "text" if "text" in file.stem else "vision"
 
 
-def _filled(rows: Source, chain: Any) -> Source:
+def _filled(rows: Source, chain: Chain) -> Source:
     """The rows with the model that computes them from images and captions, which is not sent to other processes."""
     from clipval.preprocess import RawRows
 
@@ -301,7 +303,7 @@ def _say(asked: Asked, planned: Plan, shards: Sequence[Shard], made: int) -> Non
         print(line)
 
 
-def _twice(found: Sequence[Any], seed: int) -> str:
+def _twice(found: Sequence[Drawn], seed: int) -> str:
     elsewhere, same = sum(one.made != one.again for one in found), sum(one.same for one in found)
     lowest = min((one.cosine for one in found), default=1.0)
     return (

@@ -218,7 +218,7 @@ def _plain(made: cut.Part, start: np.ndarray, change: Optional[evaluate.Cut] = N
     return evaluate.model(made.model, start, cut.OUTPUT, change).reshape(made.shape)
 
 
-def cost(made: cut.Part, start: np.ndarray, exact: np.ndarray, precision: str, floats: Any) -> float:
+def cost(made: cut.Part, start: np.ndarray, exact: np.ndarray, precision: str, floats: Set[str]) -> float:
     """The noise of a precision in a part: the error of its twin; 0 for fp32."""
     if precision not in PRECISIONS:
         return 0.0

@@ -72,7 +72,7 @@ def compare(planned: Plan, task: Task, samples: Sequence[int], where: str, found
     return drawn
 
 
-def summary(drawn: Sequence[Drawn], seed: int) -> Dict[str, Any]:
+def summary(drawn: Sequence[Drawn], seed: int) -> Dict[str, object]:
     """For `shards.json`."""
     worst = min((one.cosine for one in drawn), default=None)
     elsewhere = sum(one.made != one.again for one in drawn)

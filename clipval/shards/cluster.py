@@ -110,7 +110,7 @@ class Cluster:
             )
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         _import_ray().shutdown()
 
     def run(self, tasks: Sequence[Task], describe: str) -> Iterator[Tuple[Task, str, Any]]:

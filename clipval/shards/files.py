@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import msgspec
 import numpy as np
@@ -276,7 +276,7 @@ def slow(found: Sequence[Rate]) -> List[str]:
     return said
 
 
-def publish_index(planned: Plan, shards: Sequence[Shard], more: Dict[str, Any]) -> None:
+def publish_index(planned: Plan, shards: Sequence[Shard], more: Mapping[str, object]) -> None:
     """Record in `shards.json` that the shards are complete.
 
     Args:

@@ -80,7 +80,7 @@ class Processes:
         self._workers = [self._start(device) for device in self._devices]
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             if worker.task is None and worker.ready:
                 with suppress(OSError):
