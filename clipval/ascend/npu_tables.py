@@ -140,7 +140,7 @@ def _has(header: _Header, heading: str) -> bool:
 def _headings(cell: str, line: str) -> Tuple[str, ...]:
     if _HEADING.sub("", cell).strip() and len(_HEADING.findall(cell)) > 0:
         _refuse(line, f"{cell!r} has an unknown heading")
-    found = tuple(re.sub(r"\s+", " ", heading).lower() for heading in _HEADING.findall(cell))
+    found = tuple(re.sub(r"\s+", " ", heading).replace(" (", "(").lower() for heading in _HEADING.findall(cell))
     return tuple(name.replace("phyid", "phy-id") for name in found) or (cell.lower(),)
 
 
@@ -192,6 +192,9 @@ def _memory(row: _Row, line: str) -> Tuple[Optional[int], Optional[int]]:
     columns = [name for name in ("hbm-usage(mb)", "memory-usage(mb)") if name in row]
     if not columns:
         _refuse(line, "expected memory in use as Memory-Usage(MB) or HBM-Usage(MB)")
+    unknown = [name for name in row if re.search(r"\([mg]i?b\)$", name) and name not in columns]
+    if unknown:  # HBM under another heading: DDR beside it would pass for the memory in use
+        _refuse(line, f"its column {unknown[0]} is memory of a kind that is not known")
     for name in columns:
         pair = _PAIR.fullmatch(row[name])
         if pair is None and not re.fullmatch(_UNKNOWN, row[name], re.IGNORECASE):

@@ -147,6 +147,8 @@ def test_a_column_more_or_less_changes_nothing_or_is_an_error(name):
         ("950dt-25.6", "|        |                  | NA", "| 0      |                  | NA", "has no heading"),
         ("310p-23.0", "| 24      310P3", "| x24     310P3", "cannot read the line"),
         ("310p-23.0", "| Chip    Device ", "| Chip    Serial ", "has an unknown heading"),
+        ("910b-26.0", "HBM-Usage(MB)", "Fast-Usage(MB)", r"its column fast-usage\(mb\) is memory of a kind"),
+        ("910-21.0", "HBM-Usage(MB)", "HBMs-Used(GB)", r"its column hbms-used\(gb\) is memory of a kind"),
     ],
 )
 def test_what_does_not_fit_is_shown(name, old, new, words):
