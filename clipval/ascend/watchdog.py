@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
+from clipval.errors import BackendUnavailable, ClipvalError
+
 METRIC = "device call"  # of the failed figure
 SIZE = 1 << 14
 DEADLINE = struct.Struct("d")  # of the current call, on the system-wide monotonic clock; 0 for none
@@ -27,6 +29,7 @@ KILL_SECONDS = 10.0  # a process that hangs in the driver may survive a signal
 
 _page: Optional[mmap.mmap] = None
 _owner = 0
+_watcher: Optional[subprocess.Popen[bytes]] = None
 _context: Dict[str, Any] = {}
 
 
@@ -63,18 +66,29 @@ def limit(seconds: Optional[float], device: int, what: str) -> Iterator[None]:
 
 
 def _started() -> mmap.mmap:
-    """The page shared with this process's watcher, which is started on first use."""
-    global _page, _owner
-    if _page is not None and _owner == os.getpid():
-        return _page
+    """The page shared with this process's watcher, which is started on first use, and again if something killed it.
+
+    Raises:
+        BackendUnavailable: the watcher cannot run, so that nothing would limit a call.
+    """
+    global _page, _owner, _watcher
+    if _page is not None and _watcher is not None and _owner == os.getpid():
+        code = _watcher.poll()
+        if code is None:
+            return _page
+        if code >= 0:
+            raise BackendUnavailable(
+                f"om backend: the process that limits device calls (--device-timeout) ended with exit code {code}; run "
+                f"`{sys.executable} -c 'import clipval.ascend.watchdog'` to see why"
+            )
     with tempfile.TemporaryFile() as file:
         file.truncate(SIZE)
-        _page, _owner = mmap.mmap(file.fileno(), SIZE), os.getpid()
+        page, _owner = mmap.mmap(file.fileno(), SIZE), os.getpid()
         say = os.dup(_context.get("say", 2))
-        code = f"from clipval.ascend import watchdog; watchdog.watch({file.fileno()}, {os.getpid()}, {say})"
+        program = f"from clipval.ascend import watchdog; watchdog.watch({file.fileno()}, {os.getpid()}, {say})"
         package = str(Path(__file__).parents[2])
-        subprocess.Popen(
-            [sys.executable, "-c", code],
+        _watcher = subprocess.Popen(
+            [sys.executable, "-c", program],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, sys.path)])},
             pass_fds=(file.fileno(), say),
             stdin=subprocess.DEVNULL,
@@ -83,8 +97,9 @@ def _started() -> mmap.mmap:
             start_new_session=True,  # so that Ctrl-C reaches only the run
         )
         os.close(say)
-    _write(_page)
-    return _page
+    _write(page)
+    _page = page
+    return page
 
 
 def _write(page: mmap.mmap) -> None:
@@ -96,13 +111,25 @@ def watch(descriptor: int, pid: int, say: int) -> None:
     """The watcher's main loop, until the process ends or one of its calls takes too long."""
     page = mmap.mmap(descriptor, SIZE)
     os.close(descriptor)
+    watched = paused = 0.0
     while os.getppid() == pid:
         (deadline,) = DEADLINE.unpack_from(page, 0)
-        if deadline and time.monotonic() > deadline:
+        if deadline != watched:
+            watched, paused = deadline, 0.0
+        if _stopped(pid):
+            paused += TICK
+        elif deadline and time.monotonic() > deadline + paused:
             end = page.find(b"\0", DEADLINE.size)
             _end(pid, say, json.loads(page[DEADLINE.size : end]))
             return
         time.sleep(TICK)
+
+
+def _stopped(pid: int) -> bool:
+    """Whether a person has suspended the process, e.g. with Ctrl-Z; false if the system does not say."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    return False
 
 
 def _end(pid: int, say: int, context: Dict[str, Any]) -> None:
@@ -125,7 +152,6 @@ def _end(pid: int, say: int, context: Dict[str, Any]) -> None:
 def _state(device: int) -> str:
     """npu-smi's state of the chip on one line, or npu-smi's own error."""
     from clipval.ascend import npu_smi
-    from clipval.errors import ClipvalError
 
     try:
         npu = npu_smi.npu(device)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from clipval import results
-from clipval.ascend import acl, atc
+from clipval.ascend import acl, atc, watchdog
 from clipval.backends import BackendSettings, Opening, om
 from clipval.errors import BackendUnavailable, InputError
 from clipval.towers import TEXT, TOWER_NAMES, VISION, towers
@@ -535,6 +536,48 @@ def test_a_call_that_does_not_come_back_ends_the_run_as_failed(host, build, tmp_
     (figure,) = results.read(found)
     assert (figure.gate, figure.verdict, figure.failure) == ("parity/om/text", "fail", "environment")
     assert "did not return" in figure.message
+
+
+SUSPENDED = """
+import time
+from clipval.ascend import watchdog
+with watchdog.limit(2, 0, "a call"):
+    print("ready", flush=True)
+    time.sleep(1)
+"""
+
+
+def test_time_in_which_a_person_suspends_the_run_does_not_count():
+    """Ctrl-Z while a call is under way, and `fg` after more than its limit."""
+    process = subprocess.Popen([sys.executable, "-c", SUSPENDED], cwd=str(ROOT), stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=30) == 0
+
+
+def test_a_watcher_that_was_killed_is_replaced(host, build):
+    backend = om.OmBackend(TEXT, build(TEXT), batch_size=4, device_timeout=60)
+    backend.run(tiny.rows(TEXT, 4))
+    first = watchdog._watcher
+    first.kill()
+    first.wait()
+    backend.run(tiny.rows(TEXT, 4))
+    assert watchdog._watcher is not first
+    assert watchdog._watcher.poll() is None
+
+
+def test_a_watcher_that_cannot_run_is_an_error(host, build, monkeypatch):
+    monkeypatch.setattr(watchdog, "_page", None)
+    monkeypatch.setattr(watchdog, "_watcher", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(watchdog.sys, "executable", "/bin/false")
+        backend = om.OmBackend(TEXT, build(TEXT), batch_size=4, device_timeout=60)
+        watchdog._watcher.wait()
+        with pytest.raises(BackendUnavailable, match="limits device calls .* ended with exit code 1"):
+            backend.run(tiny.rows(TEXT, 4))
+    backend._device_timeout = None
 
 
 def test_a_call_that_comes_back_in_time_is_left_alone(host, build):
