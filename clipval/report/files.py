@@ -99,7 +99,7 @@ def _render(environment: jinja2.Environment, template: str, run: Run, more: Mapp
         causes=causes(run.figures),
         broken=broken(run),
         gates=len(gates | set(run.missing)),
-        passed=len(gates - failed),
+        passed=len(gates - failed - set(run.missing)),
         simulated=sorted({backend(one) for one in run.figures if simulated(one)}),
         recall=tables.recall_table(run.figures),
         pairs=[figure for figure in run.figures if isinstance(figure.detail, PairedDetail)],

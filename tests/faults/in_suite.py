@@ -85,7 +85,7 @@ def recorded(keep: Any) -> None:
     Recorder.__call__ = lambda self, figures: real(self, keep(figures))  # type: ignore[method-assign]
 
 
-@fault("only the first figure of each gate recorded", "parity/onnx/text", "not evaluated")
+@fault("only the first figure of each gate recorded", "values/onnx/text", "not evaluated")
 def first_figure_only() -> None:
     recorded(lambda figures: figures[:1])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Callable, Dict, Tuple
+from typing import Callable, Dict, List, Set, Tuple
 
 import numpy as np
 from PIL import Image
@@ -27,7 +27,7 @@ from clipval.preprocess import expected_pixels
 from clipval.throughput.verdict import FAULTS as ROW_FAULTS
 from tests import small, speed_fakes
 from tests.faults.in_data import noisy
-from tests.faults.in_exports import weights
+from tests.faults.in_exports import ROW, change_table, weights, with_noise
 from tests.faults.planted import FAULTS
 
 HEAD = """# Planted faults
@@ -90,6 +90,23 @@ class Bench:
         backend, inputs = PytorchBackend(tower, encoder(noisy(model, size), tower)), probe.inputs(chain.model, tower, 0)
         found = embed(backend, *inputs, 8)
         figures = embeddings.golden(pinned, found, inputs.sha256, backend.identity, tower, chain.spec.golden)
+        return any(figure.verdict == "fail" for figure in figures)
+
+    def token(self, size: float) -> bool:
+        """Noise on one row of the table of tokens is caught by the probe that shows every id."""
+        import onnx
+
+        chain, tower = self.chain, self.chain.towers["text"]
+        graph = onnx.load(str(chain.onnx(tower)))
+        change_table(onnx, graph, lambda table: with_noise(table, ROW, size))
+        shown = probe.every_id(chain.model, tower, 0).rows
+        rows = shown[(shown == ROW).any(axis=1)]
+        ids = tuple(map(str, range(len(rows))))
+        with tempfile.TemporaryDirectory() as folder:
+            onnx.save(graph, f"{folder}/changed.onnx")
+            backend = OnnxBackend(tower, Path(folder) / "changed.onnx")
+            found, wanted = (embed(one, ids, rows, 8) for one in (backend, chain.backend("pytorch", tower, 8)))
+        figures = embeddings.probe(wanted, found, backend.identity, tower, chain.bounds(backend.identity, tower), 0)
         return any(figure.verdict == "fail" for figure in figures)
 
     def pixels(self, change: Callable[[np.ndarray], np.ndarray]) -> bool:
@@ -156,6 +173,7 @@ def sizes(bench: Bench) -> Dict[str, str]:
         "batch_of_one": (bench.invariance, 0.01, "on each element"),
         "other_mean": (lambda s: bench.pixels(lambda x: x + s / 255), 1.0, "of a grey level"),
         "one_picture_painted_over": (bench.painted, 60.0, "pixels of its height"),
+        "token_off": (bench.token, 0.02, "on each element of the row"),
         "crop_off_by_one": (lambda s: bench.pixels(lambda x: x + s * (np.roll(x, 1, 2) - x)), 1.0, "of a pixel"),
     }
     table = {name: f"{just_caught(caught, largest)} {unit}" for name, (caught, largest, unit) in found.items()}
@@ -167,11 +185,34 @@ def speed_sizes() -> Dict[str, str]:
     """The same for timed calls, on backends with a clock of their own."""
     fake = speed_fakes.Fake
 
-    def caught(backend: speed_fakes.Fake) -> bool:
-        return speed_fakes.verdict(backend, seconds=0.5)[0] in ROW_FAULTS
+    def caught(backend: speed_fakes.Fake, seconds: float = 0.5) -> bool:
+        return speed_fakes.verdict(backend, seconds=seconds)[0] in ROW_FAULTS
 
     def off(size: float) -> speed_fakes.Fake:
         return fake(lambda rows, found, n: noise(found, size) if n > 30 else found)
+
+    def new_off(size: float) -> speed_fakes.Fake:
+        """One batch in the middle that never came before is off."""
+        seen: Set[bytes] = set()
+        new: List[int] = []
+
+        def change(rows: np.ndarray, found: np.ndarray, n: int) -> np.ndarray:
+            if rows.tobytes() not in seen and n > 30:
+                new.append(n)
+            seen.add(rows.tobytes())
+            return noise(found, size) if new and n == new[0] else found
+
+        return fake(change)
+
+    def sometimes(share: float) -> speed_fakes.Fake:
+        takes, rng = speed_fakes.cached(100.0), np.random.default_rng(0)
+        return fake(
+            takes=lambda rows, n: min(speed_fakes.SECONDS, takes(rows, n) * (1 if rng.random() < share else 100))
+        )
+
+    def tenth(size: float) -> speed_fakes.Fake:
+        keep = speed_fakes.keeping(int(size * 2**20), touched)
+        return fake(lambda rows, found, n: keep(rows, found, n) if n % 10 == 0 else found)
 
     def touched(size: int) -> np.ndarray:
         return np.ones(size, np.uint8)
@@ -179,6 +220,9 @@ def speed_sizes() -> Dict[str, str]:
     found: Dict[str, Tuple[Callable[[float], bool], float, str]] = {
         "wrong_under_load": (lambda s: caught(off(s)), 1.0, "on each element"),
         "cached_by_content": (lambda s: caught(fake(takes=speed_fakes.cached(1 + s))), 10.0, "faster, as a share"),
+        "cached_less": (lambda s: caught(sometimes(s)), 1.0, "of the results"),
+        "one_new_batch_wrong": (lambda s: caught(new_off(s)), 1.0, "on each element"),
+        "leak_in_every_tenth_call": (lambda s: caught(tenth(s), 3.0), 20.0, "MB in every tenth call"),
         "execute_too_short": (
             lambda s: caught(fake(device=lambda took: took / max(1.0, s))),
             1000.0,
