@@ -61,7 +61,8 @@ def verdict(run: Run) -> str:
         return f"{judged}; {said}{fake}"
     missing = f", {len(run.missing)} not evaluated" if run.missing else ""
     missing += f" (run with {by})" if missing and by else ""
-    counts = f"{run.verdict.upper()}: {len(gates - failed - set(run.missing))} gates passed, {len(failed)} failed{missing}"
+    passed = gates - failed - set(run.missing)
+    counts = f"{run.verdict.upper()}: {len(passed)} gates passed, {len(failed)} failed{missing}"
     return (f"{counts}; {said}" if said else counts) + fake
 
 
