@@ -220,7 +220,7 @@ def speed_sizes() -> Dict[str, str]:
     found: Dict[str, Tuple[Callable[[float], bool], float, str]] = {
         "wrong_under_load": (lambda s: caught(off(s)), 1.0, "on each element"),
         "cached_by_content": (lambda s: caught(fake(takes=speed_fakes.cached(1 + s))), 10.0, "faster, as a share"),
-        "cached_less": (lambda s: caught(sometimes(s)), 1.0, "of the results"),
+        "cached_mostly": (lambda s: caught(sometimes(s)), 1.0, "of the results"),
         "one_new_batch_wrong": (lambda s: caught(new_off(s)), 1.0, "on each element"),
         "leak_in_every_tenth_call": (lambda s: caught(tenth(s), 3.0), 20.0, "MB in every tenth call"),
         "execute_too_short": (
