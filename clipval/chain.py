@@ -15,7 +15,7 @@ import numpy as np
 from clipval import backends, datasets, environment, export, library, preprocess, probe, reference, store, subject
 from clipval import model as models
 from clipval import spec as specs
-from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, base_name
+from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, base_name, providers
 from clipval.backends.pool import ColdStart, Pool
 from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings, Golden, Made, align, embed, read_golden
@@ -37,7 +37,7 @@ class Chain:
         rebuild_before: see `clipval.store.Store`; default: now if `--rebuild` is set.
 
     Raises:
-        UsageError: the settings' backends cannot share a process.
+        UsageError: the settings' backends cannot share a process, or a provider has no such options.
     """
 
     def __init__(self, settings: Settings, rebuild_before: Optional[float] = None) -> None:
@@ -47,6 +47,7 @@ class Chain:
         self.store = store.Store(settings.workdir, rebuild_before)
         self.pool = Pool(self)
         backends.check_acl(settings.validated, settings)
+        providers.check(settings.onnx_providers, settings.onnx_provider_options)
         self._embeddings: Dict[Tuple[str, str], Made] = {}
         self._retrievals: Dict[str, Retrieval] = {}
         self._rows: Dict[Tuple[str, int], np.ndarray] = {}

@@ -111,7 +111,8 @@ def _sizes(text: str) -> Tuple[int, ...]:
 
 
 def _providers(text: str) -> Tuple[str, ...]:
-    found = tuple(PROVIDERS.get(part.strip().lower(), part.strip()) for part in text.split(",") if part.strip())
+    named = [PROVIDERS.get(part.strip().lower(), part.strip()) for part in text.split(",") if part.strip()]
+    found = tuple(dict.fromkeys(named))
     if not found:
         raise argparse.ArgumentTypeError(f"no provider in {text!r}; expected a list such as cpu or cuda,cpu")
     return found

@@ -6,7 +6,7 @@ Source: ONNX Runtime's pages on execution providers, and the provider options in
 from __future__ import annotations
 
 import shlex
-from typing import Dict, Mapping, Tuple
+from typing import Dict, Mapping, Sequence, Tuple
 
 from clipval.ascend import atc
 from clipval.errors import UsageError
@@ -38,6 +38,19 @@ def parse(text: str) -> Options:
     if len({pair[0] for pair in pairs}) < len(pairs):
         raise UsageError(f"provider options {text!r}: a name is a duplicate")
     return tuple((pair[0], pair[1]) for pair in pairs)
+
+
+def check(names: Sequence[str], given: Options) -> None:
+    """Refuse options that would be ignored without a word.
+
+    Raises:
+        UsageError: options are given, and the first provider is the CPU's, which has none.
+    """
+    if given and names[0] == CPU:
+        shown = ",".join(f"{name}={value}" for name, value in given)
+        raise UsageError(
+            f"--onnx-provider-options {shown}: {CPU} has no options; name their provider: --onnx-providers"
+        )
 
 
 def configured(provider: str, given: Options) -> Dict[str, str]:

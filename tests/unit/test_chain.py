@@ -154,3 +154,10 @@ def test_an_installed_torch_npu_does_not_take_acl(tmp_path, variable, loaded):
     since = tuple(map(int, environment.version("torch").split(".")[:2])) >= (2, 5)
     by_itself = loaded and since
     assert done.stdout.split()[-1] == str(by_itself), done.stderr
+
+
+def test_options_without_their_provider_are_not_ignored():
+    options = (("precision_mode", "must_keep_origin_dtype"),)
+    with pytest.raises(UsageError, match="precision_mode=must_keep_origin_dtype: CPUExecutionProvider has no options"):
+        Chain(Settings(onnx_provider_options=options))
+    Chain(Settings(onnx_provider_options=options, onnx_providers=("CANNExecutionProvider", "CPUExecutionProvider")))
