@@ -363,13 +363,13 @@ def slowed(share: float, factor: float) -> None:
 
 
 @fault("nine calls in ten take three times as long as in the baseline", "throughput/onnx/text/8",
-       "samples/s by the median of the calls, baseline", arguments=AGAINST, baseline=True)  # fmt: skip
+       "over 5 sessions, bound", arguments=AGAINST, baseline=True)  # fmt: skip
 def most_calls_slow() -> None:
     slowed(0.9, 3)
 
 
 @fault("one call in ten takes fifteen times as long as in the baseline", "throughput/onnx/text/8",
-       "samples/s by the mean of the calls, baseline", arguments=AGAINST, baseline=True)  # fmt: skip
+       "over 5 sessions, bound", arguments=AGAINST, baseline=True)  # fmt: skip
 def some_calls_very_slow() -> None:
     slowed(0.1, 15)
 

@@ -10,6 +10,7 @@ from tests.faults.planted import FAULTS
 
 SAMPLE_SEED = random.SystemRandom().randrange(10**6)
 NAMES = sorted(FAULTS)
+SAMPLED = [name for name in NAMES if not FAULTS[name].baseline]  # two runs, on a machine that should be idle
 
 
 def check(name, small_spec, workdir):
@@ -37,7 +38,7 @@ def test_fault(name, small_spec, workdir):
 @pytest.mark.parametrize("turn", range(2))
 def test_a_random_fault(turn, small_spec, workdir):
     """A sample for every plain run of the tests; its name stands in the failure, so that it can be repeated."""
-    check(random.Random(SAMPLE_SEED + turn).choice(NAMES), small_spec, workdir)
+    check(random.Random(SAMPLE_SEED + turn).choice(SAMPLED), small_spec, workdir)
 
 
 @pytest.mark.proof
