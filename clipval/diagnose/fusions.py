@@ -1,4 +1,4 @@
-"""What the graph engine fused: the ONNX nodes of each operator of an OM, and the passes that made it.
+"""The graph engine's fusions: the ONNX nodes of each operator of an OM, and the passes that created it.
 
 Source: hicann/ge, `graph_pass_util.cc` (attributes `_datadump_original_op_names` and `pass_name`) and `pb2json.cc`
 (names are C-escaped); `fusion_result.json` as atc writes it into its working folder.
@@ -25,7 +25,7 @@ def names(file: Path) -> Dict[str, List[str]]:
 
 
 def passes(file: Path) -> Dict[str, List[str]]:
-    """Fusion passes that made each operator of an OM, from the same file; only operators that a pass made.
+    """Fusion passes that created each operator of an OM, from the same file; only operators created by a pass.
 
     Raises:
         InputError: the file is something else.
@@ -77,7 +77,7 @@ def applied(file: Path) -> Dict[str, int]:
 
 
 def advice(operator: str, made: Mapping[str, List[str]], counts: Mapping[str, int]) -> List[str]:
-    """Which fusions to switch off for an operator: those that made it, else all that were applied.
+    """Which fusions to switch off for an operator: those that created it, else all applied ones.
 
     Args:
         made: see `passes`; counts: see `applied`. Either may be empty.
@@ -87,6 +87,6 @@ def advice(operator: str, made: Mapping[str, List[str]], counts: Mapping[str, in
     if own:
         said = ", ".join(f"{one} (applied {counts[one]} times)" if one in counts else one for one in own)
         return [f"switch off the fusion that made {operator}: {said} ({how})"]
-    if made:  # the OM tells, and no pass made this operator
+    if made:  # the OM records passes, and none created this operator
         return []
     return [f"switch off an applied fusion: {', '.join(counts)} ({how})"] if counts else []

@@ -1,4 +1,4 @@
-"""Ways to compile an OM, tried: other precision modes, and operators kept in their own precision."""
+"""Try other ways to compile an OM: precision modes, and operators kept in their own precision."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from clipval.chain import Chain
 from clipval.diagnose.finding import NONE, Finding
 from clipval.errors import ClipvalError, InputError, UsageError
 from clipval.options import Settings
+from clipval.results import columns, number
 from clipval.retrieval import GATED_K
 from clipval.throughput import protocol, rows
 from clipval.throughput.feed import Feed
 from clipval.towers import Tower
 
-ROUNDS = 4  # lists of operators that are tried: each may uncover an excess that lay behind the last one
+ROUNDS = 4  # lists of operators to try: each may reveal an excess that the previous one hid
 TITLES = ("compiled with", "tower", "minimum cosine", "mean cosine", "max |diff|", "bounds", "samples/s", "recall")
 
 
 class Figures(NamedTuple):
-    """A tower in one way of compiling: parity on all samples, whether the spec's bounds hold, and its speed.
+    """A tower compiled one way: parity on all samples, whether it is within the spec's bounds, and its speed.
 
-    `rate` is samples/s, with the verdict on the measurement where it is not VALID.
+    `rate` is samples/s, with the row's verdict if it is not VALID.
     """
 
     minimum: float
@@ -41,7 +42,7 @@ class Trial:
 
     Attributes:
         name: the precision mode, and how many operators are kept.
-        towers: figures by tower; recall: by metric, empty without trained weights; failed: why there are none.
+        towers: figures by tower; recall: by metric, empty without trained weights; failed: the reason if it failed.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Trial:
 
     @property
     def good(self) -> bool:
-        """Within the spec's bounds in every tower."""
+        """Whether every tower is within the spec's bounds."""
         return bool(self.towers) and all(one.within for one in self.towers.values())
 
 
@@ -70,10 +71,10 @@ def modes(text: str) -> Tuple[str, ...]:
 
 
 def trial(settings: Settings, backend: str, towers: Sequence[str]) -> Trial:
-    """Compile as the settings say, and measure; what cannot be compiled or run is a trial that failed.
+    """Compile with these settings, and measure; if it cannot be compiled or run, the trial failed.
 
     Args:
-        towers: names of those that are measured; with trained weights all are, since recall needs them.
+        towers: names of those to measure; with trained weights all are, since recall needs them.
     """
     found = Trial(_name(settings))
     chain = Chain(settings)
@@ -110,7 +111,7 @@ def _figures(chain: Chain, backend: str, tower: Tower) -> Figures:
 def _rate(chain: Chain, backend: str, tower: Tower) -> str:
     size, settings = chain.accuracy_batch, chain.settings
     feed = Feed(chain.prepared.rows[tower.name], size)
-    # outputs are judged beside it: a wrong mode has a speed, too
+    # outputs are judged separately: a wrong mode has a speed, too
     subject = rows.subject(chain, chain.backend(backend, tower, size), feed, pace=None, checked=False)
     plan = protocol.Plan(settings.perf_min_time, settings.perf_max_time, noise=settings.perf_noise, insist=False)
     row, _ = protocol.measure(subject, plan)
@@ -120,8 +121,8 @@ def _rate(chain: Chain, backend: str, tower: Tower) -> str:
 
 
 def table(trials: Sequence[Trial]) -> List[str]:
-    """The trials for a terminal, one line a way of compiling and tower."""
-    lines = []
+    """The trials for a terminal, one line per way of compiling and tower."""
+    lines: List[Sequence[str]] = [TITLES]
     for one in trials:
         if one.failed:
             lines.append((one.name, "", "", "", "", "failed", "", ""))
@@ -130,27 +131,25 @@ def table(trials: Sequence[Trial]) -> List[str]:
         )
         for tower, figures in one.towers.items():
             bounds = "within" if figures.within else "BEYOND"
-            cosines = (f"{figures.minimum:.6f}", f"{figures.mean:.6f}", f"{figures.largest:.2e}")
-            lines.append((one.name, tower, *cosines, bounds, figures.rate, recall or "no trained weights"))
-    widths = [max(map(len, column)) for column in zip(TITLES, *lines)]
-    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [TITLES, *lines]]
-    return [*shown, *(f"{one.name}: {one.failed}" for one in trials if one.failed)]
+            cells = [number(figures.minimum, "cosine"), number(figures.mean, "cosine"), f"{figures.largest:.2e}"]
+            lines.append((one.name, tower, *cells, bounds, figures.rate, recall or "no trained weights"))
+    return [*columns(lines), *(f"{one.name}: {one.failed}" for one in trials if one.failed)]
 
 
 def keep(
     settings: Settings, backend: str, tower: str, found: Finding, file: Path, look: Callable[[Settings], Finding]
 ) -> Tuple[Finding, str]:
-    """Write a list of operators to keep in their own precision, compile with it and look again, a few times.
+    """Write a list of operators to keep in their own precision, compile with it and diagnose again, a few times.
 
     Args:
-        found: of the settings as they are; file: the list, as atc's `--keep_dtype` takes it.
+        found: with the current settings; file: the list, for atc's `--keep_dtype`.
         look: diagnoses the OM of other settings.
 
     Returns:
-        the last finding, and what to say: confirmed or not.
+        the last finding, and a message: confirmed or not.
 
     Raises:
-        UsageError: nothing of an OM is wrong, or the precision mode keeps everything anyway.
+        UsageError: no operator of the OM is wrong, or the precision mode keeps everything anyway.
     """
     if not found.keep:
         raise UsageError(f"diagnose --try-keep-dtype: no operator of the {tower} tower's OM has an excess")
@@ -166,12 +165,12 @@ def keep(
             return found, f"confirmed: with --keep-dtype {file} ({len(names)} operators) there is no excess"
     return found, (
         f"not confirmed: with --keep-dtype {file} ({len(names)} operators) it still diverges, so precision is not the "
-        f"cause, or not there alone: {found.sentence}"
+        f"cause, or not the only one: {found.sentence}"
     )
 
 
 def write_list(file: Path, names: Sequence[str]) -> None:
-    """A file for `--keep_dtype`: one name of the original model a line (CANN's user guide of atc).
+    """A file for `--keep_dtype`: one name of the original model per line (CANN's user guide of atc).
 
     Raises:
         InputError: it cannot be written.
