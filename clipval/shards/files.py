@@ -153,7 +153,7 @@ def usable(planned: Plan, number: int) -> Optional[Shard]:
     if shard.ids != planned.samples(number):
         raise InputError(f"{place}: of other samples ({shard.ids[0]}, ...); empty the folder or give another")
     same = shard.stamp == planned.stamps[number] and (place / VALUES).is_file()
-    return shard if same and store.sha256(place / VALUES) == shard.sha256 else None
+    return shard if same and store.once(place / VALUES) == shard.sha256 else None
 
 
 def _manifest(place: Path) -> Shard:
