@@ -247,7 +247,10 @@ class Chain:
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:
         """A backend's embeddings of some samples, in the order picked, computed now."""
         rows = self.prepared.rows[tower.name]
-        return embed(self.backend(name, tower, batch_size), [rows.ids[n] for n in picked], rows[picked], batch_size)
+        backend = self.backend(name, tower, batch_size)
+        found = embed(backend, [rows.ids[n] for n in picked], rows[picked], batch_size)
+        backend.release()
+        return found
 
     def reference_rows(self, tower: Tower, index: np.ndarray) -> np.ndarray:
         """The reference's embeddings of some samples, each computed once a run: float32 [n, width]."""

@@ -131,6 +131,10 @@ class Backend(Protocol):
         """What else uses the device, as text; empty for nothing, and for the CPU."""
         return ""
 
+    def release(self) -> None:
+        """Give memory back that calls of a large batch have kept for the next one."""
+        return None
+
     def close(self) -> None:
         """Free the session; calling it twice is allowed."""
         return None

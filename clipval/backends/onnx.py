@@ -32,6 +32,7 @@ from clipval.errors import BackendUnavailable, InputError, lfs_pointer, one_line
 from clipval.towers import Tower
 
 PRODUCTS_IN_A_ROW = 16
+KEPT_ROWS = 8  # of the accuracy path, which is used all the time
 FLOATS = ("tensor(float)", "tensor(float16)")
 IR_VERSION = 8  # of a model of opset 14, which every onnxruntime from 1.11 on reads
 
@@ -73,6 +74,7 @@ class OnnxBackend(Backend):
         self._file, self._names, self._threads, self._cache = file.absolute(), list(names), threads, cache
         self._configured = providers.configured(names[0], options)
         self._input, self._output = (tower.input_name, np.dtype(tower.dtype)), tower.output_name
+        self._largest = 0  # rows of a call since the last `release`
         self._compiled: Set[int] = set()  # batch sizes that the provider has seen
         precision = providers.precision(names[0], self._configured)
         self._ready = ready
@@ -246,6 +248,7 @@ class OnnxBackend(Backend):
     def run(self, rows: np.ndarray) -> np.ndarray:
         name, dtype = self._input
         fed = {name: rows.astype(dtype, copy=False)}
+        self._largest = max(self._largest, len(rows))
         try:
             if len(rows) not in self._compiled:
                 with self._in_cache():
@@ -258,6 +261,16 @@ class OnnxBackend(Backend):
                 f"ONNX {self._file}: onnxruntime cannot run it ({one_line(error)}). Export it again"
             ) from error
         return np.asarray(embedding).astype(np.float32, copy=False)
+
+    def release(self) -> None:
+        """Let a call of one row give back the memory of inner tensors that a larger batch took."""
+        if self._largest <= KEPT_ROWS or self.batch_size is not None or self.identity.device != "cpu":
+            return
+        name, dtype = self._input
+        options = self._runtime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._session.run([self._output], {name: np.zeros(self.tower.shape(1), dtype)}, options)
+        self._largest = 0
 
     def product(self, side: int) -> Optional[Product]:
         # several in a row on other devices, so that transfers hardly count

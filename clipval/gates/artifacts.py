@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from clipval.arrays import PreparedRows
 from clipval.backends import Identity, kind
 from clipval.backends.placement import Placement
 from clipval.datasets import RetrievalDataset
+from clipval.environment import release_memory
 from clipval.export import check, read_metadata
 from clipval.gates.gate import ACCURACY, Gate, judge
 from clipval.model import Model
@@ -106,8 +107,21 @@ def _prepared(gate: Gate, metric: str, off: np.ndarray, limit: float, ids: Seque
     )
 
 
+def examine(file: Path, tower: Tower, *, ready: bool = False) -> Dict[str, str]:
+    """Metadata of an ONNX file that follows the contract; the user's own ready one need not.
+
+    Reading it takes twice its size in memory, so it comes before a backend opens the file.
+    """
+    metadata = read_metadata(file)
+    if not ready:
+        check(file, tower)
+    release_memory()
+    return metadata
+
+
 def artifact(
     file: Path,
+    metadata: Dict[str, str],
     tower: Tower,
     weights: str,
     where: Identity,
@@ -118,15 +132,13 @@ def artifact(
     """The ONNX file follows the contract and was exported from the weights under test.
 
     Args:
+        metadata: of the file, as `examine` gave it.
         placement: which operators run where in the backend that opened it; only shown, since opening it checks them.
         ready: the user's own file: opening it checked that it can be this tower; if it does not state its weights, only
         parity can tell.
     """
-    metadata = read_metadata(file)
     if ready and "clipval.weights" not in metadata:
         return [_ready(file, tower, where), *([] if placement is None else [_placed(placement, where, tower)])]
-    if not ready:
-        check(file, tower)
     same = metadata.get("clipval.weights") == weights and metadata.get("clipval.normalized") == "true"
     found = metadata.get("clipval.weights", "none")[:12]
     return [

@@ -20,8 +20,9 @@ def test_prepared_texts(chain, record):
 @pytest.mark.gate(artifacts.ARTIFACT)
 def test_onnx_file(chain, record, backend_name, tower_name):
     tower = chain.towers[tower_name]
-    backend = chain.backend(backend_name, tower, chain.accuracy_batch)
-    placement = getattr(backend, "placement", None)
     file = chain.pool.file(backend_name, tower, chain.accuracy_batch)
     ready = chain.settings.onnx_prefix is not None
-    record(artifacts.artifact(file, tower, chain.weights.sha256, backend.identity, placement, ready=ready))
+    metadata = artifacts.examine(file, tower, ready=ready)
+    backend = chain.backend(backend_name, tower, chain.accuracy_batch)
+    placement = getattr(backend, "placement", None)
+    record(artifacts.artifact(file, metadata, tower, chain.weights.sha256, backend.identity, placement, ready=ready))

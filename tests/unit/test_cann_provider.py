@@ -147,7 +147,7 @@ def export_nodes(file):
 def test_placement_is_in_the_report(file, tmp_path, monkeypatch):
     cann.install(monkeypatch, stray=["Erf"])
     backend = opened(file, tmp_path, allow_cpu_operators=("Erf",))
-    _, shown = artifacts.artifact(file, TEXT, "abc", backend.identity, backend.placement)
+    _, shown = artifacts.artifact(file, artifacts.examine(file, TEXT), TEXT, "abc", backend.identity, backend.placement)
     assert (shown.verdict, shown.measured) == (INFO, backend.placement.strayed["Erf"])
     assert shown.count == sum(cann.operators(backend).values())
     assert shown.detail.operators[cann.CPU].keys() == {"Erf"}

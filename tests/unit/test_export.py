@@ -242,3 +242,15 @@ def test_a_sigmoid_model_of_another_vocabulary(tmp_path):
         assert np.abs(found - wanted).max() < 2e-6
         assert export.read_metadata(file)["clipval.logit_bias"] == "-10.0"
         assert float(export.read_metadata(file)["clipval.logit_scale"]) == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower.name)
+def test_memory_of_a_large_batch_is_given_back_without_a_change(files, tower):
+    backend = OnnxBackend(tower, files[tower.name], threads=1)
+    before = backend.run(rows(tower, 8))
+    backend.release()
+    assert backend._largest == 8  # kept: it is used all the time
+    backend.run(rows(tower, 32))
+    backend.release()
+    assert backend._largest == 0
+    assert backend.run(rows(tower, 8)).tobytes() == before.tobytes()
