@@ -175,7 +175,7 @@ def _placed(
     path: Path, name: str, inputs: List[Tensor], outputs: List[Tensor], rest: int, there: int, start: int
 ) -> Operator:
     """The operator with the tensors whose bytes are in the file; those without an address may have none."""
-    kind = path.name.split(".")[0]
+    kind = _full_name(path).split(".")[0]
     told = sum(one.size for one in (*inputs, *outputs))
     if there == told + rest or there == told:
         inputs, outputs = [replace(one, held=True) for one in inputs], [replace(one, held=True) for one in outputs]
@@ -231,14 +231,19 @@ def _array(raw: bytes, wanted: Tensor) -> np.ndarray:
     return (values.astype(np.uint32) << 16).view(np.float32) if narrow else values
 
 
+def _full_name(path: Path) -> str:
+    """The name of a file, or the one that `mapping.csv` has for a file whose name was too long and became a hash."""
+    name, mapping = path.stem if path.suffix == ".csv" else path.name, path.parent / MAPPING
+    if not name.isdigit() or not mapping.is_file():
+        return name
+    with open(mapping, encoding="utf-8", newline="") as stream:
+        known = {row[0].split(".")[0]: row[1] for row in csv.reader(stream) if len(row) > 1}
+    return Path(known.get(name, name)).name
+
+
 def statistics_name(path: Path) -> str:
     """Operator of a statistics file `<type>.<name>.<task>.<stream>.<time>.csv`; `mapping.csv` resolves hashes."""
-    name = path.stem
-    mapping = path.parent / MAPPING
-    if name.isdigit() and mapping.is_file():
-        with open(mapping, encoding="utf-8", newline="") as stream:
-            known = {row[0].split(".")[0]: row[1] for row in csv.reader(stream) if len(row) > 1}
-        name = Path(known.get(name, name)).name
+    name = _full_name(path)
     parts = name.split(".")
     return parts[1] if len(parts) > 2 else name
 

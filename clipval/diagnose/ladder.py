@@ -54,16 +54,20 @@ class Ladder:
     def first(self) -> Optional[int]:
         """Number of the tap where the error of the embedding starts.
 
-        In 16 bits an excess may be hidden by the noise of later parts: if the embedding is good, this is the tap with
-        the largest excess.
+        An excess may not reach the embedding: it is hidden by the noise of later parts in 16 bits, or multiplied by
+        zero. Then this is the tap with the largest excess; in float32, where a lone bad tap is a tensor that was taken
+        for another one, only if what follows is bad too.
         """
         names = list(map(str, self.rungs))
         good = {str(n): None if rung.error is None else rung.good for n, rung in self.rungs.items()}
         above = {name: list(map(str, self.recorded.taps[int(name)].parents)) for name in names}
         output = str(self.recorded.output)
         start = suspects(good, above, output)
-        if not start and good[output] and self.graph.precision != "fp32":
+        if not start and good[output]:
             bad = [name for name in names if good[name] is False]
+            if self.graph.precision == "fp32":
+                passed_on = {one for name in bad for one in above[name]}
+                bad = [name for name in bad if name in passed_on]
             start = [name for name in bad if name in suspects(good, above, name)]
             start.sort(key=lambda name: -(self.rungs[int(name)].excess or 0))
         return int(start[0]) if start else None
@@ -235,6 +239,9 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
         f"{candidate}: diverges in {where}, ONNX {part.nodes}: {start}, output {rung.error:.1e} off, {excess:.3g} "
         f"times what {ladder.graph.precision} costs there, so the error starts there; computed in {part.precision}"
     )
+    end = ladder.rungs[recorded.output]
+    if end.good:
+        sentence += f"; it does not reach the embedding ({end.error:.1e} off)"
     if causes:
         sentence += f"; {causes[0]}"
     return Finding(
@@ -255,11 +262,14 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
 
 def _no_excess(ladder: Ladder, candidate: str) -> str:
     compared = [rung for rung in ladder.rungs.values() if rung.error is not None]
-    worst = max(compared, key=lambda rung: rung.excess or 0.0)
+    good = [rung for rung in compared if rung.good]
+    worst = max(good, key=lambda rung: rung.excess or 0.0)
+    lone = len(compared) - len(good)
+    other = f", but {lone} that nothing which follows confirms" if lone else ""
     end = ladder.rungs[ladder.recorded.output]
     return (
         f"{candidate}: no excess: {len(compared)} of {len(ladder.rungs)} taps compared, none is over {EXCESS:g} times "
-        f"what {ladder.graph.precision} costs (worst {worst.excess:.2g}, {worst.name}); a fault shows from "
+        f"what {ladder.graph.precision} costs{other} (worst {worst.excess:.2g}, {worst.name}); a fault shows from "
         f"{EXCESS * min(rung.noise for rung in compared):.1e} (relative) on at the quietest tap, from "
         f"{EXCESS * end.noise:.1e} on at the embedding"
     )

@@ -57,6 +57,25 @@ def test_a_clean_export_has_no_excess_and_every_tap_a_tensor(chain, files, name)
     assert found.rungs[found.recorded.output].tensor == chain.towers[name].output_name
 
 
+def test_an_error_that_does_not_reach_the_embedding_is_found(chain, tmp_path):
+    tested = chain.model._replace(module=copy.deepcopy(chain.model.module))
+    tower, last = chain.towers["vision"], tested.module.visual.transformer.resblocks[1].attn.out_proj
+    for value in (last.weight, last.bias):
+        value.data.zero_()  # as the last norm of a ResNet's branch begins
+    export.export(tested, tower, tmp_path / "clean.onnx", metadata={})
+    changed = onnx.load(str(tmp_path / "clean.onnx"))
+    in_blocks.PLANTED["scale_of_one_attention"].change(in_blocks.Graph(changed))
+    onnx.save(changed, str(tmp_path / "faulty.onnx"))
+    encoder = model.encoder(tested, tower)
+    clean, found = (
+        ladder.judge(ladder.climb(encoder, graph.load(tmp_path / f"{name}.onnx"), rows(tower)), "onnx")
+        for name in ("clean", "faulty")
+    )
+    assert clean.verdict == NONE, clean.sentence
+    assert found.module == "visual.transformer.resblocks.1.attn"
+    assert "it does not reach the embedding (" in found.sentence
+
+
 @pytest.mark.parametrize("fault", ["mask_missing", "residual_left_out"])
 def test_a_graph_without_names_says_the_node_and_its_neighbours(chain, files, fault, tmp_path):
     planted = in_blocks.PLANTED[fault]

@@ -174,6 +174,15 @@ def test_statistics_are_read_by_their_titles(tmp_path, title, row):
         assert (found.largest, found.least, found.nan, found.shape) == (7.5, -1.25, 0.0, (1, 50, 768))
 
 
+def test_the_type_of_an_operator_with_a_hashed_file_name_is_looked_up(tmp_path):
+    values = np.zeros((2, 2), np.float32)
+    file = write(tmp_path, header("/a", [(values, 1, 2, values.shape, {})]), values.tobytes())
+    (tmp_path / "mapping.csv").write_text(f"98765,{file.name}\n", encoding="utf-8")
+    file.rename(tmp_path / "98765")
+    (one,) = dump.read(tmp_path).operators.values()
+    assert one.kind == file.name.partition(".")[0]
+
+
 def test_a_hashed_name_is_looked_up(tmp_path):
     (tmp_path / "123456.csv").write_text(f"{simulated_dump.TITLES}\n{ROW}\n", encoding="utf-8")
     (tmp_path / "mapping.csv").write_text("123456,MatMul._long_name.1.2.3.csv\n", encoding="utf-8")
