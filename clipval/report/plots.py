@@ -271,7 +271,7 @@ def _powers(axes: Any, low: float, high: float) -> None:
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     ticks = list(range(first, last + 1, max(1, math.ceil((last - first) / 6))))
     axes.set_yticks([10.0**n for n in ticks], [f"1e{n}" for n in ticks])
-    axes.yaxis.minorticks_off()
+    axes.set_yticks([], minor=True)
 
 
 def _blocks(axes: Any, taps: Sequence[Tap]) -> None:
@@ -279,7 +279,7 @@ def _blocks(axes: Any, taps: Sequence[Tap]) -> None:
     starts = [n for n, tap in enumerate(taps) if tap.block and (n == 0 or taps[n - 1].block != tap.block)]
     starts = starts[:: max(1, math.ceil(len(starts) / 13))]
     axes.set_xticks(starts, [taps[n].block for n in starts])
-    axes.xaxis.minorticks_off()
+    axes.set_xticks([], minor=True)
 
 
 def _style() -> Any:
