@@ -26,7 +26,7 @@ from clipval.errors import ClipvalError
 from clipval.report import Failure
 from clipval.report.wording import row_verdict
 from clipval.results import FAIL, Figure, from_json, to_json
-from clipval.run import Account
+from clipval.run import Account, Message
 from clipval.towers import TOWER_NAMES
 
 CHAIN: pytest.StashKey[Chain] = pytest.StashKey()
@@ -328,19 +328,6 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
         made.longrepr = f"{collector.nodeid}: skipped, and gates must not be skipped: {made.longrepr}"
 
 
-class _Message:
-    """A failure's text, which pytest prints once: its short summary would repeat a plain string, on CI in full."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __str__(self) -> str:
-        return self.text
-
-    def toterminal(self, out: Any) -> None:
-        out.line(self.text)
-
-
 class Keeper:
     """Keeps the record of a run in the process that reports it: the only one, or xdist's controller."""
 
@@ -355,7 +342,7 @@ class Keeper:
         if hasattr(report, "clipval_failure"):
             self.account.failures.append(Failure(**report.clipval_failure))
             if isinstance(report.longrepr, str):
-                report.longrepr = _Message(report.longrepr)
+                report.longrepr = Message(report.longrepr)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from clipval import backends, datasets, environment
 from clipval.chain import Chain
@@ -148,3 +148,16 @@ def results_file(workdir: Path) -> Path:
     for old in sorted(runs.glob("*.jsonl"))[:-KEPT_RUNS]:
         old.unlink()
     return runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
+
+
+class Message:
+    """A failure's text, which pytest prints once: its short summary would repeat a plain string, on CI in full."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def toterminal(self, out: Any) -> None:
+        out.line(self.text)
