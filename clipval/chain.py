@@ -19,7 +19,6 @@ from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, bas
 from clipval.backends.pool import ColdStart, Pool
 from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings, Golden, Made, align, embed, read_golden
-from clipval.errors import InputError, UsageError
 from clipval.options import Settings
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.shards import files
@@ -78,26 +77,15 @@ class Chain:
         """Batch size of the accuracy path."""
         return PREFERRED_BATCH if PREFERRED_BATCH in self.batch_sizes else max(self.batch_sizes)
 
-    @property
-    def drawn(self) -> bool:
-        """Whether the data are drawn scenes: by the spec, or for random weights without given data."""
-        return self.settings.data_dir is None and (datasets.draws(self.spec.data.kind) or not self.subject.trained)
-
     def check_inputs(self) -> None:
         """Find data and weights before anything is built.
 
         Raises:
             InputError, UsageError: what is missing, where to get it and the expected layout.
         """
-        data, folder = self.spec.data, self.settings.data_dir
-        if folder is None and not self.drawn:
-            raise UsageError(f"spec {self.spec.name} needs --data-dir. {data.get}".strip())
-        if folder is not None and not folder.is_dir():
-            raise InputError(f"--data-dir {folder}: no such folder. {data.get}".strip())
-        if not self.spec.model.pretrained:
-            raise UsageError(f"spec {self.spec.name} names no weights; give --pretrained a tag, a file or 'random'")
+        self.subject.check(self.settings.data_dir)
         self.store.check()
-        if folder is not None:
+        if self.settings.data_dir is not None:
             self.dataset  # noqa: B018  reads the annotations and finds every image
         self.weights  # noqa: B018  resolves the tag or file
         models.tokenizer(self.spec.model.name)(["a"])  # may need a download
@@ -106,8 +94,8 @@ class Chain:
     def dataset(self) -> RetrievalDataset:
         """The data set of `--data-dir`, or the drawn one."""
         data, folder = self.spec.data, self.settings.data_dir
-        if folder is None and not self.drawn:
-            self.check_inputs()
+        if folder is None and not self.subject.drawn(None):
+            self.subject.check(None)
         folder = folder or datasets.drawn(data.kind, data.images, self.store)
         captions = self.settings.captions_format
         dataset = datasets.read(folder, expected=data.kind, named=self.settings.data_format, captions_format=captions)
@@ -151,11 +139,6 @@ class Chain:
         write = partial(preprocess.prepare, self.dataset, self.model, self.towers)
         folder = self.store.get("prepared", key, write, resumes=True)
         return preprocess.opened(self.dataset, self.towers, folder)
-
-    def input_digests(self, tower: Tower) -> np.ndarray:
-        """sha256 of each prepared row, in order: equal for equal inputs."""
-        names, files = self.prepared.rows[tower.name].ids, store.files(self.prepared.folder)
-        return np.array([files[f"{tower.prepared}/{name}.npy"]["sha256"] for name in names])
 
     def onnx(self, tower: Tower) -> Path:
         """The ONNX file of a tower."""
@@ -238,10 +221,8 @@ class Chain:
 
     def embed_probe(self, name: str, tower: Tower, seed: Optional[int] = None) -> Embeddings:
         """A backend's embeddings of probe inputs, computed now: of a seed, else of this run's, with every token id."""
-        ids, rows = probe.inputs(self.model, tower, self.probe_seed if seed is None else seed)
-        if seed is None and rows.dtype.kind == "i":
-            more = probe.every_id(self.model, tower, self.probe_seed)
-            ids, rows = ids + more.ids, np.concatenate([rows, more.rows])
+        own = self.probe_seed if seed is None else seed
+        ids, rows = probe.inputs(self.model, tower, own, every_id=seed is None)
         return embed(self.backend(name, tower, self.accuracy_batch), ids, rows, self.accuracy_batch)
 
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:

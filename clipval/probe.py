@@ -92,19 +92,27 @@ def _generator(seed: int, stream: int) -> np.random.RandomState:
     return np.random.RandomState([seed, stream])
 
 
-def inputs(loaded: Model, tower: Tower, seed: int) -> Probe:
-    """Fresh inputs of a tower, laid out by the model's own transform and tokenizer."""
+def inputs(loaded: Model, tower: Tower, seed: int, *, every_id: bool = False) -> Probe:
+    """Fresh inputs of a tower, laid out by the model's own transform and tokenizer.
+
+    Args:
+        every_id: of tokens, rows follow in which each id of the vocabulary occurs.
+    """
     if tower.dtype == "float32":
         return pictures(tower, partial(transformed, loaded), seed)
-    return captions(tower, token_layout(loaded.tokenize, vocabulary(loaded)), seed)
+    layout = token_layout(loaded.tokenize, vocabulary(loaded))
+    found = captions(tower, layout, seed)
+    if not every_id:
+        return found
+    more = each_id(tower, layout, seed)
+    return Probe(found.ids + more.ids, np.concatenate([found.rows, more.rows]))
 
 
-def every_id(loaded: Model, tower: Tower, seed: int) -> Probe:
+def each_id(tower: Tower, layout: TokenLayout, seed: int) -> Probe:
     """Full rows of tokens in which each id of the vocabulary stands once, as far as `MOST_ROWS` go, in drawn order.
 
     A few captions show few ids, and one wrong row of the table of tokens would be met by chance alone.
     """
-    layout = token_layout(loaded.tokenize, vocabulary(loaded))
     words = _generator(seed, 2).permutation(layout.words)
     fixed = len(layout.prefix) + len(layout.suffix)
     each = tower.row_shape[0] - fixed

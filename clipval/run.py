@@ -137,7 +137,7 @@ def _not_validated(chain: Chain) -> List[str]:
     left = [f"{name}: not listed in --backends" for name in backends.names() if name not in listed]
     left += chain.subject.left_out
     left += chain.subject.assumed(chain.weights) if "weights" in vars(chain) else []
-    if chain.drawn and not datasets.draws(chain.spec.data.kind):
+    if chain.subject.drawn(chain.settings.data_dir) and not datasets.draws(chain.spec.data.kind):
         left.append(f"data: drawn scenes replace {chain.spec.data.name}, since no --data-dir was given")
     return left
 

@@ -14,6 +14,7 @@ import msgspec
 
 from clipval import datasets
 from clipval import spec as specs
+from clipval.errors import InputError, UsageError
 from clipval.library import QUICK, architecture, brings_weights, is_quick, tag_by_hash
 from clipval.options import Settings
 from clipval.spec import DataSpec, Reference, Spec
@@ -57,6 +58,24 @@ class Subject(NamedTuple):
         """Arguments of `clipval.weights.find_weights`."""
         model = self.spec.model
         return model.name, model.pretrained, self.pretrained_cfg, model.activation
+
+    def drawn(self, data_dir: Optional[Path]) -> bool:
+        """Whether the data are drawn scenes: by the spec, or for random weights without given data."""
+        return data_dir is None and (datasets.draws(self.spec.data.kind) or not self.trained)
+
+    def check(self, data_dir: Optional[Path]) -> None:
+        """Check that the spec and the options name data and weights.
+
+        Raises:
+            InputError, UsageError: what is missing, and where to get it.
+        """
+        get = self.spec.data.get
+        if data_dir is None and not self.drawn(None):
+            raise UsageError(f"spec {self.spec.name} needs --data-dir. {get}".strip())
+        if data_dir is not None and not data_dir.is_dir():
+            raise InputError(f"--data-dir {data_dir}: no such folder. {get}".strip())
+        if not self.spec.model.pretrained:
+            raise UsageError(f"spec {self.spec.name} names no weights; give --pretrained a tag, a file or 'random'")
 
     def transform_of(self, found: Weights) -> PreprocessSpec:
         """The weights' own transform, else the spec's; else, assumed, the spec's for other weights or open_clip's."""

@@ -8,7 +8,7 @@ from clipval.gates import artifacts
 @pytest.mark.gate(artifacts.PREPARED_IMAGES)
 def test_prepared_images(chain, record):
     rows = chain.prepared.rows["vision"]
-    record(artifacts.prepared_images(rows, chain.dataset, chain.model, chain.spec, chain.input_digests(rows.tower)))
+    record(artifacts.prepared_images(rows, chain.dataset, chain.model, chain.spec, chain.prepared.digests(rows.tower)))
 
 
 @pytest.mark.gate(artifacts.PREPARED_TEXTS)

@@ -22,7 +22,7 @@ def test_distinct_inputs_give_distinct_embeddings(chain, record, backend_name, t
     tower = chain.towers[tower_name]
     where, found = chain.embeddings(backend_name, tower)
     untrained = None if chain.subject.trained else chain.embeddings(REFERENCE, tower).embeddings
-    record(embeddings.distinct(found, where, tower, chain.input_digests(tower), untrained))
+    record(embeddings.distinct(found, where, tower, chain.prepared.digests(tower), untrained))
 
 
 @pytest.mark.gate(embeddings.INVARIANCE)

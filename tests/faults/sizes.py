@@ -99,7 +99,7 @@ class Bench:
         chain, tower = self.chain, self.chain.towers["text"]
         graph = onnx.load(str(chain.onnx(tower)))
         change_table(onnx, graph, lambda table: with_noise(table, ROW, size))
-        shown = probe.every_id(chain.model, tower, 0).rows
+        shown = probe.inputs(chain.model, tower, 0, every_id=True).rows
         rows = shown[(shown == ROW).any(axis=1)]
         ids = tuple(map(str, range(len(rows))))
         with tempfile.TemporaryDirectory() as folder:

@@ -75,9 +75,9 @@ class Clip:
 
 
 @pytest.mark.parametrize(("vocabulary", "rows", "shown"), [(49408, 659, 49405), (300, 4, 297), (90_000, 700, 52_500)])
-def test_every_id_of_the_vocabulary_is_shown(monkeypatch, vocabulary, rows, shown):
-    monkeypatch.setattr(probe, "vocabulary", lambda model: model.vocabulary)
-    found = probe.every_id(Clip(vocabulary), TEXT, seed=3)
+def test_every_id_of_the_vocabulary_is_shown(vocabulary, rows, shown):
+    layout = probe.token_layout(Clip(vocabulary).tokenize, vocabulary)
+    found = probe.each_id(TEXT, layout, seed=3)
     assert found.rows.shape == (rows, 77)
     assert found.rows.dtype == np.int64
     assert (found.rows[:, 0] == vocabulary - 2).all()
