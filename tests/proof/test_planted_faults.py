@@ -26,7 +26,8 @@ def check(name, small_spec, workdir):
         assert words in ended.output, f"{name}: {words!r} is not said; red: {ended.red}\n{ended.output[-3000:]}"
     judged = {figure.gate for figure in ended.figures}
     green = fault.gate in judged and fault.gate not in ended.red
-    assert not green or name == "unpromised_figure", f"{name}: {fault.gate} is green; red: {ended.red}"
+    unfinished = "not evaluated" in fault.words  # some of its figures passed, which does not count as a pass
+    assert not green or unfinished or name == "unpromised_figure", f"{name}: {fault.gate} is green; red: {ended.red}"
 
 
 @pytest.mark.proof

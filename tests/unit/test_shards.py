@@ -348,7 +348,10 @@ def test_one_run_at_a_time(arranged, capsys):
     ("more", "said"),
     [
         (["--ray", "127.0.0.1:1", "--devices", "0"], "leave out --devices"),
-        (["--shards", "2", "--onnx-provider-options", "device_id=1"], "select devices with --devices"),
+        (
+            ["--shards", "2", "--onnx-providers", "cuda", "--onnx-provider-options", "device_id=1"],
+            "select devices with --devices",
+        ),
         (["--shards", "2", "--data-dir", "x"], "give either --input with prepared arrays or --data-dir"),
     ],
 )
