@@ -120,7 +120,7 @@ def each_id(tower: Tower, layout: TokenLayout, seed: int) -> Probe:
     rows = np.empty((count, tower.row_shape[0]), tower.dtype)
     for row, some in zip(rows, np.resize(words, (count, each))):
         row[:] = [*layout.prefix, *some, *layout.suffix]
-    return Probe(tuple(f"ids, row {n + 1}" for n in range(count)), rows)
+    return Probe(tuple(f"row {n + 1} of all ids" for n in range(count)), rows)
 
 
 def captions(tower: Tower, layout: TokenLayout, seed: int) -> Probe:
@@ -146,7 +146,7 @@ def pictures(tower: Tower, normalise: Callable[[np.ndarray], np.ndarray], seed: 
     coarse = rng.randint(0, 256, (8, 8, 3))
     drawn = {
         "noise": rng.randint(0, 256, shape),
-        "noise, other": rng.randint(0, 256, shape),
+        "other noise": rng.randint(0, 256, shape),
         "black": np.zeros(shape),
         "white": np.full(shape, 255),
         "one saturated colour": np.broadcast_to(rng.randint(0, 2, 3) * 255, shape),

@@ -271,5 +271,6 @@ class _Timed:
         return Fault(IDLE_THREADS, idle) if idle else None
 
     def _large_call(self) -> None:
-        batch = self._subject.feed.fresh
-        self._subject.backend.run(np.resize(batch, (max(len(batch), LARGE_BATCH), *batch.shape[1:])))
+        backend, batch = self._subject.backend, self._subject.feed.fresh
+        count = backend.batch_size or max(len(batch), LARGE_BATCH)
+        backend.run(np.resize(batch, (count, *batch.shape[1:])))

@@ -216,12 +216,12 @@ def exchanged(table: np.ndarray) -> np.ndarray:
     return table
 
 
-@fault("two rows of the table of tokens exchanged", "probe/onnx/text", "input 'ids, row", "repeat with --probe-seed")
+@fault("two rows of the table of tokens exchanged", "probe/onnx/text", "of all ids'", "repeat with --probe-seed")
 def tokens_exchanged() -> None:
     exported(lambda onnx, graph: change_table(onnx, graph, exchanged))
 
 
-@fault("one row of the table of tokens off by a thousandth", "probe/onnx/text", "input 'ids, row",
+@fault("one row of the table of tokens off by a thousandth", "probe/onnx/text", "of all ids'",
        "repeat with --probe-seed")  # fmt: skip
 def token_off() -> None:
     exported(lambda onnx, graph: change_table(onnx, graph, lambda table: with_noise(table, ROW, 1e-3)))

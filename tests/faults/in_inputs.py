@@ -63,7 +63,7 @@ def high_ids() -> None:
     OnnxBackend.run = run  # type: ignore[method-assign]
 
 
-@fault("captions longer than 40 tokens are cut", "probe/onnx/text", "tokens'")
+@fault("captions longer than 40 tokens are cut", "probe/onnx/text", "input '")
 def long_captions_cut() -> None:
     real = OnnxBackend.run
 

@@ -111,7 +111,9 @@ def test_a_device_that_fails_is_one_line(address, rows, tmp_path):
 
 
 def test_a_cluster_without_such_a_device(address, rows, tmp_path):
-    with pytest.raises(BackendUnavailable, match="the cluster has no GPU"), cluster.Cluster(address, None, "GPU"):
+    with pytest.raises(BackendUnavailable, match="the cluster has no (free )?GPU"), cluster.Cluster(
+        address, None, "GPU"
+    ):
         pass
 
 
