@@ -389,8 +389,7 @@ def _products(square: np.ndarray, repeats: int) -> bytes:
     largest = helper.make_tensor_value_info("largest", TensorProto.FLOAT, [])
     graph = helper.make_graph(nodes, "products", [given], [largest], [numpy_helper.from_array(square, "weights")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=IR_VERSION)
-    found: bytes = model.SerializeToString()
-    return found
+    return bytes(model.SerializeToString())
 
 
 def _threads_running() -> int:

@@ -44,8 +44,7 @@ def draw(planned: Plan, shards: Sequence[Shard], count: int, seed: int) -> Dict[
     picked = random.Random(seed).sample(range(len(planned.ids)), min(count, len(planned.ids)))
     found: Dict[Task, List[int]] = {}
     for n in sorted(picked):
-        shard = int(np.searchsorted(planned.edges, n, side="right")) - 1
-        task = Task(n // planned.batch_size, shards[shard].where)
+        task = Task(n // planned.batch_size, shards[planned.number(n)].where)
         found.setdefault(task, []).append(n)
     return found
 
@@ -58,7 +57,7 @@ def compare(planned: Plan, task: Task, samples: Sequence[int], where: str, found
     """
     values, threads = found
     first = task.number * planned.batch_size
-    number = int(np.searchsorted(planned.edges, first, side="right")) - 1
+    number = planned.number(first)
     shard = usable(planned, number)
     if shard is None:
         raise InputError(f"{planned.place(number)}: damaged during the check; run embed again")

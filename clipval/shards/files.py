@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import time
+from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,10 @@ class Plan:
     def samples(self, number: int) -> Tuple[str, ...]:
         """The ids of a shard."""
         return self.ids[self.edges[number] : self.edges[number + 1]]
+
+    def number(self, sample: int) -> int:
+        """The shard that holds a sample, by its index in `ids`."""
+        return bisect_right(self.edges, sample) - 1
 
 
 class Shard(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ def wrong_where(
     OnnxBackend.run = run  # type: ignore[method-assign]
 
 
-def neighbours(found: np.ndarray) -> np.ndarray:
+def row_before(found: np.ndarray) -> np.ndarray:
     return np.roll(found, 1, axis=0)
 
 
@@ -37,7 +37,7 @@ def row_of_batch(size: int, row: int) -> Callable[[np.ndarray], np.ndarray]:
 @fault("one row of a batch of 16 is its neighbour's", "batches/onnx/text/16", "row 9 of batch",
        arguments=(*ACCURACY, "--batch-sizes=1,8,16"))  # fmt: skip
 def row_of_batch_16() -> None:
-    wrong_where(row_of_batch(16, 9), neighbours)
+    wrong_where(row_of_batch(16, 9), row_before)
 
 
 @fault("the last row of a partial batch is the first's", "batches/onnx/vision/6", "row 2 of batch 2",
@@ -49,7 +49,7 @@ def partial_batch() -> None:
 @fault("stored results for known inputs, those of another for new ones", "probe/onnx/text", "--probe-seed")
 def stored_results() -> None:
     """The captions of the drawn scenes take few ids: all others get what one of them got."""
-    wrong_where(lambda rows: (rows[:, 1:-1] % 7 == 3).sum(axis=1) > 6, neighbours)
+    wrong_where(lambda rows: (rows[:, 1:-1] % 7 == 3).sum(axis=1) > 6, row_before)
 
 
 @fault("ids from 45000 on have another word's embedding", "probe/onnx/text", "minimum cosine")

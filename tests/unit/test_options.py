@@ -37,12 +37,12 @@ def test_values():
     assert found.data_dir == Path("d")
 
 
-def test_a_leading_tilde_is_the_home_folder(monkeypatch):
+def test_a_leading_tilde_is_the_home_folder(monkeypatch, tmp_path):
     """Shells leave it in `--option=~/file`."""
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     found = parse("--data-dir=~/flickr", "--pretrained=~/weights.pt", "--spec=~/own.toml", "--workdir", "a~b")
-    assert (found.data_dir, found.workdir) == (Path("/home/me/flickr"), Path("a~b"))
-    assert (found.pretrained, found.spec) == ("/home/me/weights.pt", "/home/me/own.toml")
+    assert (found.data_dir, found.workdir) == (tmp_path / "flickr", Path("a~b"))
+    assert (found.pretrained, found.spec) == (str(tmp_path / "weights.pt"), str(tmp_path / "own.toml"))
 
 
 @pytest.mark.parametrize(
