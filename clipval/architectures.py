@@ -17,10 +17,10 @@ from clipval.arrays import spread
 from clipval.backends.onnx import OnnxBackend
 from clipval.backends.pytorch import PytorchBackend
 from clipval.errors import ClipvalError, one_line
+from clipval.library import TABLE
 from clipval.towers import Tower
 from clipval.weights import RANDOM, find_weights
 
-TABLE = Path(__file__).parent / "specs" / "models.csv"
 SEEN = "ok"
 SAMPLES = 10  # of a tower's probe inputs, evenly spread: enough to detect a wrong graph
 END = {"eos": (2,)}  # text_cfg.eos_id's default, the token at which such towers pool

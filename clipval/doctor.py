@@ -58,5 +58,6 @@ def _open_clip() -> Finding:
     try:
         library.import_open_clip()
     except ClipvalError as error:
-        return Finding("open_clip", False, True, str(error), INSTALL)
+        detail, _, advice = str(error).rpartition("; ")
+        return Finding("open_clip", False, True, detail, advice)
     return Finding("open_clip", True, True, "imports", "")

@@ -6,10 +6,12 @@ import difflib
 import gc
 import hashlib
 import importlib
+import importlib.util
 import json
 import logging
 import re
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from clipval.towers import Tower, towers
 HUB, FOLDER = "hf-hub:", "local-dir:"  # open_clip's prefixes of names that come with config and weights
 FOLDER_CONFIG = "open_clip_config.json"
 CONFIG_KEYS = ("embed_dim", "vision_cfg", "text_cfg")
+TABLE = Path(__file__).parent / "specs" / "models.csv"  # architectures.read()
 CONTEXT = 77  # tokens; open_clip's default if a config has no context length
 QUICK = "-quickgelu"  # suffix of architectures that use QuickGELU instead of GELU
 # QuickGELU tags in open_clip 3.3.0; earlier versions do not state it in the tag's config.
@@ -40,7 +43,7 @@ def import_open_clip() -> Any:
         BackendUnavailable: open_clip or torch is not installed or does not import.
     """
     try:
-        with _garbage_left() if "open_clip" not in sys.modules else nullcontext():
+        with _first_import() if "open_clip" not in sys.modules else nullcontext():
             try:
                 import torchvision  # noqa: F401
             except RuntimeError as error:
@@ -50,22 +53,24 @@ def import_open_clip() -> Any:
             import open_clip
     except (ImportError, RuntimeError, OSError) as error:
         raise BackendUnavailable(
-            f"open_clip does not import: {one_line(error)}. Install it: pip install -r requirements.txt"
+            f"open_clip does not import: {one_line(error)}; pip install -r requirements.txt"
         ) from error
     return open_clip
 
 
 @contextmanager
-def _garbage_left() -> Iterator[None]:
+def _first_import() -> Iterator[None]:
     """Import with garbage collection off, and exclude what was imported from later collections.
 
     That is half a million objects that live as long as the process: scanning them takes 1.2 s of 3.8 s from start to
-    exit.
+    exit. What open_clip 2.20 is warned of by a newer timm is not for the user of either.
     """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         gc.freeze()
         if collecting:
@@ -127,10 +132,25 @@ def architecture(name: str) -> str:
             )
         return path.stem
     if name not in open_clip.list_models():
-        close = near(name, open_clip.list_models())
-        advice = f"did you mean {close}?" if close else "see `clipval models`, or give a .json config file"
+        if name in _table_names():
+            advice = "a newer one has it: pip install --upgrade open_clip_torch"
+        else:
+            close = near(name, open_clip.list_models())
+            advice = f"did you mean {close}?" if close else "see `clipval models`, or give a .json config file"
         raise InputError(f"model {name!r}: no such architecture in open_clip {open_clip_version()}; {advice}")
     return name
+
+
+def _table_names() -> List[str]:
+    with open(TABLE, encoding="utf-8") as stream:
+        return [line.partition(",")[0] for line in stream]
+
+
+def installed_names() -> List[str]:
+    """Architectures of the installed open_clip, without importing it, which takes seconds; empty if there is none."""
+    spec = importlib.util.find_spec("open_clip")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    return [file.stem for folder in folders for file in (Path(folder) / "model_configs").glob("*.json")]
 
 
 def near(given: str, known: List[str]) -> str:

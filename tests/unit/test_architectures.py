@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from clipval import architectures, cli, export
+from clipval import architectures, cli, export, library
 from clipval.errors import InputError
 
 from .conftest import CONFIG
@@ -50,3 +50,19 @@ def test_a_failed_export_is_the_reason_in_the_row(tmp_path, monkeypatch):
 def test_models_can_be_searched(capsys, part, code, words):
     assert cli.main(["models", part]) == code
     assert words in "".join(capsys.readouterr())
+
+
+def test_an_architecture_that_only_a_newer_open_clip_has(capsys, monkeypatch):
+    """2.20.0, an NPU host's own, has no SigLIP."""
+    installed = library.installed_names()
+    assert "ViT-B-32" in installed
+    older = [name for name in installed if "SigLIP" not in name]
+    monkeypatch.setattr(library, "installed_names", lambda: older)
+    monkeypatch.setattr(library.import_open_clip(), "list_models", lambda: older)
+    cli.main(["models", "ViT-B-32"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    newer = "an open_clip newer than"
+    assert newer in lines["ViT-B-32-SigLIP2-256"]
+    assert newer not in lines["ViT-B-32"]
+    with pytest.raises(InputError, match=r"'ViT-B-16-SigLIP': .*a newer one has it: pip install --upgrade"):
+        library.architecture("ViT-B-16-SigLIP")

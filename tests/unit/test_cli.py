@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -233,6 +234,14 @@ def test_doctor_says_which_build_of_torch(line, version, said, tmp_path, monkeyp
     assert ("frees" in found) == ("CUDA" in said)
     freed = re.search(r"frees ([\d.]+) GB", found)  # beside what is really installed
     assert freed is None or float(freed[1]) >= 2.0
+
+
+def test_doctor_advises_once_on_an_open_clip_that_does_not_import(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    assert run("doctor", "--backends", "pytorch") == 1
+    (found,) = [line for line in capsys.readouterr().out.splitlines() if "does not import" in line]
+    assert found.startswith("MISSING")
+    assert found.count("pip install -r requirements.txt") == 1
 
 
 def test_doctor_names_two_runtimes_that_overwrite_each_other(monkeypatch, capsys):
