@@ -3,8 +3,8 @@
 Data flows one way, and a module imports only from its left:
 
 errors -> towers -> store, environment, supervise, arrays -> ascend -> backends, datasets -> library -> transform
--> options -> spec -> result_files -> embeddings -> weights -> subject, checkpoint -> model -> preprocess, probe
--> export -> parity, ranks, doctor
+-> options -> spec -> result_files -> embeddings -> weights -> subject, pickled -> checkpoint -> model
+-> preprocess, probe -> export -> parity, ranks, doctor
 -> retrieval, architectures, shards -> reference -> chain -> throughput -> results -> gates, diagnose -> report -> run
 -> promise, entry -> rescue -> plugin -> train_shapes, commands -> cli -> __main__
 

@@ -1,18 +1,16 @@
-"""Read a checkpoint file of any format into tensors by name. No code in a pickle is ever run.
+"""Read a checkpoint file of any format into tensors by name. No code in a pickle is ever run: see `clipval.pickled`.
 
 The format, or the reason why the file cannot be used, is found from its bytes, not from its name.
 """
 
 from __future__ import annotations
 
-import collections
 import json
-import pickle
-import pickletools
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any, Dict
 
+from clipval import pickled
 from clipval.errors import InputError, lfs_pointer, one_line
 
 if TYPE_CHECKING:
@@ -36,6 +34,7 @@ AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 # Prefixes of wrappers: DistributedDataParallel, torch.compile, timm's and torch's moving averages.
 PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.")
 SCALE = "logit_scale"
+QUANTISED = "Give the checkpoint that was quantised; quantised ONNX files are validated with --onnx-prefix"
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # buffers, not weights
 
 
@@ -46,12 +45,7 @@ def read(file: Path) -> Dict[str, torch.Tensor]:
         InputError: the file is something else or truncated; the message says which, and what to do.
     """
     kind = form(file)
-    if kind == "safetensors":
-        loaded: Any = _read_safetensors(file)
-    elif kind == "torchscript":
-        loaded = _read_torchscript(file)
-    else:
-        loaded = _read_torch(file, kind)
+    loaded = _read_safetensors(file) if kind == "safetensors" else _read_pickle(file, kind)
     state = _of_the_model(file, without_prefixes(_unwrapped(file, loaded)))
     _refuse_other_libraries(file, state)
     return {name: value for name, value in state.items() if name not in OPENAI_SIZES}
@@ -82,7 +76,11 @@ def form(file: Path) -> str:
         if head.lstrip().startswith(start):
             raise _refused(file, what, advice)
     if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise _pickle_refused(file, _globals(file.read_bytes()))
+        raise _refused(
+            file,
+            "a pickle that torch.save did not write; it is not loaded, since that could run code",
+            "Where it was made, save the tensors: torch.save(model.state_dict(), FILE)",
+        )
     raise _refused(
         file,
         f"neither a checkpoint of PyTorch nor safetensors, or damaged or cut off (begins with {head[:8]!r})",
@@ -94,7 +92,7 @@ def _form_of_zip(file: Path) -> str:
     try:
         names = zipfile.ZipFile(file).namelist()
     except zipfile.BadZipFile as error:
-        raise _refused(file, f"damaged or cut off ({one_line(error)})", "Copy or download it again") from error
+        raise _damaged(file, error) from error
     if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
         return "torchscript"
     if any(name.endswith("data.pkl") for name in names):
@@ -108,32 +106,6 @@ def _form_of_zip(file: Path) -> str:
 
 def _refused(file: Path, what: str, advice: str) -> InputError:
     return InputError(f"checkpoint {file}: {what}. {advice}")
-
-
-def _pickle_refused(file: Path, held: List[str]) -> InputError:
-    named = ", ".join(held[:SHOWN]) + (f" and {len(held) - SHOWN} more" if len(held) > SHOWN else "")
-    return _refused(
-        file,
-        f"refused, it holds more than tensors ({named or 'pickled objects'}) and loading it could run code",
-        "Where it was made, save the tensors alone: torch.save(model.state_dict(), FILE)",
-    )
-
-
-def _globals(pickled: bytes) -> List[str]:
-    """Names that a pickle would import besides those of every torch checkpoint; found without running it."""
-    found, strings = [], []
-    try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if isinstance(argument, str):
-                strings.append(argument)
-            if opcode.name == "GLOBAL":
-                found.append(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                found.append(".".join(strings[-2:]))
-    except ValueError:  # truncated
-        pass
-    common = ("torch.", "collections.OrderedDict")
-    return list(dict.fromkeys(name for name in found if not name.startswith(common)))
 
 
 def _read_safetensors(file: Path) -> Any:
@@ -153,122 +125,47 @@ def _read_safetensors(file: Path) -> Any:
     try:
         return load_file(str(file))
     except Exception as error:  # safetensors raises its own
-        raise _refused(file, f"damaged or cut off ({one_line(error)})", "Copy or download it again") from error
+        raise _damaged(file, error) from error
 
 
-def _read_torch(file: Path, kind: str) -> Any:
-    import torch
-
+def _read_pickle(file: Path, kind: str) -> Any:
     try:
-        return torch.load(str(file), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        held = _globals(_pickled(file)) if kind == "torch" else []
-        raise _pickle_refused(file, held or [one_line(error)]) from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... on damaged archives
-        raise _refused(file, f"damaged or cut off ({one_line(error)})", "Copy or download it again") from error
+        return pickled.read_legacy(file) if kind == "legacy" else pickled.read(file)
+    except Exception as error:  # a damaged pickle or archive fails with any exception
+        raise _damaged(file, error) from error
 
 
-def _pickled(file: Path) -> bytes:
-    with zipfile.ZipFile(file) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-
-
-class _Module:
-    """Stand-in for a module of a TorchScript archive: its attributes without its code."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.attributes = state if isinstance(state, dict) else {}
-
-
-class _Tensors(pickle.Unpickler):
-    """Reads only the tensors of a TorchScript archive: nothing but the names listed here is ever called."""
-
-    def __init__(self, archive: zipfile.ZipFile, pickled: Any, folder: str) -> None:
-        super().__init__(pickled)
-        self._archive, self._folder = archive, folder
-
-    def find_class(self, module: str, name: str) -> Any:
-        import torch
-
-        if module.startswith("__torch__"):
-            return _Module
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if module == "torch.jit._pickle":
-            return lambda value, *_: value
-        if module == "torch" and name in _STORAGES:
-            return getattr(torch, _STORAGES[name])
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        import torch
-
-        _, dtype, key, _, _ = pid
-        stored = bytearray(self._archive.read(f"{self._folder}data/{key}"))
-        return torch.frombuffer(stored, dtype=dtype) if stored else torch.empty(0, dtype=dtype)
-
-
-_STORAGES = {
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "DoubleStorage": "float64",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "BoolStorage": "bool",
-}
-
-
-def _tensor(storage: Any, offset: int, shape: Tuple[int, ...], strides: Tuple[int, ...], *_: Any) -> Any:
-    return storage.as_strided(shape, strides, offset)
-
-
-def _read_torchscript(file: Path) -> Dict[str, torch.Tensor]:
-    with zipfile.ZipFile(file) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        try:
-            with archive.open(name) as pickled:
-                root = _Tensors(archive, pickled, name[: -len("data.pkl")]).load()
-        except Exception as error:  # a pickle may fail with any exception
-            raise _refused(
-                file,
-                f"a TorchScript archive whose tensors cannot be read without running it ({one_line(error)})",
-                "If you trust it: torch.save(torch.jit.load(FILE).state_dict(), OTHER_FILE), and give that",
-            ) from error
-    return dict(_walk(root, ""))
-
-
-def _walk(module: Any, prefix: str) -> List[Tuple[str, Any]]:
-    import torch
-
-    found = []
-    for name, value in getattr(module, "attributes", {}).items():
-        if isinstance(value, torch.Tensor):
-            found.append((prefix + name, value))
-        elif isinstance(value, _Module):
-            found += _walk(value, f"{prefix}{name}.")
-    return found
+def _damaged(file: Path, error: Exception) -> InputError:
+    return _refused(file, f"damaged or cut off ({one_line(error)})", "Copy or download it again")
 
 
 def _unwrapped(file: Path, loaded: Any) -> Dict[str, torch.Tensor]:
     """The model's own tensors in a training checkpoint; the moving average if it holds nothing else."""
     for name in (*WRAPPERS, *AVERAGES):
         inner = loaded.get(name) if isinstance(loaded, dict) else None
-        if isinstance(inner, dict):
+        if (isinstance(inner, dict) and inner) or (isinstance(inner, pickled.Inert) and inner.state):
             return _unwrapped(file, inner)
-    if not isinstance(loaded, dict) or not loaded or not all(map(_is_tensor, loaded.values())):
-        keys = ", ".join(map(str, list(loaded)[:SHOWN])) if isinstance(loaded, dict) else ""
-        held = f"keys {keys}" if keys else type(loaded).__name__
+    if isinstance(loaded, pickled.Inert) and not isinstance(loaded, dict):
+        found: Dict[Any, Any] = dict(pickled.of_module(loaded))
+    else:
+        found = loaded if isinstance(loaded, dict) else {}
+    if any("_packed_params" in str(name) for name in found):
+        raise _refused(file, "weights that torch quantised, which open_clip does not take", QUANTISED)
+    state = {str(name): value for name, value in found.items() if _is_tensor(value)}  # counters may be beside them
+    if not state:
+        keys = ", ".join(map(str, list(found)[:SHOWN]))
+        held = f"keys {keys}" if keys else getattr(loaded, "origin", "") or type(loaded).__name__
         raise _refused(file, f"holds no state_dict of tensors ({held})", "Save model.state_dict() and give that")
-    return {str(name): value for name, value in loaded.items()}
+    try:
+        return {name: one.tensor() if isinstance(one, pickled.Stored) else one for name, one in state.items()}
+    except Exception as error:  # of any class
+        raise _damaged(file, error) from error
 
 
 def _is_tensor(value: Any) -> bool:
     import torch
 
-    return isinstance(value, torch.Tensor)
+    return isinstance(value, (torch.Tensor, pickled.Stored))
 
 
 def without_prefixes(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -311,8 +208,7 @@ def refuse_values(file: Path, state: Dict[str, Any], wanted: Dict[str, Any]) -> 
             continue
         if not value.dtype.is_floating_point:
             kind = str(value.dtype).rpartition(".")[2]
-            advice = "Give the checkpoint that was quantised; quantised ONNX files are validated with --onnx-prefix"
-            raise _refused(file, f"{name} holds {kind}, as quantised weights do, without its scale", advice)
+            raise _refused(file, f"{name} holds {kind}, as quantised weights do, without its scale", QUANTISED)
         bad = int((~value.float().isfinite()).sum())
         if bad:
             raise _refused(

@@ -55,7 +55,7 @@ def load(
         resize_positions: resize position embeddings of another image size or context, as open_clip does.
 
     Raises:
-        InputError: the checkpoint cannot be read, holds more than tensors, is of another architecture,
+        InputError: the checkpoint cannot be read, holds no weights, is of another architecture,
             or the model's input or output sizes are not the contract's.
     """
     import_open_clip()

@@ -21,7 +21,7 @@ HOMES = {
     },
     "onnxruntime": {"backends/onnx.py", "diagnose/evaluate.py"},
     "torch": {
-        *("library.py", "checkpoint.py", "model.py", "export.py", "backends/pytorch.py"),
+        *("library.py", "pickled.py", "checkpoint.py", "model.py", "export.py", "backends/pytorch.py"),
         *("diagnose/taps.py", "train_shapes.py"),
     },
     "aclruntime": {"ascend/aclruntime.py"},
