@@ -250,12 +250,12 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """One clear error for missing data or weights, before anything is built."""
+    """One clear error for data or weights that are missing or wrong, before anything is built of them."""
     config, account = session.config, session.config.stash[ACCOUNT]
     known = account.selected is not None or not account.deliberate
     if account.expected and known and not hasattr(config, "workerinput") and not config.option.collectonly:
         try:
-            config.stash[CHAIN].check_inputs()
+            promise.check_inputs(config.stash[CHAIN], account.expected, alone=not _distributed(config))
         except ClipvalError as error:
             raise pytest.UsageError(str(error)) from None
 
@@ -340,9 +340,11 @@ class Keeper:
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.account.add([from_json(text) for text in getattr(report, "clipval_figures", ())])
         if hasattr(report, "clipval_failure"):
-            self.account.failures.append(Failure(**report.clipval_failure))
+            failure = Failure(**report.clipval_failure)
             if isinstance(report.longrepr, str):
-                report.longrepr = Message(report.longrepr)
+                first = [one.gate for one in self.account.failures if one.message == failure.message]
+                report.longrepr = Message(report.longrepr, f"the same error as {first[0]}" if first else "")
+            self.account.failures.append(failure)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

@@ -12,7 +12,7 @@ from _pytest.mark.expression import Expression
 
 from clipval import gates, options, report
 from clipval.chain import Chain
-from clipval.errors import UsageError
+from clipval.errors import ClipvalError, UsageError
 from clipval.run import Account, results_file
 from clipval.throughput import baseline
 
@@ -82,6 +82,31 @@ def chosen_of(wanted: Sequence[str], promised: Sequence[str]) -> List[str]:
             said = f"did you mean {' or '.join(near)}?" if near else f"it has e.g. {', '.join(promised[:3])}"
             raise UsageError(f"--gate {one}: not a gate of this run; {said}")
     return [name for name in promised if any(f"{name}/".startswith(f"{one}/") for one in wanted)]
+
+
+def check_inputs(chain: Chain, expected: Sequence[str], alone: bool) -> None:
+    """Find what is wrong with data and weights before the first gate, so that it is one error and not one per gate.
+
+    Args:
+        expected: ids of the gates to evaluate; the data set is prepared if one of them needs it.
+        alone: the gates use this chain; else nothing is left in memory.
+
+    Raises:
+        ClipvalError: something is missing, or cannot be read or used.
+    """
+    found = gates.promised(plan(chain))
+    used = chain if alone else Chain(chain.settings, chain.store.rebuild_before)
+    used.check_inputs()
+    for tower in used.towers.values() if used.spec.golden is not None else ():
+        used.golden(tower)
+    try:
+        used.model  # noqa: B018  reads the weights into the architecture
+        if any(name not in found or found[name].data for name in expected):
+            used.prepared  # noqa: B018  decodes every image
+    except ClipvalError:
+        raise
+    except Exception:  # a defect of the code: the gate that meets it has its traceback
+        return
 
 
 def selects(expression: str, gate: gates.Gate) -> bool:

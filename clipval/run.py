@@ -151,13 +151,17 @@ def results_file(workdir: Path) -> Path:
 
 
 class Message:
-    """A failure's text, which pytest prints once: its short summary would repeat a plain string, on CI in full."""
+    """A failure's text, which pytest prints once: its short summary would repeat a plain string, on CI in full.
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    Args:
+        shown: what the terminal gets instead, if it has shown the text already.
+    """
+
+    def __init__(self, text: str, shown: str = "") -> None:
+        self.text, self.shown = text, shown or text
 
     def __str__(self) -> str:
         return self.text
 
     def toterminal(self, out: Any) -> None:
-        out.line(self.text)
+        out.line(self.shown)

@@ -123,7 +123,7 @@ class Store:
 
     def __init__(self, root: Path, rebuild_before: Optional[float] = None) -> None:
         self.root = root.absolute()
-        self._rebuild_before = rebuild_before
+        self.rebuild_before = rebuild_before
         self._checked: Set[Path] = set()
         self._failed: Dict[Path, ClipvalError] = {}
 
@@ -186,7 +186,7 @@ class Store:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(str(folder) + ".lock"):
-                old = note.is_file() and note.stat().st_mtime < (self._rebuild_before or 0)
+                old = note.is_file() and note.stat().st_mtime < (self.rebuild_before or 0)
                 if old:
                     shutil.rmtree(folder)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ class Store:
     def _usable(self, folder: Path, key: Dict[str, object]) -> bool:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            old = self._rebuild_before is not None and manifest["built"] < self._rebuild_before
+            old = self.rebuild_before is not None and manifest["built"] < self.rebuild_before
             return not old and manifest["key"] == key and manifest["files"] == _list(folder)
         except (OSError, ValueError, KeyError, TypeError):
             return False

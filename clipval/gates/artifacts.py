@@ -24,7 +24,11 @@ from clipval.towers import Tower
 PREPARED_IMAGES = Gate("prepared/data/vision", ACCURACY, figures=3)
 PREPARED_TEXTS = Gate("prepared/data/text", ACCURACY)
 ARTIFACT = Gate(
-    "artifact", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: kind(backend).takes_onnx
+    "artifact",
+    ACCURACY,
+    ("backend_name", "tower_name"),
+    lambda plan, backend, tower: kind(backend).takes_onnx,
+    data=False,
 )
 PIXELS = 1e-5  # a rounding of normalised float32 pixels; one grey level is 0.015
 

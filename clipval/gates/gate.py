@@ -48,6 +48,7 @@ class Gate:
         applies: the plan and the values of one case -> whether a run of this plan promises it.
         after: checks whose failure, for the same backend or the data, explains a failure of this one.
         figures: how many its function gives at least; with fewer it counts as not evaluated.
+        data: its test reads the data set.
     """
 
     check: str
@@ -57,6 +58,7 @@ class Gate:
     also_in_batches_of: Tuple[int, ...] = ()
     after: Tuple[str, ...] = ()
     figures: int = 1
+    data: bool = True
 
     def of(self, *values: object) -> str:
         """The gate's id for the values of its parameters."""

@@ -46,16 +46,48 @@ def test_values(record, backend_name, tower_name):
 """
 
 
-@pytest.mark.parametrize("ci", ["", "true"])
-def test_a_failure_is_printed_once_on_ci_too(ci, tmp_path):
+def run_file(text, tmp_path, *arguments, **variables):
+    """A run of one file of gates in a project of its own, on a few scenes."""
     for name in ("conftest.py", "pytest.ini"):
         (tmp_path / name).write_text((small.ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
-    (tmp_path / "test_red.py").write_text(RED, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gate=values/pytorch/vision"]
-    ended = subprocess.run(
-        command, cwd=tmp_path, env=small.environment(CI=ci), capture_output=True, text=True, timeout=100, check=False
+    (tmp_path / "test_red.py").write_text(text, encoding="utf-8")
+    spec = f"--spec={small.write_spec(tmp_path)}"
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", spec, *arguments],
+        cwd=tmp_path,
+        env=small.environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
     )
+
+
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_a_failure_is_printed_once_on_ci_too(ci, tmp_path):
+    ended = run_file(RED, tmp_path, "--gate=values/pytorch/vision", CI=ci)
     assert ended.returncode == 1
     assert ended.stdout.count("a reason of its own") == 1
     assert "FAILED test_red.py::test_values[pytorch-vision]\n" in ended.stdout
     assert "FAIL values/pytorch/vision: norm is 2, expected <= 1" in ended.stdout
+
+
+BROKEN = """
+import pytest
+from clipval.errors import InputError
+from clipval.gates import embeddings
+
+@pytest.mark.gate(embeddings.VALUES)
+def test_values(record, backend_name, tower_name):
+    raise InputError("the cause of both")
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "workers"])
+def test_an_error_of_several_gates_is_shown_once(workers, tmp_path):
+    ended = run_file(BROKEN, tmp_path, "--gate=values/pytorch", "--junitxml=junit.xml", *workers)
+    assert ended.returncode == 1
+    failures = ended.stdout[: ended.stdout.index("== clipval ==")]
+    assert failures.count("the cause of both") == 1
+    assert failures.count("the same error as values/pytorch/") == 1
+    assert (tmp_path / "junit.xml").read_text(encoding="utf-8").count("the cause of both") >= 2

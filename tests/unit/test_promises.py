@@ -1,13 +1,24 @@
 """What was asked for is done, or found at the start to be impossible: comparisons, files to write, timing, gates."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from clipval import promise
+from clipval.chain import Chain
+from clipval.datasets import shapes
+from clipval.errors import InputError
+from clipval.options import Settings
 from clipval.throughput import baseline
 from tests import small
+
+from .conftest import CONFIG
 
 
 @pytest.fixture
@@ -104,3 +115,67 @@ def test_other_projects_keep_their_own_options(tmp_path):
     variables = {**outside, "PYTHONPATH": str(small.ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """A chain of a user's own data set; its golden file is not there yet."""
+    shapes.write(tmp_path / "data", count=6)
+    text = small.write_spec(tmp_path).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith(("images", "captions"))]
+    (tmp_path / "own.toml").write_text("\n".join(lines), encoding="utf-8")
+    return Settings(spec=str(tmp_path / "own.toml"), workdir=tmp_path / "work", data_dir=tmp_path / "data")
+
+
+def other_architecture(settings):
+    import torch
+
+    file = settings.workdir.parent / "other.pt"
+    torch.save({"visual.proj": torch.zeros(2, 2), "logit_scale": torch.ones(())}, file)
+    return replace(settings, pretrained=str(file)), "other.pt: not of architecture shapes-vit"
+
+
+def half_an_image(settings):
+    image = sorted(settings.data_dir.glob("*.jpg"))[3]
+    image.write_bytes(image.read_bytes()[:900])
+    return settings, f"{image.name}: cannot be read, not a picture or damaged"
+
+
+def other_size(settings):
+    config = json.loads(Path(CONFIG).read_text(encoding="utf-8"))
+    config["vision_cfg"]["image_size"] = 256
+    file = settings.workdir.parent / "larger.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    weights = CONFIG.replace(".json", ".pt")
+    return replace(settings, model_name=str(file), pretrained=weights), "has 50 positions, the architecture 65"
+
+
+def no_golden_file(settings):
+    spec = settings.workdir.parent / "golden.toml"
+    text = Path(settings.spec).read_text(encoding="utf-8")
+    spec.write_text(re.sub(r'file = ".*"', 'file = "none.npz"', text), encoding="utf-8")
+    return replace(settings, spec=str(spec), data_dir=None), "none.npz: cannot be read"
+
+
+WRONG = [other_architecture, half_an_image, other_size, no_golden_file]
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["one process", "workers"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_with_the_input_is_found_before_the_first_gate(wrong, alone, own_data):
+    settings, words = wrong(own_data)
+    chain = Chain(settings)
+    with pytest.raises(InputError, match=words):
+        promise.check_inputs(chain, ["values/onnx/vision", "parity/onnx/text"], alone)
+    assert not list(settings.workdir.glob("onnx/*"))
+
+
+def test_gates_of_the_model_alone_do_not_prepare_the_data(own_data):
+    settings, _ = half_an_image(own_data)
+    promise.check_inputs(Chain(settings), ["artifact/onnx/text", "probe/onnx/vision"], True)
+    assert not list(settings.workdir.glob("prepared/*"))
+
+
+def test_a_defect_of_the_code_is_left_to_the_gate_that_meets_it(own_data, monkeypatch):
+    monkeypatch.setattr("clipval.preprocess.prepare", lambda *_: 1 / 0)
+    promise.check_inputs(Chain(own_data), ["values/onnx/vision"], True)
