@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -113,10 +114,14 @@ def tokenizer(name: str) -> Callable[[List[str]], Any]:
 def _loaded_tokenizer(name: str) -> Any:
     open_clip, arch = import_open_clip(), architecture(name)
     try:
-        return open_clip.get_tokenizer(arch)
+        found = open_clip.get_tokenizer(arch)
     except Exception as error:  # transformers and the hub's client raise their own
         text = config(arch)["text_cfg"]
         raise _lacking(arch, text.get("hf_tokenizer_name") or text.get("hf_model_name"), error) from error
+    if hasattr(found, "context_length"):
+        return found
+    context = config(arch)["text_cfg"].get("context_length", CONTEXT)
+    return partial(found, context_length=context)  # 2.20's knows no model, and gives 77 tokens otherwise
 
 
 def _lacking(arch: str, source: Optional[str], error: Exception) -> ClipvalError:
@@ -151,8 +156,13 @@ def encoder(model: Model, tower: Tower) -> torch.nn.Module:
     The module normalises the embedding, as the recipe's graphs do. Tokens are cast to int32 first: onnxruntime <= 1.19
     cannot run ArgMax on int64, and accelerators run it in fp16, where the ids 49405..49407 round to one value and every
     caption gets the same embedding.
+
+    CoCa of open_clip 2.20 takes 77 tokens and drops the last, unless told otherwise; newer ones take the 76.
     """
     import torch
+
+    takes = inspect.signature(model.module.encode_text).parameters
+    whole = {"embed_cls": False} if "embed_cls" in takes else {}
 
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -162,7 +172,7 @@ def encoder(model: Model, tower: Tower) -> torch.nn.Module:
         def forward(self, rows: Any) -> Any:
             if tower.name == "vision":
                 return self.clip.encode_image(rows, normalize=True)
-            return self.clip.encode_text(rows.to(torch.int32), normalize=True)
+            return self.clip.encode_text(rows.to(torch.int32), normalize=True, **whole)
 
     return Encoder().eval()
 

@@ -155,6 +155,31 @@ def test_padding_behind_the_end_does_not_matter(seeded):
     assert np.allclose(one, two, atol=1e-6)
 
 
+def test_coca_takes_the_tokens_of_its_config(tmp_path):
+    """open_clip 2.20 tokenizes to 77 and drops the last, newer ones to 76: the same embedding."""
+    import torch
+
+    blocks = {"width": 64, "layers": 1}
+    text = {**blocks, "heads": 2, "context_length": 12}
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {**blocks, "image_size": 32, "patch_size": 16, "head_width": 32, "output_tokens": True},
+        "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": text,
+        "custom_text": True,
+    }
+    (tmp_path / "small-coca.json").write_text(json.dumps(config), encoding="utf-8")
+    name = str(tmp_path / "small-coca.json")
+    loaded = model.load(name, weights.find_weights(name, weights.RANDOM), library.sizes(name))
+    tokens = loaded.tokenize(["a red circle", "word " * 20])
+    assert tokens.shape == (2, 12)
+    assert tokens[1, -1] == 49407  # the end of a caption that was cut
+    with torch.no_grad():
+        found = model.encoder(loaded, library.sizes(name)["text"])(tokens)
+        whole, _ = loaded.module.text(tokens)  # class token behind all twelve
+    assert np.allclose(found, torch.nn.functional.normalize(whole, dim=-1), atol=1e-6)
+
+
 @pytest.fixture
 def away(monkeypatch):
     """A hub that cannot be reached, whose client says so in a class of its own."""
