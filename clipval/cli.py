@@ -42,15 +42,19 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def console() -> None:
     """Entry point of the `clipval` command; exits silently if the reader closes the pipe, e.g. `head`."""
+    code: object = 0
     try:
-        code = main()
+        try:
+            code = main()
+        except SystemExit as ended:  # of --help and of wrong usage
+            code = ended.code
         if sys.stdout is not None:  # None: closed by the caller, `clipval ... >&-`
             sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again on exit
         code = CLOSED_PIPE
     except OSError as error:  # a short output is written only now
-        print(f"clipval: the output cannot be written: {os_cause(error)}", file=sys.stderr)
+        print(f"clipval: {os_cause(error)}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 2
     sys.exit(code)

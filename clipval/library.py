@@ -185,7 +185,7 @@ def folder_of(name: str) -> Path:
         InputError: there is no such folder, or it cannot be fetched.
     """
     if name.startswith(FOLDER):
-        folder = Path(name[len(FOLDER) :])
+        folder = Path(name[len(FOLDER) :]).expanduser()
         if not folder.is_dir():
             raise InputError(f"model {name}: no such folder")
         return folder

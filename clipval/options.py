@@ -76,13 +76,13 @@ class Settings(BackendSettings):
         return self.backends is not None
 
 
-def _expanded(text: str) -> str:
+def expanded(text: str) -> str:
     """With the home folder for a leading `~`, which shells leave as it is in `--option=~/file`."""
     return os.path.expanduser(text)
 
 
-def _path(text: str) -> Path:
-    return Path(_expanded(text))
+def to_path(text: str) -> Path:
+    return Path(expanded(text))
 
 
 def _backends(text: str) -> Tuple[str, ...]:
@@ -190,12 +190,12 @@ class Option(NamedTuple):
 
 # The README's table is held to this.
 OPTIONS = (
-    Option("--spec", "NAME", "what to validate: a shipped spec or a TOML file", _expanded),
-    Option("--model-name", "NAME", "open_clip architecture or JSON config, instead of the spec's", _expanded),
-    Option("--pretrained", "W", "weights: tag, file, folder, or random; instead of the spec's", _expanded),
+    Option("--spec", "NAME", "what to validate: a shipped spec or a TOML file", expanded),
+    Option("--model-name", "NAME", "open_clip architecture or JSON config, instead of the spec's", expanded),
+    Option("--pretrained", "W", "weights: tag, file, folder, or random; instead of the spec's", expanded),
     Option("--pretrained-cfg", "TAG", "weight tag of a file's weights, for their transform"),
     Option("--resize-positions", "", "interpolate position embeddings of another size"),
-    Option("--data-dir", "DIR", "folder of images with their annotation file", _path),
+    Option("--data-dir", "DIR", "folder of images with their annotation file", to_path),
     Option("--data-format", "", "kind of data set; default: by content", choices=datasets.names),
     Option("--captions-format", "", "how annotations are read", choices=CAPTION_FORMATS),
     Option("--backends", "LIST", f"of {','.join(names())}; named backends are required", _backends),
@@ -206,14 +206,14 @@ OPTIONS = (
     Option("--allow-cpu-operators", "LIST", "operators that may run on the CPU instead, e.g. Gelu", _operators),
     Option("--threads", "N", "CPU threads of pytorch and onnx", at_least(int, 1)),
     Option("--reference-device", "", "device of PyTorch; a GPU is compared with the CPU", choices=REFERENCE_DEVICES),
-    Option("--workdir", "DIR", "folder of artifacts and results", _path),
+    Option("--workdir", "DIR", "folder of artifacts and results", to_path),
     Option("--rebuild", "", "build every artifact again"),
     Option("--probe-seed", "N", "seed of the probe inputs; default: a new one in each run", at_least(int, 0)),
-    Option("--onnx-prefix", "PREFIX", "ready ONNX files, PREFIX_vision.onnx and PREFIX_text.onnx", _path),
-    Option("--om-dir", "DIR", "ready OM files with the recipe's names", _path),
+    Option("--onnx-prefix", "PREFIX", "ready ONNX files, PREFIX_vision.onnx and PREFIX_text.onnx", to_path),
+    Option("--om-dir", "DIR", "ready OM files with the recipe's names", to_path),
     Option("--soc-version", "SOC", "chip, e.g. Ascend910B4; default: from npu-smi"),
     Option("--precision-mode", "MODE", "atc precision mode; default: atc's, fp16"),
-    Option("--keep-dtype", "FILE", "atc: operators that keep their dtype", _path),
+    Option("--keep-dtype", "FILE", "atc: operators that keep their dtype", to_path),
     Option("--atc-flags", "FLAGS", "more flags for atc in one string: --atc-flags='--a=1 --b=2'", _flags),
     Option("--jobs", "N", "files that atc compiles in parallel; default: an eighth of the cores", at_least(int, 1)),
     Option("--device-id", "LIST", "NPUs by logic id, e.g. 0 or 0,1; each is validated", listed_devices),
@@ -224,8 +224,8 @@ OPTIONS = (
     Option("--perf-min-time", "S", "seconds of timed calls per row", at_least(float, 0.01)),
     Option("--perf-max-time", "S", "most seconds per row", at_least(float, 0.01)),
     Option("--perf-noise", "SHARE", f"allowed +- of a row's median; default: {_NOISE}", at_least(float, 0.001)),
-    Option("--baseline", "FILE", "throughput must not fall below this baseline", _path),
-    Option("--report", "DIR", "write report.json, report.md, report.html there", _path),
+    Option("--baseline", "FILE", "throughput must not fall below this baseline", to_path),
+    Option("--report", "DIR", "write report.json, report.md, report.html there", to_path),
     Option("--diagnose", "", "report for each failed parity gate where the tower diverges, and why"),
     Option("--gate", "LIST", "judge only these gates, e.g. parity/onnx/text or parity", _listed),
 )

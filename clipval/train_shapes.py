@@ -18,6 +18,7 @@ import numpy as np
 from clipval.datasets import shapes
 from clipval.library import import_open_clip
 from clipval.model import load
+from clipval.options import to_path
 from clipval.towers import towers
 from clipval.weights import RANDOM, find_weights
 
@@ -124,7 +125,7 @@ def filled(table: np.ndarray, used: np.ndarray) -> np.ndarray:
 
 def main(argv: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="checkpoint to write")
+    parser.add_argument("--save", type=to_path, required=True, metavar="FILE", help="checkpoint to write")
     parser.add_argument("--scenes", type=int, default=12_000, help="training images (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over them (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="pairs a step (default: %(default)s)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
+from typing import IO, TYPE_CHECKING, Callable, NamedTuple, Optional
 
 from clipval import backends, datasets
 from clipval.datasets import RetrievalDataset
@@ -16,11 +16,19 @@ if TYPE_CHECKING:
     from clipval.backends import Backend
     from clipval.chain import Chain
 
-Parser = argparse.ArgumentParser
 MODEL_OPTIONS = [
     *("--spec", "--model-name", "--pretrained", "--pretrained-cfg", "--resize-positions"),
     *("--workdir", "--threads"),
 ]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose `--help` ignores that its output cannot be written."""
+
+    def print_help(self, file: Optional[IO[str]] = None) -> None:  # type: ignore[override]
+        out = file or sys.stdout
+        if out is not None:  # closed by the caller
+            out.write(self.format_help())
 
 
 class Command(NamedTuple):

@@ -10,7 +10,7 @@ from clipval import backends
 from clipval.backends import Identity
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, say_notes
 from clipval.errors import InputError, UsageError
-from clipval.options import add_options, at_least
+from clipval.options import add_options, at_least, expanded, to_path
 from clipval.towers import TOWER_NAMES, Tower
 
 if TYPE_CHECKING:
@@ -27,9 +27,11 @@ def _declare(parser: Parser) -> None:
     add_options(parser.add_argument, ["--device-id", "--precision-mode", "--om-runtime", "--device-timeout"])
     add_options(parser.add_argument, ["--allow-health", "--allow-simulated", "--onnx-providers", "--probe-seed"])
     for name in ("first", "second"):
-        parser.add_argument(name, metavar="ONNX|OM|DIR|pytorch", help="what is compared; the first is the reference")
+        parser.add_argument(
+            name, type=expanded, metavar="ONNX|OM|DIR|pytorch", help="what is compared; the first is the reference"
+        )
     parser.add_argument("--tower", choices=TOWER_NAMES, help="default: by the files' names")
-    parser.add_argument("--input", type=Path, metavar="DIR", help="prepared arrays; default: drawn inputs")
+    parser.add_argument("--input", type=to_path, metavar="DIR", help="prepared arrays; default: drawn inputs")
     parser.add_argument("--precision", choices=CLASSES, help="bounds to apply; default: of the less precise one")
     parser.add_argument("--batch-size", type=at_least(int, 1), metavar="N", help="default: the OM file's, else 8")
 

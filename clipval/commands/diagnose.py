@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
 from clipval.errors import UsageError
-from clipval.options import add_options, at_least
+from clipval.options import add_options, at_least, to_path
 from clipval.towers import TOWER_NAMES
 
 if TYPE_CHECKING:
@@ -41,30 +41,37 @@ def _declare(parser: Parser) -> None:
         "--backend", choices=backends.names()[1:], help="backend of the tower; default: by the suffix of --model"
     )
     parser.add_argument("--tower", choices=TOWER_NAMES, help="default: by the name of --model")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="the candidate; default: the validated one")
+    parser.add_argument("--model", type=to_path, metavar="FILE", help="the candidate; default: the validated one")
     parser.add_argument("--samples", type=at_least(int, 1), default=4, metavar="N", help="default: %(default)s")
     parser.add_argument("--sample", action="append", default=[], metavar="ID", help="also use this sample")
     parser.add_argument(
-        "--dump", type=Path, metavar="DIR", help="analyse this dump of an NPU host; needs --onnx, no CANN"
+        "--dump", type=to_path, metavar="DIR", help="analyse this dump of an NPU host; needs --onnx, no CANN"
     )
-    parser.add_argument("--onnx", type=Path, metavar="FILE", help="for --dump: the file that the OM was compiled from")
     parser.add_argument(
-        "--input", type=Path, metavar="FILE.npy", help="for --dump: the batch; default: --samples of the data"
+        "--onnx", type=to_path, metavar="FILE", help="for --dump: the file that the OM was compiled from"
     )
-    parser.add_argument("--om-json", type=Path, metavar="FILE", help="for --dump: output of atc --mode=1 for the OM")
-    parser.add_argument("--keep-dump", type=Path, metavar="DIR", help="keep the dumps of --backend om there")
     parser.add_argument(
-        "--bundle", type=Path, metavar="DIR", help="write the smallest part that shows the fault there, to send"
+        "--input", type=to_path, metavar="FILE.npy", help="for --dump: the batch; default: --samples of the data"
     )
-    parser.add_argument("--replay", type=Path, metavar="DIR", help="run a bundle again; exit code 1 if it still shows")
+    parser.add_argument("--om-json", type=to_path, metavar="FILE", help="for --dump: output of atc --mode=1 for the OM")
+    parser.add_argument("--keep-dump", type=to_path, metavar="DIR", help="keep the dumps of --backend om there")
+    parser.add_argument(
+        "--bundle", type=to_path, metavar="DIR", help="write the smallest part that shows the fault there, to send"
+    )
+    parser.add_argument(
+        "--replay", type=to_path, metavar="DIR", help="run a bundle again; exit code 1 if it still shows"
+    )
     parser.add_argument(
         "--precision-modes", metavar="LIST", help="compile an OM in each of atc's modes: parity, recall and throughput"
     )
     parser.add_argument(
-        "--try-keep-dtype", type=Path, metavar="FILE", help="write operators with an excess there, compile and confirm"
+        "--try-keep-dtype",
+        type=to_path,
+        metavar="FILE",
+        help="write operators with an excess there, compile and confirm",
     )
     parser.add_argument("--ladder", action="store_true", help="print every tap, not only those around the first excess")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the finding with its ladder")
+    parser.add_argument("--json", type=to_path, metavar="FILE", help="write the finding with its ladder")
 
 
 def _diagnose(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, given_data, say_notes, tower_of_onnx
 from clipval.errors import InputError, UsageError
-from clipval.options import ONNX_OPTIONS, Settings, add_options, at_least, listed_devices
+from clipval.options import ONNX_OPTIONS, Settings, add_options, at_least, listed_devices, to_path
 from clipval.towers import TOWER_NAMES, Tower
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ def _declare(parser: Parser) -> None:
     add_options(parser.add_argument, ["--model-name", "--pretrained", "--pretrained-cfg", "--spec", "--workdir"])
     add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
     parser.add_argument("--backend", choices=backends.names(), help="default: by the model file's suffix")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")
-    parser.add_argument("--input", type=Path, metavar="DIR", help="prep_data/images or prep_data/texts")
+    parser.add_argument("--model", type=to_path, metavar="FILE", help="ONNX or OM file; pytorch takes --pretrained")
+    parser.add_argument("--input", type=to_path, metavar="DIR", help="prep_data/images or prep_data/texts")
     parser.add_argument("--tower", choices=TOWER_NAMES, help="for --data-dir; default: by the model file")
-    parser.add_argument("--output", type=Path, default=Path("om_outputs"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=to_path, default=Path("om_outputs"), metavar="DIR", help="default: %(default)s"
+    )
     parser.add_argument("--output-dirname", "--output_dirname", metavar="NAME", help="folder inside --output")
     size = at_least(int, 1)
     parser.add_argument("--batch-size", "--batchsize", type=size, metavar="N", help="default: the OM file's, else 8")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from clipval import datasets
 from clipval.backends import REFERENCE
 from clipval.commands import Command, Parser, chain_of, model_options
 from clipval.errors import InputError, UsageError
-from clipval.options import Settings, add_options, at_least
+from clipval.options import Settings, add_options, at_least, to_path
 
 
 def _declare_report(parser: Parser) -> None:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="report.json", help="one to show, two to compare")
+    parser.add_argument("runs", type=to_path, nargs="+", metavar="report.json", help="one to show, two to compare")
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -49,7 +48,7 @@ def _declare_pin(parser: Parser) -> None:
     model_options(parser)
     add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
     parser.add_argument("--samples", type=at_least(int, 1), default=16, metavar="N", help="default: %(default)s")
-    parser.add_argument("--save", type=Path, required=True, metavar="FILE", help="the .npz file to write")
+    parser.add_argument("--save", type=to_path, required=True, metavar="FILE", help="the .npz file to write")
 
 
 def _pin(args: argparse.Namespace) -> int:

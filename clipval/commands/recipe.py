@@ -12,7 +12,7 @@ import numpy as np
 
 from clipval.commands import Command, Parser, chain_of, given_data, model_options, tower_of_onnx
 from clipval.errors import ClipvalError, InputError, UsageError
-from clipval.options import Settings, add_options
+from clipval.options import Settings, add_options, expanded, to_path
 
 if TYPE_CHECKING:
     from clipval.ascend.atc import AtcOptions
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def _declare_preprocess(parser: Parser) -> None:
     model_options(parser)
     add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
-    parser.add_argument("--save-dir", type=Path, default=Path("prep_data"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--save-dir", type=to_path, default=Path("prep_data"), metavar="DIR", help="default: %(default)s"
+    )
 
 
 def _preprocess(args: argparse.Namespace) -> int:
@@ -58,7 +60,7 @@ def _declare_export(parser: Parser) -> None:
     add_options(parser.add_argument, ["--opset-version"])
     parser.add_argument(
         "--onnx-prefix",
-        type=Path,
+        type=to_path,
         default=Path("models/vit_b_32"),
         metavar="PREFIX",
         help="files are PREFIX_vision.onnx, PREFIX_text.onnx (default: %(default)s)",
@@ -86,9 +88,9 @@ def _declare_compile(parser: Parser) -> None:
         ["--precision-mode", "--keep-dtype", "--atc-flags", "--device-id", "--batch-sizes", "--jobs"],
     )
     parser.add_argument("--soc-version", "--soc_version", metavar="SOC", help="default: from npu-smi")
-    parser.add_argument("--model", type=Path, help="one ONNX file")
-    parser.add_argument("--output", type=Path, help="OM file without its suffix; needs a single batch size")
-    parser.add_argument("--onnx-prefix", type=Path, metavar="PREFIX", help="both towers: PREFIX_{vision,text}.onnx")
+    parser.add_argument("--model", type=to_path, help="one ONNX file")
+    parser.add_argument("--output", type=to_path, help="OM file without its suffix; needs a single batch size")
+    parser.add_argument("--onnx-prefix", type=to_path, metavar="PREFIX", help="both towers: PREFIX_{vision,text}.onnx")
     parser.add_argument("--input-shape", "--input_shape", metavar="SHAPE", help="as image:8,3,224,224")
     for flag in ("--framework", "--input_format", "--log"):
         parser.add_argument(flag, help="accepted for compatibility with atc; clipval sets it by the tower")
@@ -136,9 +138,15 @@ def _batch_of_shape(shape: Optional[str]) -> Tuple[int, ...]:
 
 def _declare_evaluate(parser: Parser) -> None:
     add_options(parser.add_argument, ["--data-dir", "--data-format", "--captions-format"])
-    parser.add_argument("--vision-embeds", type=Path, required=True, metavar="DIR", help="<id>_0.npy files or shards")
-    parser.add_argument("--text-embeds", type=Path, required=True, metavar="DIR", help="<id>_<k>_0.npy files or shards")
-    parser.add_argument("--spec", metavar="NAME", help="gate recall by this spec's figures; default: only show it")
+    parser.add_argument(
+        "--vision-embeds", type=to_path, required=True, metavar="DIR", help="<id>_0.npy files or shards"
+    )
+    parser.add_argument(
+        "--text-embeds", type=to_path, required=True, metavar="DIR", help="<id>_<k>_0.npy files or shards"
+    )
+    parser.add_argument(
+        "--spec", type=expanded, metavar="NAME", help="gate recall by this spec's figures; default: only show it"
+    )
     parser.add_argument(
         "--backend", default="om", help="backend whose figures of the spec apply (default: %(default)s)"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Iterator, List, Sequence, Tuple
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, say_notes, tower_of_onnx
 from clipval.errors import InputError, UsageError
-from clipval.options import ONNX_OPTIONS, add_options, at_least
+from clipval.options import ONNX_OPTIONS, add_options, at_least, to_path
 
 if TYPE_CHECKING:
     from clipval.backends import Backend
@@ -38,12 +38,12 @@ def _declare_bench(parser: Parser) -> None:
         "--perf-noise",
     ]
     add_options(parser.add_argument, names)
-    parser.add_argument("--model", type=Path, metavar="FILE", help="one ONNX or OM file, as for ais_bench")
+    parser.add_argument("--model", type=to_path, metavar="FILE", help="one ONNX or OM file, as for ais_bench")
     parser.add_argument(
         "--batchsize", "--batch-size", type=at_least(int, 1), metavar="N", help="of --model; default: the OM file's"
     )
     parser.add_argument("--loop", type=int, metavar="N", help="timed calls, instead of a time")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the rows as a baseline of one session")
+    parser.add_argument("--save", type=to_path, metavar="FILE", help="write the rows as a baseline of one session")
 
 
 def _bench(args: argparse.Namespace) -> int:

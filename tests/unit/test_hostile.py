@@ -414,9 +414,12 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(lines):
 @pytest.mark.parametrize(
     ("to", "code", "words"), [(">&-", 0, ""), (">/dev/full", 2, "the output or a file: disk full")]
 )
-def test_an_output_that_takes_nothing_is_no_traceback(to, code, words):
-    command = f"{sys.executable} -m clipval reference --model-name ViT-B-32 {to}"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("line", ["reference --model-name ViT-B-32", "--help", "embed --help"])
+def test_an_output_that_takes_nothing_is_no_traceback(line, unbuffered, to, code, words):
+    command = f"{sys.executable} -m clipval {line} {to}"
+    variables = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert words in done.stderr

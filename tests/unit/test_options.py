@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from clipval import cli, library
 from clipval.options import OPTIONS, Settings, add_options
 
 
@@ -43,6 +44,26 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch, tmp_path):
     found = parse("--data-dir=~/flickr", "--pretrained=~/weights.pt", "--spec=~/own.toml", "--workdir", "a~b")
     assert (found.data_dir, found.workdir) == (tmp_path / "flickr", Path("a~b"))
     assert (found.pretrained, found.spec) == (str(tmp_path / "weights.pt"), str(tmp_path / "own.toml"))
+
+
+def test_every_path_of_a_command_knows_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = 0
+    for name, command in cli.COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        command.declare(parser)
+        for action in parser._actions:
+            assert action.type is not Path, f"{name} {action.dest}: use options.to_path"
+            if str(action.metavar).partition(".")[0] in ("FILE", "DIR", "PREFIX", "report", "ONNX|OM|DIR|pytorch"):
+                assert str(action.type("~/x")) == str(tmp_path / "x"), f"{name} {action.dest}"
+                found += 1
+    assert found > 30
+
+
+def test_a_folder_in_a_models_name_knows_it_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert library.folder_of("local-dir:~/model") == tmp_path / "model"
 
 
 @pytest.mark.parametrize(
