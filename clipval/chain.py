@@ -88,7 +88,7 @@ class Chain:
         if self.settings.data_dir is not None:
             self.dataset  # noqa: B018  reads the annotations and finds every image
         self.weights  # noqa: B018  resolves the tag or file
-        models.tokenizer(self.spec.model.name)(["a"])  # may need a download
+        models.tokenizer(library.architecture(self.spec.model.name))(["a"])  # may need a download
 
     @cached_property
     def dataset(self) -> RetrievalDataset:

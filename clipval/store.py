@@ -75,8 +75,13 @@ def stage_modules(*stages: str) -> Set[str]:
         name = left.pop()
         if name not in found and name not in NEUTRAL:
             found.add(name)
-            left += _imported(ast.parse(_source(name)), name.partition(".")[0])
+            left += _imports(name, _source(name))
     return found
+
+
+@functools.lru_cache(maxsize=None)
+def _imports(name: str, source: bytes) -> Tuple[str, ...]:
+    return tuple(_imported(ast.parse(source), name.partition(".")[0]))
 
 
 def _imported(tree: ast.AST, package: str) -> Iterator[str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple
 
 from clipval import results
 from clipval.chain import Chain
@@ -17,6 +16,7 @@ from clipval.datasets import shapes
 from clipval.options import Settings
 from clipval.throughput import baseline
 from clipval.throughput.rows import baseline_key
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 SPECS = ROOT / "clipval" / "specs"
@@ -91,6 +91,7 @@ def baseline_of(found: Run, spec: Path, workdir: Path) -> baseline.Baseline:
 def command(spec: Path, workdir: Path, *arguments: str) -> List[str]:
     """The command line of a run."""
     fixed = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.faults.planted"]
+    fixed += ["-p", "no:hypothesispytest"]  # at the end of each run it imports all of hypothesis
     fixed += ["--perf-min-time=0.1", "--perf-noise=10", "--probe-seed=7"]  # figures of two runs are compared
     return [*fixed, f"--spec={spec}", f"--workdir={workdir}", *arguments]
 
@@ -103,11 +104,8 @@ def environment(**variables: str) -> Dict[str, str]:
 
 
 def run(spec: Path, workdir: Path, *arguments: str, **variables: str) -> Run:
-    """Run the suite to its end."""
+    """Run the suite to its end, in a process of its own."""
     known = set((workdir / "runs").glob("*.jsonl"))
-    more: Dict[str, Any] = {"capture_output": True, "text": True, "timeout": 600, "check": False}
-    done = subprocess.run(
-        command(spec, workdir, "--threads=1", *arguments), cwd=ROOT, env=environment(**variables), **more
-    )
+    done = warm.run(command(spec, workdir, "--threads=1", *arguments), environment(**variables))
     files = sorted(set((workdir / "runs").glob("*.jsonl")) - known)
     return Run(done.returncode, done.stdout + done.stderr, [one for file in files for one in results.read(file)])

@@ -7,6 +7,8 @@ from typing import Any, Callable, Dict, NamedTuple, Tuple
 ACCURACY = ("-m", "accuracy")
 REBUILD = (*ACCURACY, "--rebuild")  # the reference too, which is kept between runs
 SEEDED = (*ACCURACY, "--pretrained=random")
+# Artifacts that faults of a module damage while they are made; others take those of the clean run.
+DAMAGED = {"tests.faults.in_data": ("prepared", "onnx"), "tests.faults.in_exports": ("onnx",)}
 
 
 class Fault(NamedTuple):
@@ -17,6 +19,7 @@ class Fault(NamedTuple):
         gate: prefix of the gate that is meant for it; words: must stand in the output of the failed run.
         plant: replaces what must be replaced; arguments: of the run; code: what it must end with.
         baseline: the run is given one, of the same rows without the fault.
+        damaged: kinds of artifacts that the run must make itself.
     """
 
     says: str
@@ -26,6 +29,7 @@ class Fault(NamedTuple):
     arguments: Tuple[str, ...] = ACCURACY
     code: int = 1
     baseline: bool = False
+    damaged: Tuple[str, ...] = ()
 
 
 FAULTS: Dict[str, Fault] = {}
@@ -42,7 +46,8 @@ def fault(
     """Enter a function that plants a fault under its own name."""
 
     def add(plant: Callable[[], None]) -> Callable[[], None]:
-        FAULTS[plant.__name__] = Fault(says, gate, words, plant, arguments, code, baseline)
+        damaged = DAMAGED.get(plant.__module__, ())
+        FAULTS[plant.__name__] = Fault(says, gate, words, plant, arguments, code, baseline, damaged)
         return plant
 
     return add

@@ -30,10 +30,20 @@ def clean(small_spec, tmp_path_factory):
 
 
 @pytest.fixture
-def workdir(clean, tmp_path):
-    """A copy of the clean work directory, without what faults damage while it is made."""
-    copy = tmp_path / "work"
-    shutil.copytree(clean, copy)
-    for kind in ("prepared", "onnx", "runs"):
-        shutil.rmtree(copy / kind)
+def copied(clean, tmp_path):
+    """Copies the clean work directory, without its runs and some kinds of artifacts."""
+
+    def copy(*without):
+        made = tmp_path / "work"
+        shutil.copytree(clean, made, ignore=shutil.ignore_patterns("runs"))
+        for kind in without:
+            shutil.rmtree(made / kind)
+        return made
+
     return copy
+
+
+@pytest.fixture
+def workdir(copied):
+    """A copy of the clean work directory, without what faults damage while it is made."""
+    return copied("prepared", "onnx")

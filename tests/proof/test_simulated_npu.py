@@ -37,6 +37,7 @@ BOTH = ("-m", "accuracy or perf", "--backends", "pytorch,onnx,om")
 NPU = ("-m", "accuracy", "--backends", "om", "--allow-simulated")
 
 
+@pytest.mark.idle
 def test_green_and_said_to_be_simulated(small_spec, tmp_path):
     """Beside other tests the host is busy, so its rows of throughput may be; nothing else may fail."""
     ended = small.run(small_spec, tmp_path / "work", *BOTH, "--allow-simulated", **simulated())
