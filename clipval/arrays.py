@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterable, List, Protocol, Sequence, Tuple, Union
 
@@ -68,7 +71,7 @@ class PreparedRows:
         picked = self.ids[index] if isinstance(index, slice) else [self.ids[n] for n in index]
         rows = np.empty(self.tower.shape(len(picked)), self.tower.dtype)
         for n, name in enumerate(picked):
-            rows[n] = read(self.folder / f"{name}.npy", self.tower.dtype, self.tower.shape(1))[0]
+            _read_row(self.folder / f"{name}.npy", rows[n])
         return rows
 
     def part(self, start: int, stop: int) -> PreparedRows:
@@ -129,6 +132,29 @@ def read(path: Path, dtype: str, shape: Tuple[int, ...]) -> np.ndarray:
         wanted = f"{np.dtype(dtype).str} {shape}"
         raise InputError(f"{path}: {array.dtype.str} {array.shape}, expected {wanted}; run preprocess again")
     return array
+
+
+def _read_row(path: Path, row: np.ndarray) -> None:
+    """Fill a row, C-contiguous, from its file.
+
+    A file that starts as `np.save` writes it and has the right size is read in place: parsing its header would take
+    longer than reading it.
+    """
+    start = header(row.dtype.name, (1, *row.shape))
+    with suppress(OSError), open(path, "rb", buffering=0) as stream:
+        content = row.reshape(-1).view(np.uint8).data
+        if stream.read(len(start)) == start and stream.readinto(content) == row.nbytes and not stream.read(1):
+            return
+    row[:] = read(path, row.dtype.name, (1, *row.shape))[0]
+
+
+@lru_cache(maxsize=None)
+def header(dtype: str, shape: Tuple[int, ...]) -> bytes:
+    """What `np.save` writes before an array."""
+    stream = io.BytesIO()
+    about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(stream, about)
+    return stream.getvalue()
 
 
 def load(path: Path) -> np.ndarray:

@@ -81,6 +81,14 @@ def release_memory() -> None:
         trim(0)
 
 
+def threads_running() -> int:
+    """Threads of this process; 0 if unknown."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return 0
+
+
 def describe() -> Dict[str, Any]:
     """What a report states about the machine."""
     return {

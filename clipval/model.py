@@ -107,12 +107,12 @@ def tokenizer(name: str) -> Callable[[List[str]], Any]:
     Raises:
         BackendUnavailable, InputError: on the first use; a package is missing, or its files cannot be fetched.
     """
-    return lambda captions: _loaded_tokenizer(name)(captions)
+    return lambda captions: _loaded_tokenizer(architecture(name))(captions)
 
 
 @lru_cache(maxsize=None)
-def _loaded_tokenizer(name: str) -> Any:
-    open_clip, arch = import_open_clip(), architecture(name)
+def _loaded_tokenizer(arch: str) -> Any:
+    open_clip = import_open_clip()
     try:
         found = open_clip.get_tokenizer(arch)
     except Exception as error:  # transformers and the hub's client raise their own

@@ -265,6 +265,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     watchdog.tell(gate=_gate_id(item))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    plugins = session.config.pluginmanager
+    if "hypothesis" not in sys.modules and plugins.has_plugin("hypothesispytest"):
+        plugins.unregister(name="hypothesispytest")  # imports the whole package to sum up no tests: a second or two
+
+
 class Recorder:
     """Records the figures of one test in the results, the JUnit file and the report."""
 

@@ -10,14 +10,13 @@ writing release the GIL; neither rows nor tasks pile up in memory.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -36,7 +35,6 @@ from typing import (
 )
 
 import numpy as np
-from numpy.lib import format as npy
 from PIL import Image
 from tqdm import tqdm
 
@@ -122,7 +120,7 @@ def prepare(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], f
 
 def _write_images(dataset: RetrievalDataset, model: Model, tower: Tower, folder: Path, done: Set[str]) -> None:
     transform, shape = Transform(model.transform), tower.shape(1)
-    start = _header("float32", shape)
+    start = arrays.header("float32", shape)
     own = threading.local()
 
     def write(item: Tuple[str, Path]) -> None:
@@ -144,19 +142,10 @@ def _write_texts(dataset: RetrievalDataset, model: Model, tower: Tower, folder: 
     def write(part: List[int]) -> None:
         rows = tokens([dataset.captions[n] for n in part], model, tower)
         for n, row in zip(part, rows):
-            content = _header(rows.dtype.name, (1, *row.shape)) + row.tobytes()
+            content = arrays.header(rows.dtype.name, (1, *row.shape)) + row.tobytes()
             _write(folder / f"{dataset.caption_ids[n]}.npy", content)
 
     each_in_threads(write, parts, "preprocess texts", len(parts))
-
-
-@lru_cache(maxsize=None)
-def _header(dtype: str, shape: Tuple[int, ...]) -> bytes:
-    """What `np.save` writes before an array."""
-    stream = io.BytesIO()
-    about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    npy.write_array_header_1_0(stream, about)
-    return stream.getvalue()
 
 
 def _write(file: Path, content: Union[bytes, memoryview]) -> None:
@@ -175,7 +164,7 @@ def _begin(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], fo
     for name, ids in (("vision", dataset.image_ids), ("text", dataset.caption_ids)):
         rows, wanted, tower = folder / towers[name].prepared, set(ids), towers[name]
         rows.mkdir(parents=True, exist_ok=True)
-        whole = len(_header(tower.dtype, tower.shape(1))) + np.dtype(tower.dtype).itemsize * int(
+        whole = len(arrays.header(tower.dtype, tower.shape(1))) + np.dtype(tower.dtype).itemsize * int(
             np.prod(tower.row_shape)
         )
         with os.scandir(rows) as entries:
@@ -284,10 +273,13 @@ def expected_pixels(path: Path, size: Tuple[int, int], spec: PreprocessSpec) -> 
     bilinear = spec.interpolation == "bilinear" and (spec.resize_mode != "shortest" or height == width)
     kernel = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
     image = image.resize(_resized(image.size, (width, height), spec.resize_mode), kernel)
-    image = _centred(image, (width, height), spec.fill_color)
-    scaled = np.asarray(image, np.float32) / 255
-    normal = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
-    return np.ascontiguousarray(normal.transpose(2, 0, 1))
+    levels = np.asarray(_centred(image, (width, height), spec.fill_color))
+    scaled = np.arange(256, dtype=np.float32) / 255
+    out = np.empty((3, height, width), np.float32)
+    for channel, (mean, std) in enumerate(zip(spec.mean, spec.std)):
+        normal = (scaled - np.float32(mean)) / np.float32(std)
+        np.take(normal, levels[:, :, channel], out=out[channel], mode="clip")
+    return out
 
 
 def _resized(found: Tuple[int, int], wanted: Tuple[int, int], mode: str) -> Tuple[int, int]:

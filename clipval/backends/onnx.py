@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -28,7 +28,7 @@ from clipval.backends import (
     providers,
 )
 from clipval.backends.providers import CANN, CPU
-from clipval.errors import BackendUnavailable, InputError, lfs_pointer, one_line
+from clipval.errors import BackendUnavailable, ClipvalError, InputError, lfs_pointer, one_line
 from clipval.towers import Tower
 
 PRODUCTS_IN_A_ROW = 16
@@ -82,12 +82,12 @@ class OnnxBackend(Backend):
         if CANN in names:
             process.claim("onnxruntime's CANN provider")
         profile = self._profile(allowed) if names[0] != CPU else []
-        started, running = time.perf_counter(), _threads_running()
+        started, running = time.perf_counter(), environment.threads_running()
         self._session: Any = self._load(self._options())
         self.load_seconds = time.perf_counter() - started
         environment.release_memory()  # of the file's own copy of the weights
         # the session does not report how many it started besides the caller's own
-        self.threads = threads or (1 + _threads_running() - running if running else None)
+        self.threads = threads or (1 + environment.threads_running() - running if running else None)
         self.placement = placement.of(self._assigned(), profile)
         if ready:
             self._adapt()
@@ -309,6 +309,13 @@ def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
     return made.onnx(tower) if prefix is None else given.file(prefix, tower)
 
 
+def _ahead(made: Materials, needed: Sequence[Tuple[Tower, int]]) -> None:
+    """Export all towers before a session is open: beside one the exporter would be the peak of a run's memory."""
+    for tower in dict.fromkeys(tower for tower, _ in needed if made.settings.onnx_prefix is None):
+        with suppress(ClipvalError):  # raised again where this tower is needed
+            made.onnx(tower)
+
+
 def _sizes(asked: BackendSettings, towers: Sequence[Tower]) -> Optional[Tuple[int, ...]]:
     return given.sizes(asked.onnx_prefix, towers) if asked.onnx_prefix is not None else None
 
@@ -369,6 +376,7 @@ KIND = Kind(
     _open,
     suffix=".onnx",
     artifact=_artifact,
+    ahead=_ahead,
     sizes=_sizes,
     accelerator=lambda asked: providers.accelerator(asked.onnx_providers[0]),
     precision=lambda where: providers.precision_class(where.precision),
@@ -390,11 +398,3 @@ def _products(square: np.ndarray, repeats: int) -> bytes:
     graph = helper.make_graph(nodes, "products", [given], [largest], [numpy_helper.from_array(square, "weights")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=IR_VERSION)
     return bytes(model.SerializeToString())
-
-
-def _threads_running() -> int:
-    """Threads of this process; 0 if unknown."""
-    try:
-        return len(os.listdir("/proc/self/task"))
-    except OSError:
-        return 0
