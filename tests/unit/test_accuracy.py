@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clipval import retrieval, spec
+from clipval import arrays, retrieval, spec
 from clipval.backends import Identity
 from clipval.embeddings import Embeddings, Golden
 from clipval.errors import InputError
@@ -70,6 +70,18 @@ def test_two_inputs_with_one_embedding_are_named(rows):
     rows[9] = rows[3]
     found = embeddings.distinct(Embeddings(IDS, rows), WHERE, TEXT, np.arange(64))
     assert "samples 3_0 and 9_0" in messages(found)
+
+
+@pytest.mark.parametrize("block", [1, 7, 63, 64, 100])
+def test_the_nearest_row_is_found_in_any_block(rows, block, monkeypatch):
+    rows[40] = rows[3] + 1e-4
+    unit = arrays.unit(rows)
+    far = 1 - unit @ unit.T
+    np.fill_diagonal(far, np.inf)
+    monkeypatch.setattr(embeddings, "BLOCK", block)
+    near, other = embeddings._nearest(unit)
+    assert np.allclose(near, far.min(axis=1), rtol=0, atol=1e-14)
+    assert list(other) == list(far.argmin(axis=1))
 
 
 def test_one_input_twice_may_have_one_embedding(rows):

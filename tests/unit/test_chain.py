@@ -13,7 +13,7 @@ import pytest
 from clipval import backends, environment
 from clipval.backends import Identity, Kind
 from clipval.chain import Chain
-from clipval.errors import UsageError
+from clipval.errors import InputError, UsageError
 from clipval.options import Settings
 from clipval.towers import TEXT, VISION
 from tests.small import ROOT
@@ -110,6 +110,25 @@ def test_files_that_a_run_will_open_are_built_side_by_side_where_their_kind_can(
     assert built == [[("text", 1), ("text", 8)]]  # and no others
     pool.file("many:0", TEXT, 1)
     assert len(built) == 1
+
+
+def test_all_towers_are_exported_before_a_session_is_open(monkeypatch):
+    exported = []
+
+    def onnx(chain, tower):
+        exported.append(tower.name)
+        if tower.name == "text":
+            raise InputError("no text")
+        return Path(tower.name)
+
+    monkeypatch.setattr(Chain, "onnx", onnx)
+    pool = Chain(Settings()).pool
+    for tower in ("vision", "text"):
+        pool.expect("onnx", tower, 8)
+    assert pool.file("onnx", VISION, 8) == Path("vision")
+    assert sorted(exported[:2]) == ["text", "vision"]
+    with pytest.raises(InputError, match="no text"):
+        pool.file("onnx", TEXT, 8)
 
 
 @pytest.mark.parametrize(

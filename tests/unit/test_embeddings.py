@@ -399,6 +399,29 @@ def test_read_array_is_strict(tmp_path):
         arrays.read(tmp_path / "y.npy", "int64", (1, 77))
 
 
+@pytest.mark.parametrize("how", ["fortran", "big-endian", "version 2", "cut", "longer", "other shape", "pickle"])
+def test_rows_of_other_writers_are_read_or_refused(tmp_path, how):
+    row = np.random.default_rng(0).standard_normal((1, *VISION.row_shape)).astype(np.float32)
+    file = tmp_path / "a.npy"
+    with open(file, "wb") as stream:
+        if how == "version 2":
+            np.lib.format.write_array(stream, row, version=(2, 0))
+        elif how == "fortran":
+            np.save(stream, np.asfortranarray(row))
+        elif how == "pickle":
+            np.save(stream, np.array([{}], object), allow_pickle=True)
+        else:
+            np.save(stream, {"big-endian": row.astype(">f4"), "other shape": row[0]}.get(how, row))
+    content = file.read_bytes()
+    file.write_bytes({"cut": content[:-4], "longer": content + b"xxxx"}.get(how, content))
+    rows = arrays.PreparedRows(tmp_path, ("a",), VISION)
+    if how in ("fortran", "version 2"):
+        assert rows[:].tobytes() == row.tobytes()
+    else:
+        with pytest.raises(InputError, match=r"a\.npy"):
+            rows[:]
+
+
 def test_golden_embeddings_come_back(tmp_path):
     rows = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
     written = {

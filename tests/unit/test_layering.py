@@ -75,7 +75,14 @@ def test_heavy_libraries_are_imported_late(path):
     assert not found
 
 
-@pytest.mark.parametrize("command", [["-m", "pytest", "--collect-only", "-q"], ["-m", "clipval", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "pytest", "--collect-only", "-q"],
+        ["-m", "pytest", "--collect-only", "-q", "tests/acceptance"],
+        ["-m", "clipval", "--help"],
+    ],
+)
 def test_collecting_and_help_import_nothing_heavy(command, tmp_path):
     probe = "import atexit, sys; atexit.register(lambda: open(r'{}', 'w').write(' '.join(sys.modules)))"
     loaded = tmp_path / "loaded"
@@ -88,3 +95,4 @@ def test_collecting_and_help_import_nothing_heavy(command, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     heavy = {"torch", "open_clip", "onnxruntime", "aclruntime"} & set(loaded.read_text().split())
     assert not heavy
+    assert command[-1] != "tests/acceptance" or "hypothesis" not in loaded.read_text().split()

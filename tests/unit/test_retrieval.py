@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from clipval import retrieval
 from clipval.errors import InputError
@@ -154,6 +155,15 @@ def test_mcnemar_is_the_exact_one():
     found = retrieval.pair(direction([1] * 9 + [9]), direction([9] * 9 + [1]))
     assert found.p_value == pytest.approx(22 / 1024)
     assert retrieval.pair(direction([1, 2]), direction([2, 1])).p_value == 1.0
+
+
+def test_intervals_and_p_values_are_scipys():
+    for hits, count in ((0, 7), (7, 7), (3, 7), (963, 1000), (4415, 5000)):
+        wanted = stats.binomtest(hits, count).proportion_ci(0.95, "wilson")
+        assert retrieval.interval(hits, count) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+    for gains, losses in ((0, 1), (4, 4), (3, 11), (130, 90)):
+        found = retrieval.pair(direction([9] * gains + [1] * losses), direction([1] * gains + [9] * losses))
+        assert found.p_value == pytest.approx(stats.binomtest(gains, gains + losses).pvalue, abs=1e-12)
 
 
 def test_pair_needs_the_same_queries():
