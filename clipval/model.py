@@ -94,7 +94,7 @@ def _create(arch: str) -> Any:
     try:
         return open_clip.create_model(arch, pretrained_hf=False)
     except Exception as error:  # transformers and the hub's client raise their own
-        raise _lacking(arch, config(arch)["text_cfg"].get("hf_model_name"), error) from error
+        raise _lacking(arch, config(arch)["text_cfg"].get("hf_model_name"), "config.json", error) from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -117,15 +117,16 @@ def _loaded_tokenizer(arch: str) -> Any:
         found = open_clip.get_tokenizer(arch)
     except Exception as error:  # transformers and the hub's client raise their own
         text = config(arch)["text_cfg"]
-        raise _lacking(arch, text.get("hf_tokenizer_name") or text.get("hf_model_name"), error) from error
+        source = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+        raise _lacking(arch, source, "config.json and the tokenizer's", error) from error
     if hasattr(found, "context_length"):
         return found
     context = config(arch)["text_cfg"].get("context_length", CONTEXT)
     return partial(found, context_length=context)  # 2.20's knows no model, and gives 77 tokens otherwise
 
 
-def _lacking(arch: str, source: Optional[str], error: Exception) -> ClipvalError:
-    """What a text tower or tokenizer lacks: the package, or files of the hub's `source` that cannot be fetched.
+def _lacking(arch: str, source: Optional[str], files: str, error: Exception) -> ClipvalError:
+    """What a text tower or tokenizer lacks: the package, or `files` of the hub's `source` that cannot be fetched.
 
     What open_clip does not know of a config is neither: an older one ends with a TypeError for a key of a newer one.
     """
@@ -144,9 +145,10 @@ def _lacking(arch: str, source: Optional[str], error: Exception) -> ClipvalError
             f"model {arch}: its text tower needs another package ({one_line(error)}): "
             f"pip install 'clipval[transformers]'"
         )
+    cause = one_line(error).partition(". ")[0].partition(" Check your internet")[0].rstrip(".")
     return InputError(
-        f"model {arch}: the files of {source!r} are neither in the hub's cache nor can they be fetched "
-        f"({one_line(error)}). Connect to the hub once, or copy its cache folder (HF_HOME) from another machine"
+        f"model {arch}: files of {source!r} ({files}) are neither in the hub's cache nor can they be fetched "
+        f"({cause}). Connect to the hub once, or copy its cache folder (HF_HOME) from another machine"
     )
 
 

@@ -78,7 +78,18 @@ class Subject(NamedTuple):
             raise UsageError(f"spec {self.spec.name} names no weights; give --pretrained a tag, a file or 'random'")
 
     def transform_of(self, found: Weights) -> PreprocessSpec:
-        """The weights' own transform, else the spec's; else, assumed, the spec's for other weights or open_clip's."""
+        """The weights' own transform, else the spec's; else, assumed, the spec's for other weights or open_clip's.
+
+        Raises:
+            InputError: the spec's is another one than the weights' own.
+        """
+        own, stated = found.preprocess, self.spec.preprocess
+        other = own.differs(stated) if own and stated else ""
+        if own and stated and other:
+            raise InputError(
+                f"spec {self.spec.path}: [preprocess] has {other} {_said(stated, other)}, but the weights were trained "
+                f"with {_said(own, other)} ({own.source}); correct it, or leave [preprocess] out"
+            )
         return found.preprocess or self.spec.preprocess or self.fallback or DEFAULT
 
     def assumed(self, found: Weights) -> List[str]:
@@ -87,8 +98,11 @@ class Subject(NamedTuple):
             return []
         nothing = "neither tag, folder nor spec states it"
         lines = []
-        if found.preprocess is None and self.spec.preprocess is None:
-            lines.append(f"transform assumed: {self.transform_of(found).describe()}; {nothing}")
+        used = self.transform_of(found).describe() if found.preprocess is None else ""
+        if used and self.spec.preprocess is None:
+            lines.append(f"transform assumed: {used}; {nothing}")
+        elif used and self.spec.golden is None:
+            lines.append(f"transform: only the spec states it ({used}), so a wrong one shows in recall alone")
         if found.quick_gelu is None:
             quick = is_quick(self.spec.model.name)
             lines.append(f"activation assumed: {'quick_gelu' if quick else 'gelu'}; {nothing}")
@@ -130,6 +144,11 @@ def of(settings: Settings) -> Subject:
     )
     left_out = _left_out(spec, replaced, why, seeded)
     return Subject(replaced, spec.preprocess if same_model else None, left_out, settings.pretrained_cfg)
+
+
+def _said(stated: PreprocessSpec, name: str) -> str:
+    value = getattr(stated, name)
+    return " ".join(f"{one:g}" for one in value) if isinstance(value, tuple) else str(value)
 
 
 def _left_out(spec: Spec, replaced: Spec, why: str, seeded: bool) -> Tuple[str, ...]:

@@ -10,6 +10,8 @@ import msgspec
 from clipval.errors import InputError
 from clipval.library import import_open_clip, open_clip_version
 
+ROUNDED = 1e-4  # of a mean written with four digits, 0.4815: 0.03 grey levels
+
 
 class PreprocessSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How images are prepared for the weights; described independently of the code, so that a gate can compare the two.
@@ -33,6 +35,19 @@ class PreprocessSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         """In short, e.g. `squash, bicubic, mean 0.5 0.5 0.5, std 0.5 0.5 0.5`."""
         numbers = [f"{name} {' '.join(f'{one:g}' for one in getattr(self, name))}" for name in ("mean", "std")]
         return ", ".join([self.resize_mode, self.interpolation, *numbers])
+
+    def differs(self, other: PreprocessSpec) -> str:
+        """The first property in which two transforms differ, as `mean`; "" if they give the same pixels."""
+        for name in ("mean", "std"):
+            pairs = zip(getattr(self, name), getattr(other, name))
+            if any(abs(one - two) > ROUNDED for one, two in pairs):
+                return name
+        kernels = {one.interpolation.replace("random", "bicubic") for one in (self, other)}
+        if len(kernels) > 1:
+            return "interpolation"
+        if self.resize_mode != other.resize_mode:
+            return "resize_mode"
+        return "fill_color" if self.resize_mode == "longest" and self.fill_color != other.fill_color else ""
 
 
 # open_clip's own default (its constants.py), which holds for 138 of the 196 tags of open_clip 3.3.0.

@@ -195,7 +195,7 @@ def away(monkeypatch):
 
 def test_a_tokenizer_that_cannot_be_fetched_names_its_source(away, monkeypatch):
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: "found")
-    with pytest.raises(InputError, match="files of 'roberta-base' are neither in the hub's cache nor") as error:
+    with pytest.raises(InputError, match="files of 'roberta-base' .* are neither in the hub's cache nor") as error:
         model.tokenizer(away)(["a"])
     assert len(str(error.value).splitlines()) == 1
 

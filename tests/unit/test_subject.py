@@ -1,5 +1,6 @@
 """What of a spec holds for the weights and data under test: figures, pinned embeddings, transform, activation."""
 
+import re
 import shutil
 
 import pytest
@@ -111,6 +112,41 @@ def test_seeded_weights_keep_the_transform_and_no_figures():
     found = of(spec=RECIPE, pretrained="random")
     assert found.spec.preprocess == spec.load(RECIPE).preprocess
     assert found.spec.golden is None
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "words"),
+    [
+        ("mean", "mean = [0.5, 0.5, 0.5]", "mean 0.5 0.5 0.5, but .* with 0.481455 0.457827 0.408211"),
+        ("std", "std = [0.5, 0.5, 0.5]", "std 0.5 0.5 0.5, but"),
+        ("resize_mode", 'resize_mode = "squash"', "resize_mode squash, but .* with shortest"),
+        ("interpolation", 'interpolation = "bilinear"', "interpolation bilinear, but .* with bicubic"),
+        ("mean", "mean = [0.4815, 0.4578, 0.4082]", ""),
+        ("interpolation", 'interpolation = "random"', ""),
+    ],
+)
+def test_a_spec_that_contradicts_the_weights_own_transform(line, other, words, tmp_path):
+    text = (spec.FOLDER / f"{RECIPE}.toml").read_text(encoding="utf-8")
+    changed, count = re.subn(rf"^{line} = .*$", other, text, flags=re.MULTILINE)
+    assert count == 1
+    (tmp_path / "mine.toml").write_text(changed, encoding="utf-8")
+    found = of(spec=str(tmp_path / "mine.toml"))
+    known = weights.identify(*found.weights_asked)  # by its tag, without a download
+    if not words:
+        assert found.transform_of(known) is known.preprocess
+        return
+    with pytest.raises(InputError, match=rf"mine.toml: \[preprocess\] has {words}"):
+        found.transform_of(known)
+
+
+def test_a_transform_that_only_the_spec_states_is_said(other, tmp_path):
+    text = (spec.FOLDER / "shapes.toml").read_text(encoding="utf-8")
+    text = text.replace('"shapes-vit.json"', f'"{CONFIG}"').replace('"shapes-vit.pt"', f'"{other}"')
+    head, rest = text[: text.index("[golden]")], text[text.index("[[references]]") :]
+    (tmp_path / "mine.toml").write_text(head + rest, encoding="utf-8")
+    chain = Chain(Settings(spec=str(tmp_path / "mine.toml"), workdir=tmp_path))
+    (line,) = chain.subject.assumed(chain.weights)
+    assert line.startswith("transform: only the spec states it (shortest, bicubic, mean 0.481455")
 
 
 def test_what_nothing_states_is_said_as_assumed(other, tmp_path):
