@@ -18,8 +18,18 @@ from clipval.errors import InputError, lfs_pointer, one_line
 
 Parsed = TypeVar("Parsed")
 ENDINGS = (".txt", ".csv", ".tsv", ".token", ".json")
-OTHERS = (".jsonl", ".parquet", ".arrow", ".xlsx", ".tar")  # of other layouts, to be named where nothing is found
+OTHERS = (
+    ".jsonl",
+    ".parquet",
+    ".arrow",
+    ".xlsx",
+    ".tar",
+    ".zip",
+    ".gz",
+)  # of other layouts, to be named where nothing is found
 COCOS = "annotations"  # sub-folder of COCO's own archive
+ARCHIVES = ((b"PK\x03\x04", "a zip archive"), (b"\x1f\x8b", "a gzip file"), (b"7z\xbc\xaf", "a 7z archive"))
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 ENOUGH = 1 << 16  # bytes of either end of a file that identify its kind
 
 
@@ -113,7 +123,7 @@ def _ends(path: Path) -> str:
                 data += stream.read(ENOUGH)
     except OSError:
         return ""  # reading the whole file will report why
-    return data.decode("utf-8-sig", errors="replace")
+    return data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig", errors="replace")
 
 
 def text_of(file: Path) -> str:
@@ -123,10 +133,15 @@ def text_of(file: Path) -> str:
         InputError: it cannot be read, or is not UTF-8.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        packed = next((what for start, what in ARCHIVES if data.startswith(start)), "")
+        if packed:
+            raise InputError(f"annotations {file}: {packed}; unpack it") from error
         line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"annotations {file}, line {line}: not UTF-8; save the file as UTF-8") from error
+        found = "not UTF-8 but UTF-16" if data.startswith(UTF16) else "not UTF-8"
+        raise InputError(f"annotations {file}, line {line}: {found}; save the file as UTF-8") from error
     except OSError as error:
         raise InputError(f"annotations {file}: cannot be read ({error.strerror})") from error
     if lfs_pointer(file):
@@ -191,6 +206,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _resolve(folder: Path, files: Dict[str, List[Path]], annotations: Path, row: Row) -> Path:
     where = f"annotations {annotations}, {row.where}"
     written = Path(row.image.replace("\\", "/"))
+    if written.is_absolute() and folder.absolute() in written.parents:
+        written = written.relative_to(folder.absolute())
     if not written.parts or ".." in written.parts or written.is_absolute():
         raise InputError(
             f"{where}: image {row.image[:80]!r} is not below the data folder; give its path relative to that"
@@ -205,11 +222,17 @@ def _resolve(folder: Path, files: Dict[str, List[Path]], annotations: Path, row:
         raise InputError(
             f"{where}: image {row.image[:80]!r} is in several folders: {one} and {other}; give its relative path"
         )
-    raise InputError(f"{where}: image {row.image[:80]!r} is not in {folder}; {_near(written, files)}")
+    raise InputError(f"{where}: image {row.image[:80]!r} is not in {folder}; {_near(folder, written, files)}")
 
 
-def _near(written: Path, files: Dict[str, List[Path]]) -> str:
-    """What to do about a missing image; shows one that differs only in case, suffix or Unicode form."""
+def _near(folder: Path, written: Path, files: Dict[str, List[Path]]) -> str:
+    """What to do about a missing image; shows one that differs only in case, suffix, folder or Unicode form."""
+    link = str(folder / written)
+    if os.path.islink(link):  # Path.is_symlink raises if the name is too long
+        return f"it is a link to {os.readlink(link)}, which does not exist; copy the folder with cp -rL"
+    if written.name in files:
+        there = os.path.relpath(str(files[written.name][0]), str(folder))
+        return f"{there!r} is there, which differs in its folder: change its rows, or leave the folder out"
 
     def form(name: str) -> str:
         return unicodedata.normalize("NFC", name)

@@ -76,9 +76,11 @@ def _parse_csv(file: Path, text: str) -> Iterator[Row]:
             header, first = first and any(names[:2]), False
             if len(cells) != 2:
                 shown = separator.join(cells)[:60]
+                titled = line == 1 and any(cell.strip().lower() in HEADERS for cell in cells)
+                advice = f"put a caption with {separator!r} in double quotes"
                 raise InputError(
                     f"annotations {file}, line {line}: {len(cells)} columns, expected 2 (image,caption): {shown!r}; "
-                    f"put a caption with {separator!r} in double quotes"
+                    f"{'keep those two alone, with one caption in each row' if titled else advice}"
                 )
             image, caption = (cell.strip() for cell in (reversed(cells) if swapped else cells))
             if header:

@@ -244,6 +244,19 @@ def test_a_name_that_nearly_matches_is_shown(folder, there, written, differs):
         datasets.read(folder)
 
 
+def test_absolute_paths_into_the_folder_are_those_images(folder):
+    Image.new("RGB", (8, 8)).save(folder / "images" / "a.jpg")
+    (folder / "set_karpathy.txt").write_text(f"{folder.absolute() / 'images' / 'a.jpg'},x\n", encoding="utf-8")
+    assert datasets.read(folder).image_paths == (folder / "images" / "a.jpg",)
+
+
+def test_a_link_to_nothing_is_said(folder):
+    (folder / "a.jpg").symlink_to(folder / "moved" / "a.jpg")
+    (folder / "set_karpathy.txt").write_text("a.jpg,x\n", encoding="utf-8")
+    with pytest.raises(InputError, match="it is a link to .*moved/a.jpg, which does not exist; copy"):
+        datasets.read(folder)
+
+
 SIDECAR = '''
 """A text file of captions beside each image."""
 

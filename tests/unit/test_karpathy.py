@@ -1,6 +1,7 @@
 """The reader: awkward captions come through whole, and bad folders are named down to the line."""
 
 import csv
+import gzip
 import io
 import os
 
@@ -126,7 +127,10 @@ def test_any_bytes_give_a_data_set_or_one_line(folder, content, captions_format)
         ("image,caption\n,a\n", "line 2: the image is empty"),
         ("image;caption\n1.jpg;a\n3.jpg;b;c\n", "line 3: 3 columns, .*caption with ';'"),
         ("image caption\n1.jpg a\n", "line 1: 1 columns"),
-        ("sub/1.jpg,a\n", "line 1: image 'sub/1.jpg' is not in"),
+        (
+            "sub/1.jpg,a\n",
+            "'sub/1.jpg' is not in .*'1.jpg' is there, which differs in its folder: change",
+        ),
         ("a/../1.jpg,a\n", "is not below the data folder"),
         ("..\\1.jpg,a\n", "is not below the data folder"),
         ("\\etc\\1.jpg,a\n", "is not below the data folder"),
@@ -135,7 +139,10 @@ def test_any_bytes_give_a_data_set_or_one_line(folder, content, captions_format)
         (f"1.jpg,{'a' * 200_000}\n", "line 1: not CSV .*field limit"),
         ('1.jpg,"a" b\n', "line 1: not CSV"),
         (b"\xef\xbb\xbfimage,caption\n\xff,a\n", "line 2: not UTF-8"),
-        ("image,caption\n1.jpg,a\n".encode("utf-16"), "line 1: not UTF-8"),
+        ("image,caption\n1.jpg,a\n".encode("utf-16"), "line 1: not UTF-8 but UTF-16; save the file as UTF-8"),
+        (gzip.compress(b"image,caption\n1.jpg,a\n" * 9), "set_karpathy.txt: a gzip file; unpack it"),
+        (b"PK\x03\x04\xff\xff", "set_karpathy.txt: a zip archive; unpack it"),
+        ("raw,sentids,split,filename,img_id\nx,x,x,1.jpg,1\n", "5 columns, .* keep those two alone, with one caption"),
         ("image,caption\n1.jpg,a\n".encode("utf-16-le"), "NUL bytes"),
         ("image,caption\n../1.jpg,a\n", "line 2: image '../1.jpg' is not below the data folder"),
         ("image,caption\n/etc/1.jpg,a\n", "is not below the data folder"),
