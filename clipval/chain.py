@@ -228,8 +228,9 @@ class Chain:
     def embed_some(self, name: str, tower: Tower, picked: np.ndarray, batch_size: int) -> Embeddings:
         """A backend's embeddings of some samples, in the order picked, computed now."""
         rows = self.prepared.rows[tower.name]
+        some = replace(rows, ids=tuple(rows.ids[n] for n in picked))
         backend = self.backend(name, tower, batch_size)
-        found = embed(backend, [rows.ids[n] for n in picked], rows[picked], batch_size)
+        found = embed(backend, some.ids, some, batch_size)
         backend.release()
         return found
 

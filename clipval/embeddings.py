@@ -87,6 +87,7 @@ def batches(backend: Backend, ids: Sequence[str], rows: Rows, batch_size: int) -
             batch = np.concatenate([batch, np.repeat(batch[-1:], batch_size - count, axis=0)])
         found = backend.run(batch)
         _check_embeddings(backend, found, len(batch), ids[start])
+        del batch  # a large one should not stay while the next is read
         yield found[:count]
 
 

@@ -32,7 +32,7 @@ from clipval.errors import BackendUnavailable, ClipvalError, InputError, lfs_poi
 from clipval.towers import Tower
 
 PRODUCTS_IN_A_ROW = 16
-KEPT_ROWS = 8  # of the accuracy path, which is used all the time
+KEPT_ROWS = 8  # of the accuracy path
 FLOATS = ("tensor(float)", "tensor(float16)")
 IR_VERSION = 8  # of a model of opset 14, which every onnxruntime from 1.11 on reads
 
@@ -266,11 +266,11 @@ class OnnxBackend(Backend):
         """Let a call of one row give back the memory of inner tensors that a larger batch took."""
         if self._largest <= KEPT_ROWS or self.batch_size is not None or self.identity.device != "cpu":
             return
-        name, dtype = self._input
+        self._largest, (name, dtype) = 0, self._input
         options = self._runtime.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._session.run([self._output], {name: np.zeros(self.tower.shape(1), dtype)}, options)
-        self._largest = 0
+        environment.release_memory()
 
     def product(self, side: int) -> Optional[Product]:
         # several in a row on other devices, so that transfers hardly count
@@ -310,8 +310,8 @@ def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
 
 
 def _ahead(made: Materials, needed: Sequence[Tuple[Tower, int]]) -> None:
-    """Export all towers before a session is open: beside one the exporter would be the peak of a run's memory."""
-    for tower in dict.fromkeys(tower for tower, _ in needed if made.settings.onnx_prefix is None):
+    """Export all towers, vision first, before a session is open: so the peak of a run's memory is lowest."""
+    for tower in dict.fromkeys(tower for tower, _ in reversed(needed) if made.settings.onnx_prefix is None):
         with suppress(ClipvalError):  # raised again where this tower is needed
             made.onnx(tower)
 

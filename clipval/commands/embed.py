@@ -239,6 +239,7 @@ def _made(args: argparse.Namespace, asked: Asked, planned: Plan, left: Sequence[
         found: List[again.Drawn] = []
         for task, where, value in workers.run(list(drawn), "embedded again"):
             found += again.compare(planned, task, drawn[task], where, value)
+    _check_unchanged(args, asked, planned)
     for note in workers.notes:
         print(f"{asked.name}: {note}", file=sys.stderr)
     _say(asked, planned, shards, len(left))
@@ -257,6 +258,29 @@ def _made(args: argparse.Namespace, asked: Asked, planned: Plan, left: Sequence[
     for where, message in workers.retired.items():
         print(f"clipval embed: all samples are embedded, but {where} failed: {message}", file=sys.stderr)
     return int(bool(workers.retired))
+
+
+def _check_unchanged(args: argparse.Namespace, asked: Asked, planned: Plan) -> None:
+    """Check that what the manifests state is still true: workers open the model and read the inputs later.
+
+    Raises:
+        InputError: the model or an input was changed in the meantime.
+    """
+    from clipval.shards import files
+
+    now = files.plan(planned.folder, asked.rows, asked.batch_size, len(planned), _key(args, asked))
+    other = [name for name in planned.key if planned.key[name] != now.key[name]]
+    if other:
+        raise InputError(
+            f"{planned.folder}: the {other[0]} was changed while it was used, so shards may be of either; empty the "
+            f"folder and run embed again"
+        )
+    stale = [number for number in range(len(planned)) if planned.stamps[number] != now.stamps[number]]
+    if stale:
+        raise InputError(
+            f"{planned.place(stale[0])}: its inputs were changed while they were embedded ({len(stale)} of "
+            f"{len(planned)} shards); run embed again"
+        )
 
 
 def _workers(args: argparse.Namespace, asked: Asked, planned: Plan) -> Union[Processes, Cluster]:

@@ -89,6 +89,12 @@ class Shard(msgspec.Struct, frozen=True):
     seconds: float
     threads: Optional[int]
 
+    def __post_init__(self) -> None:
+        """Refuse what no run writes, e.g. a manifest that was edited."""
+        if not self.ids or not self.seconds > 0:
+            raise ValueError("no ids, or no seconds")
+        self.identity  # noqa: B018  raises if a part is missing
+
     @property
     def identity(self) -> Identity:
         """The backend that made it."""
@@ -200,6 +206,10 @@ def make(planned: Plan, number: int, backend: Backend, rows: Source, where: str)
         (scratch / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(shard), indent=1))
         _publish(planned, number, scratch)
         return shard
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a write that fails does not name its file
+            error.filename = str(place)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

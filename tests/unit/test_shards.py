@@ -1,5 +1,6 @@
 """Shards: cut in whole batches, made by several processes, killed, damaged, mixed up, checked and read."""
 
+import errno
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ from clipval import arrays, cli, datasets, embeddings, preprocess, reference
 from clipval.backends import Identity
 from clipval.datasets import shapes
 from clipval.embeddings import Embeddings
-from clipval.errors import BackendUnavailable, InputError
+from clipval.errors import BackendUnavailable, InputError, os_cause
 from clipval.shards import again, cluster, files, pool
 from clipval.shards.work import Device, Task
 from clipval.spec import FOLDER
@@ -226,6 +227,29 @@ def test_shards_of_two_makers_are_refused(planned, rows):
             files.complete(planned)
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(planned, rows, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files.prepare(planned)
+    made_here(planned, rows, [0])
+    monkeypatch.setattr(files, "_write", full)
+    with pytest.raises(OSError, match="No space") as failed:
+        made_here(planned, rows, [1])
+    assert os_cause(failed.value) == f"{planned.place(1)}: disk full; free some space or write to another place"
+    assert os.listdir(planned.folder) == [planned.place(0).name]
+
+
+@pytest.mark.parametrize(
+    "change", [{"made_by": {}}, {"made_by": {"name": "onnx"}}, {"ids": []}, {"seconds": 0}, {"ids": 3}, {"key": None}]
+)
+def test_a_shard_whose_manifest_was_edited_is_made_again(planned, rows, change):
+    made_here(planned, rows)
+    file = planned.place(2) / files.MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert files.prepare(planned) == [2]
+
+
 @pytest.mark.parametrize("damage", ["cut", "bit", "longer", "no manifest", "twice", "no index", "fewer"])
 def test_damaged_shards_are_not_read(planned, rows, damage):
     made_here(planned, rows)
@@ -333,6 +357,25 @@ def test_embed_in_shards_is_embed_to_the_bit(arranged, capsys):
     assert clipval(*shards) == 0
     assert "all 3 shards are complete" in capsys.readouterr().out
     assert files.read_any(folder / "many").values.tobytes() == one.values.tobytes()
+
+
+@pytest.mark.parametrize(("what", "said"), [("model", "the model was changed"), ("input", "its inputs were changed")])
+def test_what_changes_while_it_is_embedded_is_noticed(arranged, capsys, monkeypatch, what, said):
+    folder, model = arranged
+    complete = files.complete
+
+    def changed(planned):
+        if what == "model":
+            os.replace(tiny.write(folder / "other.onnx", TEXT, recipe=True), model)
+        else:
+            os.utime(folder / "texts" / "20_0.npy", ns=(1, 1))
+        return complete(planned)
+
+    monkeypatch.setattr(files, "complete", changed)
+    given = ["--model", model, "--input", folder / "texts", "--output", folder, "--output-dirname", "many"]
+    assert clipval("embed", *given, "--threads", 1, "--shards", 2, "--again", 0) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / "many" / files.INDEX).exists()
 
 
 def test_one_run_at_a_time(arranged, capsys):
