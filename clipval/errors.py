@@ -97,5 +97,6 @@ _ADVICE = {
     errno.EROFS: "it cannot be written; give another place",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.EFBIG: "the system limits the size of files; raise the limit (ulimit -f)",
     errno.EIO: "check the disk or network share",
 }

@@ -149,11 +149,15 @@ def _write_texts(dataset: RetrievalDataset, model: Model, tower: Tower, folder: 
 
 
 def _write(file: Path, content: Union[bytes, memoryview]) -> None:
-    """Write a file in one call; a truncated file is recognised by its size."""
-    with open(file, "wb", buffering=0) as stream:
-        written = stream.write(content)
-        if written != len(content):
-            raise OSError(f"{file}: {written} of {len(content)} bytes written")  # without an errno, like numpy's
+    """Write a file; a truncated one is recognised by its size. After a short write the next one gives the cause."""
+    left = memoryview(content)
+    try:
+        with open(file, "wb", buffering=0) as stream:
+            while left:
+                left = left[stream.write(left) :]
+    except OSError as error:
+        error.filename = str(file)
+        raise
 
 
 def _begin(dataset: RetrievalDataset, model: Model, towers: Dict[str, Tower], folder: Path) -> Dict[str, Set[str]]:

@@ -430,6 +430,7 @@ def test_an_output_that_takes_nothing_is_no_traceback(line, unbuffered, to, code
     [
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: disk full; free some space", "path"),
         (OSError("7 requested and 3 written"), "disk full", "reached"),
+        (OSError(errno.EFBIG, "File too large", "/x"), "/x: File too large; the system limits", "reached"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             "/x: Permission denied; check its permissions",
