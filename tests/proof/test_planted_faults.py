@@ -5,12 +5,15 @@ import random
 
 import pytest
 
+from clipval import environment
 from clipval.throughput import baseline
 from tests import small
 from tests.faults.planted import FAULTS
 
 SEED = os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(random.SystemRandom().random())  # one for all workers
-NAMES = sorted(FAULTS)
+MODES = {"bilinear", "squashed", "padded"}  # open_clip before 2.24 has no such transforms to plant
+OLD = tuple(map(int, (environment.version("open_clip_torch") or "0").split(".")[:2])) < (2, 24)
+NAMES = sorted(set(FAULTS) - (MODES if OLD else set()))
 SAMPLED = [name for name in NAMES if not FAULTS[name].baseline]  # two runs, on a machine that should be idle
 SAMPLE = 2
 

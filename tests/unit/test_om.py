@@ -350,13 +350,14 @@ def test_without_npu_smi_it_still_runs(host, build, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("generation", ["B", "C"])
 def test_a_session_with_a_coarse_clock_is_opened_anew(host, build, generation):
-    """4000 s after a session was opened float32 steps by 0.25 ms, more than 1 % of any call of this model."""
-    host(generation=generation, age_seconds=4000)
+    """Days after a session was opened float32 steps by 32 ms, more than 1 % of any call of this model."""
+    days = 400_000
+    host(generation=generation, age_seconds=days)
     backend = om.OmBackend(TEXT, build(TEXT), batch_size=4)
     rows = tiny.rows(TEXT, 4)
     backend.run(rows)
     session = backend._session
-    backend._opened_at -= 4000
+    backend._opened_at -= days
     backend.run(rows)
     assert backend._session is not session
     assert len(backend.execute_seconds()) == 2
