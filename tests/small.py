@@ -91,7 +91,6 @@ def baseline_of(found: Run, spec: Path, workdir: Path) -> baseline.Baseline:
 def command(spec: Path, workdir: Path, *arguments: str) -> List[str]:
     """The command line of a run."""
     fixed = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.faults.planted"]
-    fixed += ["-p", "no:hypothesispytest"]  # at the end of each run it imports all of hypothesis
     fixed += ["--perf-min-time=0.1", "--perf-noise=10", "--probe-seed=7"]  # figures of two runs are compared
     return [*fixed, f"--spec={spec}", f"--workdir={workdir}", *arguments]
 

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 TIMEOUT = 600.0  # seconds
 
 
-def run(command: List[str], env: Dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run `[python, "-m", module, *arguments]` in the project's folder, with exactly these environment variables.
+def run(command: List[str], env: Dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `[python, "-m", module, *arguments]` in a folder, with exactly these environment variables.
 
     Raises:
         subprocess.TimeoutExpired: it did not end in `TIMEOUT` seconds, and was killed.
@@ -33,9 +33,9 @@ def run(command: List[str], env: Dict[str, str]) -> subprocess.CompletedProcess[
     assert command[:2] == [sys.executable, "-m"]
     if sys.platform != "linux":  # elsewhere a fork of a process with such libraries may not live
         given: Dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIMEOUT, "check": False}
-        return subprocess.run(command, cwd=ROOT, env=env, **given)
+        return subprocess.run(command, cwd=cwd, env=env, **given)
     with TemporaryDirectory() as folder:
-        code = _Server.shared().answer(command, env, folder)
+        code = _Server.shared().answer(command, env, str(cwd), folder)
         out, err = ((Path(folder) / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
     return subprocess.CompletedProcess(command, code, out, err)
 
@@ -58,9 +58,9 @@ class _Server:
         """The one of this process."""
         return _Server()
 
-    def answer(self, command: List[str], env: Dict[str, str], folder: str) -> int:
+    def answer(self, command: List[str], env: Dict[str, str], cwd: str, folder: str) -> int:
         """Exit code of a run, less than 0 for a signal; its output lies in the folder."""
-        asked = {"command": command, "env": env, "folder": folder, "cache": self.cache.name}
+        asked = {"command": command, "env": env, "cwd": cwd, "folder": folder, "cache": self.cache.name}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(asked).encode() + b"\n")
@@ -109,14 +109,15 @@ def _import_libraries() -> None:
     assert threads == 1, f"a fork copies one of {threads} threads"
 
 
-def _become(path: List[str], command: List[str], env: Dict[str, str], folder: str, cache: str) -> None:
+def _become(path: List[str], command: List[str], env: Dict[str, str], cwd: str, folder: str, cache: str) -> None:
     """Turn a fork into the process that was asked for, and do what it does."""
     os.environ.clear()
     os.environ.update(env)
     for number, (name, mode) in enumerate([(os.devnull, "r"), (f"{folder}/out", "w"), (f"{folder}/err", "w")]):
         with open(name, mode) as stream:
             os.dup2(stream.fileno(), number)
-    sys.path[:] = [str(ROOT), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep)), *path]
+    os.chdir(cwd)
+    sys.path[:] = [cwd, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep)), *path]
     sys.dont_write_bytecode, sys.pycache_prefix = False, cache
     sys.orig_argv, sys.argv[:] = command, command[2:]
     runpy.run_module(command[2], run_name="__main__", alter_sys=True)

@@ -11,6 +11,7 @@ rows (Shamos 1976), or `MIRROR` times as far below as the row's fastest is above
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Dict, Mapping, Sequence, Tuple
 
 import numpy as np
@@ -26,14 +27,22 @@ Rows = Mapping[str, Sequence[float]]  # name of a row -> samples/s, one figure p
 
 def pooled(rows: Rows) -> float:
     """Standard deviation of log samples/s between sessions, pooled over all rows."""
-    variances, degrees = _variances(_logs(rows))
+    return _together(*_variances(_logs(rows)))
+
+
+def _together(variances: np.ndarray, degrees: np.ndarray) -> float:
     return float(np.sqrt(np.average(variances, weights=degrees))) if len(degrees) else float("inf")
+
+
+@lru_cache(maxsize=None)
+def _pairs(count: int) -> Tuple[np.ndarray, ...]:
+    return np.triu_indices(count, 1)
 
 
 def _logs(rows: Rows) -> Dict[str, np.ndarray]:
     """Log samples/s of the rows with several sessions, slow outliers clipped."""
     logs = {name: np.log(values) for name, values in rows.items() if len(values) > 1}
-    pairs = [np.abs(np.subtract.outer(one, one))[np.triu_indices(len(one), 1)] for one in logs.values()]
+    pairs = [np.abs(np.subtract.outer(one, one))[_pairs(len(one))] for one in logs.values()]
     reach = OUTLIER * float(np.median(np.concatenate(pairs))) / SHAMOS if pairs else 0.0
     middles = {name: float(np.median(one)) for name, one in logs.items()}
     lows = {name: middles[name] - max(reach, MIRROR * float(one.max() - middles[name])) for name, one in logs.items()}
@@ -56,7 +65,7 @@ def of_row(rows: Rows, name: str) -> Tuple[float, float]:
     everything = float(degrees.sum())
     strength, common = _prior(np.maximum(variances, LEAST_NOISE**2), degrees)
     if np.isinf(strength):
-        return pooled(rows), everything
+        return _together(variances, degrees), everything
     logs = every_row[name]
     own = len(logs) - 1
     variance = (strength * common + own * float(logs.var(ddof=1))) / (strength + own)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -14,7 +13,7 @@ from clipval.ascend import atc, dumping
 from clipval.chain import Chain
 from clipval.diagnose import dump, fusions, graph, ladder, om, trials
 from clipval.diagnose.finding import NONE
-from tests import simulator, small
+from tests import simulator, warm
 from tests.faults import in_blocks
 
 pytestmark = pytest.mark.proof
@@ -96,7 +95,7 @@ def test_a_bundle_of_an_om_is_replayed_on_every_backend(small_spec, tmp_path):
         outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [sys.executable, "-m", "clipval", "diagnose", *work, *arguments]
         variables = {**outside, **simulator.environment(fault=fault)}
-        return subprocess.run(command, env=variables, cwd=small.ROOT, capture_output=True, text=True, check=False)
+        return warm.run(command, variables)
 
     sent = str(tmp_path / "sent")
     done = diagnosed("--backend=om", "--tower=vision", "--samples=2", f"--bundle={sent}", fault="wrong_layer")
@@ -128,9 +127,7 @@ def test_precision_modes_are_compiled_and_compared(small_spec, tmp_path):
     command += [f"--workdir={tmp_path}", "--perf-min-time=0.1", "--perf-max-time=1", "--perf-noise=10", "--threads=1"]
     command += ["--precision-modes=force_fp16,allow_mix_precision_bf16,must_keep_origin_dtype"]
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        command, env={**outside, **simulator.environment()}, cwd=small.ROOT, capture_output=True, text=True, check=False
-    )
+    done = warm.run(command, {**outside, **simulator.environment()})
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if " vision " in line or " text " in line]
     assert [line.split()[0] for line in lines] == [
@@ -147,8 +144,6 @@ def test_a_clean_om_has_no_excess(small_spec, tmp_path, tower):
     command = [sys.executable, "-m", "clipval", "diagnose", "--backend", "om", "--tower", tower, "--allow-simulated"]
     command += [f"--spec={small_spec}", f"--workdir={tmp_path}", "--samples=2"]
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        command, env={**outside, **simulator.environment()}, cwd=small.ROOT, capture_output=True, text=True, check=False
-    )
+    done = warm.run(command, {**outside, **simulator.environment()})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no excess" in done.stdout

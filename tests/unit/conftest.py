@@ -1,4 +1,6 @@
-"""Shared by the unit tests: the small architecture with seeded weights, loaded once."""
+"""Shared by the unit tests: the small architecture with seeded weights, and the artifacts of the default."""
+
+import os
 
 import pytest
 
@@ -13,3 +15,10 @@ CONFIG = str(FOLDER / "shapes-vit.json")
 def seeded():
     """The embedded default's architecture with random weights."""
     return model.load(CONFIG, weights.find_weights(CONFIG, weights.RANDOM), towers())
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A work directory for the artifacts of the embedded default, one for all files of tests and workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"

@@ -16,8 +16,8 @@ from tests.faults import in_blocks
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return Chain(options.Settings(workdir=tmp_path_factory.mktemp("work")))
+def chain(built):
+    return Chain(options.Settings(workdir=built))
 
 
 def planted(chain, fault, folder):

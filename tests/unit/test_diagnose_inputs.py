@@ -14,8 +14,8 @@ from clipval.diagnose.finding import INPUT, NONE
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return Chain(options.Settings(workdir=tmp_path_factory.mktemp("work"), threads=1))
+def chain(built):
+    return Chain(options.Settings(workdir=built, threads=1))
 
 
 PICKED = np.arange(3)

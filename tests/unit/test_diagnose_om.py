@@ -18,11 +18,11 @@ from tests.simulator import tiny as drawn
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(built):
     """A chain, and a compiler of its text tower with a fault, on the simulated host."""
     before = dict(os.environ)
     os.environ.update(simulator.environment())
-    chain = Chain(options.Settings(workdir=tmp_path_factory.mktemp("work"), allow_simulated=True))
+    chain = Chain(options.Settings(workdir=built, allow_simulated=True))
     yield chain
     os.environ.clear()
     os.environ.update(before)

@@ -19,6 +19,7 @@ from clipval.errors import InputError
 from clipval.spec import FOLDER
 from clipval.store import Store
 from clipval.towers import TEXT
+from tests import warm
 
 from .conftest import CONFIG
 
@@ -391,7 +392,7 @@ def test_pytest_ends_in_a_usage_error(arguments, words, tmp_path):
     given += [] if "--workdir" in given else ["--workdir", str(tmp_path / "work")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "accuracy", "tests/acceptance", *given]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    done = warm.run(command, variables)
     output = done.stdout + done.stderr
     assert done.returncode == 4, output
     assert "Traceback" not in output

@@ -1,6 +1,5 @@
 """pytest's side of a run: what `-m` promises, and what a line that is narrowed by anything may still say."""
 
-import subprocess
 import sys
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from clipval import gates, promise
 from clipval.gates.parity import PARITY
 from clipval.gates.throughput import THROUGHPUT
-from tests import small
+from tests import small, warm
 
 
 @pytest.mark.parametrize(
@@ -52,15 +51,8 @@ def run_file(text, tmp_path, *arguments, **variables):
         (tmp_path / name).write_text((small.ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "test_red.py").write_text(text, encoding="utf-8")
     spec = f"--spec={small.write_spec(tmp_path)}"
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", spec, *arguments],
-        cwd=tmp_path,
-        env=small.environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", spec, *arguments]
+    return warm.run(command, small.environment(**variables), tmp_path)
 
 
 @pytest.mark.parametrize("ci", ["", "true"])
