@@ -15,9 +15,9 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Dict, List
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def run(command: List[str], env: Dict[str, str], cwd: Path = ROOT) -> subprocess
     if sys.platform != "linux":  # elsewhere a fork of a process with such libraries may not live
         given: Dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIMEOUT, "check": False}
         return subprocess.run(command, cwd=cwd, env=env, **given)
-    with TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         code = _Server.shared().answer(command, env, str(cwd), folder)
         out, err = ((Path(folder) / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
     return subprocess.CompletedProcess(command, code, out, err)
@@ -44,8 +44,9 @@ class _Server:
     """The client's side of a server."""
 
     def __init__(self) -> None:
-        self.cache = TemporaryDirectory()  # of bytecode: rewriting the asserts of clipval takes a second of each run
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        # Of bytecode: rewriting the asserts of clipval takes a second of each run.
+        self.cache = tempfile.TemporaryDirectory()
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": self.cache.name}
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from tests import warm; warm.serve()"],
             cwd=ROOT, env=variables, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -113,6 +114,7 @@ def _become(path: List[str], command: List[str], env: Dict[str, str], cwd: str, 
     """Turn a fork into the process that was asked for, and do what it does."""
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # as the variables say, not where the server keeps what torch writes on import
     for number, (name, mode) in enumerate([(os.devnull, "r"), (f"{folder}/out", "w"), (f"{folder}/err", "w")]):
         with open(name, mode) as stream:
             os.dup2(stream.fileno(), number)
