@@ -77,6 +77,36 @@ def precision(path: Path) -> str:
     return max(elements, key=lambda name: elements[name])
 
 
+def why_not(path: Path, said: str, version: str) -> str:
+    """Why onnxruntime does not load a file, and what to do, from the file and from what onnxruntime said."""
+    lost = lfs_pointer(path) or _lost_data(path)
+    if lost:
+        return lost
+    what = "Export it again"
+    if "NOT_IMPLEMENTED" in said:
+        what = f"onnxruntime {version} lacks this operator for its types; use a newer one"
+        if "ArgMax" in said:  # the recipe's own export finds the end token this way
+            what = (
+                f"onnxruntime {version} has no ArgMax on int64, 1.20 and newer do; or export it with clipval export, "
+                f"which pools int32 tokens"
+            )
+    elif "Type Error" in said and "float16" in said and "Cast" in said:
+        # known of onnxconverter_common 1.16: its float16 changes what a Cast gives, and not its attribute `to`
+        what = "A converter to fp16 left a Cast to another type; convert it again with another tool"
+    return f"onnxruntime cannot load it ({said}). {what}"
+
+
+def _lost_data(path: Path) -> str:
+    """The message for a file whose weights are in other files that are not next to it; "" for any other."""
+    try:
+        graph = _graph(path)
+    except InputError:
+        return ""
+    names = {entry.value for one in graph.initializer for entry in one.external_data if entry.key == "location"}
+    lost = sorted(name for name in names if not (path.parent / name).is_file())
+    return f"its weights are in {lost[0]}, which is missing; copy it there too" if lost else ""
+
+
 @lru_cache(maxsize=2)
 def _graph(path: Path) -> Any:
     import onnx

@@ -28,7 +28,7 @@ from clipval.backends import (
     providers,
 )
 from clipval.backends.providers import CANN, CPU
-from clipval.errors import BackendUnavailable, ClipvalError, InputError, lfs_pointer, one_line
+from clipval.errors import BackendUnavailable, ClipvalError, InputError, one_line
 from clipval.towers import Tower
 
 PRODUCTS_IN_A_ROW = 16
@@ -132,15 +132,7 @@ class OnnxBackend(Backend):
                     f"onnx backend: {first} with {shown} cannot load {self._file} ({one_line(error, 600)}); correct "
                     "--onnx-provider-options or the provider's installation"
                 ) from error
-            said, what = one_line(error), "Export it again"
-            if "NOT_IMPLEMENTED" in said:
-                what = f"onnxruntime {self._runtime.__version__} lacks this operator for its types; use a newer one"
-            if "ArgMax" in said and "NOT_IMPLEMENTED" in said:  # the recipe's own export finds the end token this way
-                what = (
-                    f"onnxruntime {self._runtime.__version__} has no ArgMax on int64, 1.20 and newer do; or export it "
-                    "with clipval export, which pools int32 tokens"
-                )
-            cause = lfs_pointer(self._file) or f"onnxruntime cannot load it ({said}). {what}"
+            cause = given.why_not(self._file, one_line(error), self._runtime.__version__)
             raise InputError(f"ONNX {self._file}: {cause}") from error
 
     def _loads_on_cpu(self) -> bool:

@@ -39,9 +39,15 @@ def _declare(parser: Parser) -> None:
 def _compare(args: argparse.Namespace) -> int:
     """Cosine per sample and largest difference of one element, checked against the spec's bounds; exit 1 outside."""
     from clipval import embeddings
-    from clipval.gates.parity import agreement
+    from clipval.gates.parity import agreement, lengths
     from clipval.results import number
 
+    for name in (args.first, args.second):
+        known = (
+            name == backends.REFERENCE or Path(name).is_dir() or (Path(name).is_file() and backends.of_file(Path(name)))
+        )
+        if not known:
+            raise InputError(f"compare {name}: neither an ONNX or OM file, nor a folder of embeddings, nor 'pytorch'")
     chain = chain_of(args)
     opened = [backends.of_file(Path(name)) for name in (args.first, args.second) if Path(name).is_file()]
     backends.check_acl(filter(None, opened), chain.settings)
@@ -56,7 +62,7 @@ def _compare(args: argparse.Namespace) -> int:
     if not precision:
         raise UsageError("compare: the precision of two folders is unknown; give --precision")
     bounds = chain.spec.bounds("onnx", precision, tower.name)
-    figures = agreement(one, other, second, tower, bounds)
+    figures = [judged for of in (agreement, lengths) for judged in of(one, other, second, tower, bounds)]
     print(f"{args.first} ({first})\n{args.second} ({second})\n{len(one.ids)} samples, bounds of {precision}")
     for figure in figures:
         said = figure.message or f"{figure.metric} {number(figure.measured, figure.unit)}"
@@ -76,8 +82,7 @@ def _made(chain: Chain, args: argparse.Namespace, name: str, tower: Tower) -> Tu
         return Identity("embeddings", "saved", name, "unknown"), embeddings.read(path, tower.width)
     kind = name if name == backends.REFERENCE else backends.of_file(path)
     file = None if kind == backends.REFERENCE else path
-    if kind is None or (file is not None and not file.is_file()):
-        raise InputError(f"compare {name}: neither an ONNX or OM file, nor a folder of embeddings, nor 'pytorch'")
+    assert kind is not None  # seen by the caller
     size = args.batch_size or max(batch_of_name(Path(one)) for one in (args.first, args.second)) or BATCH
     ids, rows = _inputs(chain, args, tower)
     backend = chain.pool.open_file(kind, tower, file, size, ready=True)

@@ -16,6 +16,7 @@ from clipval.spec import ParityBounds
 from clipval.towers import Tower
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+UNIT = 0.01  # from a length of 1: an embedding that was normalised, in any precision
 PARITY = Gate(
     "parity", ACCURACY, ("backend_name", "tower_name"), lambda plan, backend, tower: backend != REFERENCE, figures=3
 )
@@ -50,6 +51,32 @@ def agreement(
             unit="absolute",
             worst=f"sample {found.ids[largest]}",
         ),
+    ]
+
+
+def lengths(
+    reference: Embeddings, found: Embeddings, where: Identity, tower: Tower, bounds: ParityBounds
+) -> List[Figure]:
+    """If one of the two has unit length and the other has not, the distance of its lengths from 1; else nothing.
+
+    Cosines do not show it, and software that takes the dot product for the cosine would be wrong by the length.
+    """
+    off = [np.abs(np.linalg.norm(one.values.astype(np.float64), axis=1) - 1) for one in (reference, found)]
+    worst = int(np.argmax(np.nan_to_num(np.maximum(*off), nan=np.inf)))
+    if (off[0].max() <= UNIT) == (off[1].max() <= UNIT):
+        return []
+    return [
+        judge(
+            PARITY.of(where.name, tower.name),
+            "max |length - 1|, of one of the two alone",
+            float(np.maximum(*off)[worst]),
+            "<=",
+            bounds.norm,
+            unit="absolute",
+            count=len(found.ids),
+            where=where,
+            worst=f"sample {found.ids[worst]}",
+        )
     ]
 
 

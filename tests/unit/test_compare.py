@@ -57,10 +57,47 @@ def test_two_folders_of_embeddings(capsys, tmp_path, off, code):
     assert ("7_0" in said) == bool(code)
 
 
+@pytest.mark.parametrize(("one", "two", "code"), [(1, 3, 1), (3, 1, 1), (3, 3, 0), (1, 1, 0)])
+def test_a_length_that_only_one_of_them_has_is_a_difference(capsys, tmp_path, one, two, code):
+    rows = np.random.default_rng(0).normal(size=(20, 512)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    given = [folder(tmp_path / "one", one * rows), folder(tmp_path / "two", two * rows)]
+    said = compare(capsys, *given, "--tower", "text", "--precision", "fp32", code=code)
+    assert ("max |length - 1|, of one of the two alone is 2" in said) == bool(code)
+
+
+def test_weights_that_were_left_behind_are_named(file, capsys, tmp_path):
+    import onnx
+
+    held = onnx.load(str(file))
+    outside = {"save_as_external_data": True, "location": "text.data", "size_threshold": 100}
+    onnx.save(held, str(tmp_path / "text.onnx"), **outside)
+    (tmp_path / "text.data").unlink()
+    said = compare(capsys, tmp_path / "text.onnx", file, "--workdir", tmp_path, code=2)
+    assert "text.onnx: its weights are in text.data, which is missing; copy it there too" in said
+
+
+def test_an_fp16_conversion_that_left_a_cast_is_said(file, capsys, tmp_path):
+    from onnx import TensorProto, helper, save
+
+    cast = helper.make_node("Cast", ["text"], ["a"], name="/Cast", to=TensorProto.FLOAT)
+    given = helper.make_tensor_value_info("text", TensorProto.INT64, ["n", 77])
+    made = helper.make_tensor_value_info("b", TensorProto.FLOAT16, ["n", 77])
+    between = helper.make_tensor_value_info("a", TensorProto.FLOAT16, ["n", 77])
+    graph = helper.make_graph(
+        [cast, helper.make_node("Relu", ["a"], ["b"])], "half", [given], [made], value_info=[between]
+    )
+    held = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    save(held, str(tmp_path / "text.onnx"))
+    said = compare(capsys, tmp_path / "text.onnx", file, "--workdir", tmp_path, code=2)
+    assert "A converter to fp16 left a Cast to another type" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["pytorch", "none_text.onnx"], "neither an ONNX or OM file, nor a folder of embeddings"),
+        (["pytorch", "none.onnx"], "neither an ONNX or OM file, nor a folder of embeddings"),
         (["pytorch", "pytorch"], "give --tower"),
         (["one", "two", "--tower", "text"], "give --precision"),
         (["one", "pytorch", "--tower", "text"], "give --input"),
