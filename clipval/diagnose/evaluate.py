@@ -20,7 +20,7 @@ _DTYPES = {1: "float32", 6: "int32", 7: "int64", 10: "float16"}  # of onnx.Tenso
 
 
 def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Iterator[Tuple[str, np.ndarray]]:
-    """Every tensor that depends on the input, including shapes, in order of computation.
+    """Every tensor that depends on the input, including shapes, and every settled one, in order of computation.
 
     Keeps only what later nodes need.
 
@@ -35,7 +35,7 @@ def tensors(graph: Graph, rows: np.ndarray, change: Optional[Cut] = None) -> Ite
         raise InputError(f"ONNX {graph.file}: has inputs {', '.join(graph.inputs)}; a tower has one")
     import onnxruntime
 
-    last, shown = _last_use(graph), graph.moving | graph.measured
+    last, shown = _last_use(graph), graph.moving | graph.measured | graph.settled
     fed_rows = np.ascontiguousarray(rows, _DTYPES.get(graph.input_kind))  # somebody's file may take int32 or float16
     alive: Dict[str, Any] = {graph.inputs[0]: onnxruntime.OrtValue.ortvalue_from_numpy(fed_rows)}
     for numbers in graph.segments():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, 
 import numpy as np
 
 from clipval.diagnose.graph import NARROW, Graph, Node
-from clipval.diagnose.pairs import distance
+from clipval.diagnose.pairs import aligned, distance
 from clipval.diagnose.taps import Recorded, Tap, relative
 from clipval.diagnose.twin import LARGEST, rounded
 
@@ -15,25 +15,59 @@ if TYPE_CHECKING:
     from clipval.diagnose.ladder import Ladder
 
 RELATED = 0.7  # unrelated weights are 1.4 apart
+ROUNDED = 2e-2  # up to which weights are the same ones, rounded
+STEPS = 256  # of 8 bits
 SAME = 1e-6  # relative distance of two copies of the same float32 weights
 
 
-def weights(graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded) -> List[str]:
-    """Weights of the region that differ from PyTorch's, and PyTorch's that are missing in it."""
+def weights(
+    graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded
+) -> Tuple[List[str], List[str]]:
+    """Weights of the region that differ from PyTorch's, and PyTorch's that are missing in it; names of the former."""
     modules = list(dict.fromkeys(path for tap in taps for path in tap.paths))
     wanted = {name: value for path in modules for name, value in recorded.parameters(path).items() if path}
-    wanted.update({name: value for name, value in recorded.parameters("").items() if "." not in name})
-    said, seen = [], set()
+    outer = {".".join(path.split(".")[:n]) for path in modules for n in range(path.count(".") + 1)} | {""}
+    wanted.update({k: value for k, value in recorded.parameters("").items() if k.rpartition(".")[0] in outer})
+    others = [value for name, value in recorded.parameters("").items() if name not in wanted and value.ndim == 1]
+    said: List[str] = []
+    seen: List[str] = []
+    unlike: List[str] = []
     for number in region:
         node = graph.nodes[number]
         for name in node.inputs:
             held = None if name in graph.moving else graph.constant(name)
             if held is None or held.size < 2 or held.dtype.kind not in "fiu":
                 continue
+            if held.ndim == 1 and any(np.array_equal(held, one) for one in others):
+                continue  # in a region that reaches into other modules
             found = _weight(name, np.asarray(held), node, wanted)
-            seen.update(found[0])
+            seen += found[0]
             said += found[1]
-    return said + _lacking(seen, taps, recorded, said)
+            unlike += found[0] if found[1] else []
+    return said + _lacking(seen, taps, recorded, said), unlike
+
+
+def held(graph: Graph, parameters: Mapping[str, np.ndarray]) -> bool:
+    """Whether any of a module's parameters, nearly or in another order, is a weight of the graph; or it has none.
+
+    One whose elements are all equal, as before training, says nothing.
+    """
+    sizes = {value.size for value in parameters.values()}
+    by_size: Dict[int, List[np.ndarray]] = {}
+    for name, one in graph.weights.items():
+        size = int(np.prod(one.dims))
+        near = name in graph.consumers and (size in sizes or 3 * size in sizes)
+        values = graph.constant(name) if near else None
+        if values is not None and values.dtype.kind == "f":
+            by_size.setdefault(size, []).append(np.asarray(values, np.float32))
+    known = [
+        _unlike(values, part) <= ROUNDED
+        for value in parameters.values()
+        if np.ptp(value) > 0
+        for values in (*by_size.get(value.size, ()), *by_size.get(value.size // 3, ()))
+        for _, part in _parts(values, value)
+    ]
+    return any(known) or not parameters
 
 
 def _weight(name: str, held: np.ndarray, node: Node, wanted: Dict[str, np.ndarray]) -> Tuple[List[str], List[str]]:
@@ -96,19 +130,19 @@ def _how(values: np.ndarray, truth: np.ndarray) -> str:
     for precision in ("fp16", "bf16"):
         if distance(values, rounded(flat, precision)) <= SAME:
             return f": it is rounded to {precision}"
-    if values.size > 1024 and min(len(np.unique(row)) for row in (values.ravel(), values[:1].ravel())) <= 256:
+    if any(row.size > 2 * STEPS and len(np.unique(row)) <= STEPS for row in (values, values[0], values[..., 0])):
         return f": it has {len(np.unique(values))} distinct values, as after quantisation to 8 bits"
     ratio = float((values.ravel() * values.ravel()).sum() / max(1e-30, float((flat * flat).sum()))) ** 0.5
     return f": its length is {ratio:.3g} of PyTorch's" if abs(ratio - 1) > 0.02 else ""
 
 
 def _lacking(seen: Iterable[str], taps: Sequence[Tap], recorded: Recorded, said: Sequence[str]) -> List[str]:
-    """Parameters of the modules that ran the taps, of which no constant in the region is a copy."""
+    """Biases of the modules whose result is among the taps, of which no constant in the region is a copy."""
     lacking = []
-    for path in dict.fromkeys(tap.module for tap in taps if tap.module):
+    for path in dict.fromkeys(tap.module for tap in taps if tap.module in tap.ends):
         for name, value in recorded.parameters(path).items():
             own = name[len(path) + 1 :]
-            if "." not in own and name not in set(seen) and value.any() and own == "bias":
+            if own in ("bias", "out_proj.bias") and name not in set(seen) and value.any():
                 lacking.append(f"{name} is missing" if not said else f"{name} is missing too")
     return lacking
 
@@ -146,8 +180,9 @@ def _epsilon(graph: Graph, nodes: Sequence[Node], wanted: Optional[float]) -> Li
     if wanted is None:
         return []
     found = [node.attributes.get("epsilon", 1e-5) for node in nodes if "Normalization" in node.op]
+    roots = {name for node in nodes if node.op in ("Sqrt", "Pow", "Rsqrt") for name in node.inputs}
     for node in nodes:
-        if node.op == "Add":
+        if node.op == "Add" and roots & set(node.outputs):
             held = [graph.constant(name) for name in node.inputs if name not in graph.moving]
             found += [float(one.ravel()[0]) for one in held if one is not None and one.size == 1]
     return [f"its epsilon is {one:g}, PyTorch's is {wanted:g}" for one in found if abs(one / wanted - 1) > 1e-3]
@@ -181,7 +216,24 @@ def values(found: np.ndarray, ladder: Ladder, number: int, known: Mapping[int, T
     for other in known.values():
         if other.truth.size == found.size and distance(found, other.truth) < 1e-4:
             return [f"it is {other.name} again, as if {tap.op} were left out"]
+    if "softmax" in tap.op:
+        return _sharper(found, tap.truth)
     return _another_token(found, ladder, tap) or _another_scale(found, tap) or _another_order(found, tap)
+
+
+def _sharper(found: np.ndarray, truth: np.ndarray) -> List[str]:
+    """Whether a softmax's argument was multiplied by a number."""
+    with np.errstate(divide="ignore"):
+        ours, theirs = (np.log(one.astype(np.float64)) for one in (aligned(found, truth), truth))
+    kept = np.isfinite(ours) & np.isfinite(theirs)
+    ours, theirs = (np.where(kept, one, 0) for one in (ours, theirs))
+    count = np.maximum(kept.sum(axis=-1, keepdims=True), 1)
+    ours, theirs = (np.where(kept, one - one.sum(axis=-1, keepdims=True) / count, 0) for one in (ours, theirs))
+    size = float((theirs * theirs).sum())
+    slope = float((ours * theirs).sum()) / size if size else 1.0
+    if not size or abs(slope - 1) < 1e-3 or relative(ours, slope * theirs) > 1e-2:
+        return []
+    return [f"its argument is PyTorch's times {slope:.4g}: another scale of attention"]
 
 
 def _another_token(found: np.ndarray, ladder: Ladder, tap: Tap) -> List[str]:
@@ -209,6 +261,20 @@ def _another_scale(found: np.ndarray, tap: Tap) -> List[str]:
     if ours and theirs and distance(found * (theirs / ours), truth) < 1e-3 and abs(ours / theirs - 1) > 1e-3:
         return [f"it is PyTorch's times {ours / theirs:.4g}"]
     return []
+
+
+def casts(graph: Graph, region: Sequence[int], tensors: Mapping[str, str]) -> List[str]:
+    """Good results that the region rounds.
+
+    Args:
+        tensors: names of the good results by the graph's tensor.
+    """
+    nodes = [graph.nodes[number] for number in region if graph.nodes[number].op == "Cast"]
+    return [
+        f"{node.name} rounds the result of {tensors[node.inputs[0]]} to {NARROW[node.attributes['to']]}"
+        for node in nodes
+        if graph.precision == "fp32" and node.attributes.get("to") in NARROW and node.inputs[0] in tensors
+    ]
 
 
 def precision(graph: Graph, region: Sequence[int], dtype: Any) -> str:

@@ -20,7 +20,10 @@ from clipval.export import name_nodes
 SEGMENT_BYTES = 64 << 20  # most weights passed to the runtime at a time
 SEGMENT_NODES = 200
 SCOPES = "pkg.torch.onnx.name_scopes"  # of the dynamo exporter: a list of paths, the operator's own name last
+FLOATS = (1, 10, 11, 16)  # onnx.TensorProto.FLOAT, FLOAT16, DOUBLE and BFLOAT16
 NARROW = {10: "fp16", 16: "bf16"}  # onnx.TensorProto.FLOAT16 and BFLOAT16
+# Operators without values of their own, or whose values are a weight's.
+PLAIN = ("Constant", "ConstantOfShape", "DequantizeLinear", "Shape", "Size")
 # Operators that only change the shape, order, dtype or position of their input's values.
 SAME_VALUES = ("Cast", "Dropout", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
@@ -50,6 +53,7 @@ class Graph:
         producer: tensor -> index of the node that computes it; consumers: tensor -> indices of those that use it.
         moving: tensors that depend on the graph's input; the others are constants and their shapes.
         measured: shapes among `moving`.
+        settled: results that are computed from weights and shapes alone, e.g. the query of an attention pool.
         opset: of the default domain.
         batch: the only batch size that the input takes, 0 for any; input_kind: its element type (of onnx).
         precision: `fp32`, or `fp16` or `bf16` if the graph computes in it.
@@ -72,6 +76,7 @@ class Graph:
                 self.consumers.setdefault(name, []).append(number)
         self.moving = self._moving()
         self.measured = self._measured()
+        self.settled = self._settled()
         self.opset = max([one.version for one in model.opset_import if one.domain in ("", "ai.onnx")], default=0)
         self.precision = self._precision()
 
@@ -88,6 +93,18 @@ class Graph:
         shapes = [node for node in self.nodes if node.op in ("Shape", "Size") and self.moving & set(node.inputs)]
         return {name for node in shapes for name in node.outputs}
 
+    def _settled(self) -> Set[str]:
+        weights = {name for name, one in self.weights.items() if _floats(one)}
+        found: Set[str] = set()
+        for node, written in zip(self.nodes, self.model.graph.node):
+            inputs = set(node.inputs)
+            made = found & inputs or (weights & inputs and node.op not in SAME_VALUES)
+            if made and node.op not in PLAIN:
+                found.update(name for name in node.outputs if name)
+            elif weights & inputs or any(_floats(one.t) for one in written.attribute):
+                weights.update(node.outputs)
+        return found - self.moving
+
     def _precision(self) -> str:
         from onnx import TensorProto
 
@@ -100,6 +117,10 @@ class Graph:
     def node_of(self, tensor: str) -> Node:
         """The node that computes a tensor."""
         return self.nodes[self.producer[tensor]]
+
+    def around(self, tensor: str) -> Node:
+        """The node that computes a tensor; for a weight the first one that takes it."""
+        return self.nodes[self.producer[tensor] if tensor in self.producer else self.consumers[tensor][0]]
 
     @cached_property
     def named(self) -> bool:
@@ -129,7 +150,8 @@ class Graph:
             if number is None or number in found:
                 continue
             found.add(number)
-            rest += [one for one in self.nodes[number].inputs if one in self.moving and one not in stop]
+            inputs = self.nodes[number].inputs
+            rest += [one for one in inputs if (one in self.moving or one in self.settled) and one not in stop]
         return sorted(found)
 
     def closure(self, tensor: str, given: Iterable[str]) -> List[int]:
@@ -220,7 +242,7 @@ def widened(model: Any, names: Sequence[str], ending: str) -> Any:
 
 
 def load(file: Path) -> Graph:
-    """Read an ONNX file; its functions are inlined, unnamed nodes get a name.
+    """Read an ONNX file; its functions are inlined, unnamed nodes get a name, unused ones are left out.
 
     Raises:
         InputError: it cannot be read.
@@ -236,7 +258,20 @@ def load(file: Path) -> Graph:
     except Exception as error:  # protobuf's, onnx's and the file system's own classes
         raise InputError(f"ONNX {file}: cannot be read ({one_line(error)}). Give another file") from error
     name_nodes(model)
+    _remove_unused(model)
     return Graph(file, model)
+
+
+def _remove_unused(model: Any) -> None:
+    """Remove nodes that no output depends on: what they compute would pass as the counterpart of a tap."""
+    used, kept = {one.name for one in model.graph.output}, []
+    for node in reversed(model.graph.node):
+        if used & set(node.output):
+            kept.append(node)
+            used.update(_node(node).inputs)
+    if len(kept) < len(model.graph.node):
+        del model.graph.node[:]
+        model.graph.node.extend(reversed(kept))
 
 
 def _node(node: Any) -> Node:
@@ -255,7 +290,8 @@ def _node(node: Any) -> Node:
 def module_path(node: Any) -> str:
     """The module of a node according to its exporter: `visual.transformer.resblocks.3.attn`; empty for none.
 
-    TorchScript's exporter writes `/visual/transformer/resblocks.3/attn/MatMul_1`, dynamo's a property with all scopes.
+    TorchScript's exporter writes `/visual/transformer/resblocks.3/attn/MatMul_1`, and `/blocks/blocks.3/attn` if blocks
+    is a Sequential; dynamo's has a property with all scopes.
     """
     for entry in getattr(node, "metadata_props", ()):
         if entry.key == SCOPES:
@@ -266,7 +302,12 @@ def module_path(node: Any) -> str:
             return _clip(scopes[-2]) if len(scopes) > 1 else ""
     if not node.name.startswith("/"):
         return ""
-    return _clip(".".join(node.name.strip("/").split("/")[:-1]))
+    parts: List[str] = []
+    for one in node.name.strip("/").split("/")[:-1]:
+        if parts and one.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(one)
+    return _clip(".".join(parts))
 
 
 def _clip(path: str) -> str:
@@ -294,6 +335,10 @@ def _outer(graph: Any) -> List[str]:
     used = [name for node in graph.node for name in node.input if name]
     used += [name for node in graph.node for one in node.attribute for inner in _graphs(one) for name in _outer(inner)]
     return [name for name in used if name not in own]
+
+
+def _floats(tensor: Any) -> bool:
+    return tensor.data_type in FLOATS and np.prod(tensor.dims) > 1
 
 
 def _bytes(tensor: Any) -> int:

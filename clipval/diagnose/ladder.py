@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
@@ -10,13 +11,15 @@ import numpy as np
 from clipval.diagnose import evaluate, graph, pairs, taps
 from clipval.diagnose.bundle import Material
 from clipval.diagnose.finding import DIVERGENCE, NONE, Finding
-from clipval.diagnose.locate import EXCESS, FLOOR, Rung, suspects
+from clipval.diagnose.locate import EXCESS, FLOOR, Rung, compared_inputs, suspects
 from clipval.diagnose.part import Part
 from clipval.diagnose.twin import Twin, overflows
 
 PAIRED = 2  # samples that pair tensors with taps; torch uses other operators for one than for several
 UNRELATED = 1.3  # unrelated tensors are 1.4 apart
-PASSED_ON = 0.1  # a residual sum keeps at least this share of its summand's error
+PASSED_ON = 0.1  # what is computed from a tensor keeps at least this share of its error
+SUMS = ("add", "add_", "sub", "cat")
+SURE = 1e-4  # no tensor without its bias is as close as that
 CLOSE = 0.3  # a tensor that feeds good ones belongs to this tap only if it is this close
 # ONNX operators of a PyTorch operator, to choose a tensor if no value agrees.
 KINDS = {
@@ -56,7 +59,7 @@ class Ladder:
 
         An excess may not reach the embedding: it is hidden by the noise of later parts in 16 bits, or multiplied by
         zero. Then this is the tap with the largest excess; in float32, where a lone bad tap is a tensor that was taken
-        for another one, only if what follows is bad too.
+        for another one, only if what follows is bad too, or if it is too close for another one.
         """
         names = list(map(str, self.rungs))
         good = {str(n): None if rung.error is None else rung.good for n, rung in self.rungs.items()}
@@ -66,8 +69,9 @@ class Ladder:
         if not start and good[output]:
             bad = [name for name in names if good[name] is False]
             if self.graph.precision == "fp32":
-                passed_on = {one for name in bad for one in above[name]}
-                bad = [name for name in bad if name in passed_on]
+                known = compared_inputs(good, above)
+                passed_on = {one for name in bad for one in known[name]}
+                bad = [name for name in bad if name in passed_on or (self.rungs[int(name)].error or 0.0) < SURE]
             start = [name for name in bad if name in suspects(good, above, name)]
             start.sort(key=lambda name: -(self.rungs[int(name)].excess or 0))
         return int(start[0]) if start else None
@@ -76,8 +80,28 @@ class Ladder:
 def seen(rungs: Dict[int, Rung], recorded: taps.Recorded, number: int) -> bool:
     """Whether later taps show part of its error; else the graph lacks it, and the wrong tensor was chosen."""
     own = rungs[number].error or 0.0
-    children = [rungs[n] for n in rungs if number in recorded.taps[n].parents]
-    return not children or any(rung.error is None or rung.error > PASSED_ON * own for rung in children)
+    near: Dict[int, float] = {number: PASSED_ON * own}
+    known: List[bool] = []
+    while near and not known:
+        after: Dict[int, float] = {}
+        for n in rungs:
+            shares = [near[one] * min(1.0, _share(recorded, one, n)) for one in recorded.taps[n].parents if one in near]
+            error = rungs[n].error
+            if shares and error is None:  # not compared: what is computed from it counts
+                after[n] = max(shares)
+            elif shares and error is not None:
+                known.append(error > max(shares))
+        near = after
+    return not known or any(known)
+
+
+def _share(recorded: taps.Recorded, number: int, child: int) -> float:
+    """Length of a summand over that of the sum: a small branch passes on a small part of its relative error."""
+    tap, whole = recorded.taps[number], recorded.taps[child]
+    if whole.op not in SUMS:
+        return 1.0
+    length = float(np.linalg.norm(whole.truth))
+    return float(np.linalg.norm(tap.truth)) / length if np.isfinite(length) and length else 1.0
 
 
 def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Optional[graph.Graph] = None) -> Ladder:
@@ -91,7 +115,8 @@ def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Opt
     """
     one = taps.record(encoder, rows[: candidate.batch or PAIRED])
     twin = None if candidate.precision == "fp32" else Twinned(reference or candidate, one, candidate.precision)
-    found = pairs.pair(candidate, one.taps, evaluate.tensors(candidate, one.rows))
+    tensors = itertools.chain(_weights(candidate, one.taps), evaluate.tensors(candidate, one.rows))
+    found = pairs.pair(candidate, one.taps, tensors)
     noise = noise_of(one, twin, candidate.precision)
     chosen = choose(candidate, found, [EXCESS * one for one in noise], one)
     if len(rows) > PAIRED and not candidate.batch:
@@ -99,6 +124,15 @@ def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Opt
         if [tap.op for tap in more.taps] == [tap.op for tap in one.taps]:
             one, noise = more, noise_of(more, twin, candidate.precision)
     return measure(one, candidate, chosen, noise)
+
+
+def _weights(whole: graph.Graph, recorded: Sequence[taps.Tap]) -> Iterator[Tuple[str, np.ndarray]]:
+    """Weights that may be a result of PyTorch's, computed from weights alone, that an optimiser has folded."""
+    sizes = {tap.truth.size for tap in recorded if tap.fixed}
+    for name, one in whole.weights.items():
+        held = whole.constant(name) if name in whole.consumers and int(np.prod(one.dims)) in sizes else None
+        if held is not None:
+            yield name, held
 
 
 def noise_of(recorded: taps.Recorded, twin: Optional[Twinned], precision: str) -> List[float]:
@@ -156,9 +190,9 @@ def choose(
         rest = [one for one in [*found.related.get(n, []), *found.any.get(n, [])] if candidate.root(one[1]) not in used]
         tap = recorded.taps[n]
         kinds = next((kinds for word, kinds in KINDS.items() if word in tap.op), ())
-        ends = [name for _, name in rest if candidate.node_of(name).module in tap.ends]
-        exits = [name for name in ends if candidate.leaves(name, candidate.node_of(name).module)]
-        alike = [name for _, name in rest if candidate.node_of(candidate.root(name)).op in kinds and candidate.named]
+        ends = [name for _, name in rest if candidate.around(name).module in tap.ends]
+        exits = [name for name in ends if candidate.leaves(name, candidate.around(name).module)]
+        alike = [name for _, name in rest if candidate.around(candidate.root(name)).op in kinds and candidate.named]
         close = [name for error, name in rest if error < UNRELATED and (error < CLOSE or name not in feeding)]
         if exits or alike or close:
             chosen[n] = [*exits, *alike, *close][0]
@@ -182,13 +216,11 @@ def measure(recorded: taps.Recorded, candidate: graph.Graph, chosen: Dict[int, s
     rungs = {}
     for n in recorded.leading():
         tap, name = recorded.taps[n], chosen.get(n, "")
-        node = candidate.node_of(name) if name in candidate.producer else None
-        before = [errors[one] for one in tap.parents if one in errors]
+        node = candidate.around(name) if name else None
         rungs[n] = Rung(
             name=tap.name,
             error=errors.get(n),
             noise=noise[n],
-            error_in=max(before) if before else None,
             parents=tuple(recorded.taps[one].name for one in tap.parents),
             pytorch=tap.noise,
             tensor=name,
@@ -199,6 +231,9 @@ def measure(recorded: taps.Recorded, candidate: graph.Graph, chosen: Dict[int, s
     for n in [n for n, rung in rungs.items() if rung.error is not None and not rung.good]:
         if not seen(rungs, recorded, n):
             rungs[n] = replace(rungs[n], error=None, tensor="", node="", op="")
+    for n in rungs:
+        before = [rungs[one].error for one in recorded.taps[n].parents if one in rungs]
+        rungs[n] = replace(rungs[n], error_in=max([one for one in before if one is not None], default=None))
     return Ladder(recorded, candidate, rungs, {n: name for n, name in chosen.items() if n in rungs and rungs[n].tensor})
 
 
@@ -209,9 +244,10 @@ def errors_of(
     wanted: Dict[str, List[int]] = {}
     for n, name in chosen.items():
         wanted.setdefault(name, []).append(n)
+    held = ((name, whole.constant(name)) for name in wanted if name in whole.weights)
     return {
-        n: pairs.distance(values, recorded.taps[n].truth)
-        for name, values in evaluate.tensors(whole, recorded.rows, change)
+        n: pairs.distance(np.asarray(values), recorded.taps[n].truth)
+        for name, values in itertools.chain(held, evaluate.tensors(whole, recorded.rows, change))
         for n in wanted.get(name, ())
     }
 
@@ -230,10 +266,10 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
     part = Part.of(ladder, first)
     rung = ladder.rungs[first]
     causes, recorded, precision = tuple(part.causes()), ladder.recorded, ladder.graph.precision
-    truth = recorded.taps[first].truth
-    good = frozenset(ladder.tensors[n] for n, one in ladder.rungs.items() if one.good)
     where = f"PyTorch module {part.module or 'the tower itself'} ({part.operators})"
     start = f"its input is within {rung.noise:.1g}" if rung.error_in is None else f"input {rung.error_in:.1e} off"
+    if recorded.taps[first].fixed:
+        start = "computed from weights alone"
     excess = rung.excess or 0.0
     sentence = (
         f"{candidate}: diverges in {where}, ONNX {part.nodes}: {start}, output {rung.error:.1e} off, {excess:.3g} "
@@ -256,8 +292,18 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
         first=rung.name,
         samples=len(ladder.recorded.rows),
         precision=precision,
-        material=Material(ladder.graph, recorded.rows, rung.tensor, rung.noise, precision, good, truth),
+        material=_material(ladder, first),
     )
+
+
+def _material(ladder: Ladder, first: int) -> Material:
+    """What a bundle is cut from; if the first bad tensor is one of weights alone, up to the first that it spoils."""
+    recorded, whole = ladder.recorded, ladder.graph
+    bad = [n for n, rung in ladder.rungs.items() if n > first and rung.tensor in whole.moving and not rung.good]
+    end = first if ladder.rungs[first].tensor in whole.moving or not bad else bad[0]
+    rung, truth = ladder.rungs[end], recorded.taps[end].truth
+    good = frozenset(ladder.tensors[n] for n, one in ladder.rungs.items() if one.good)
+    return Material(whole, recorded.rows, rung.tensor, rung.noise, whole.precision, good, truth)
 
 
 def _no_excess(ladder: Ladder, candidate: str) -> str:

@@ -60,6 +60,19 @@ class Rung:
         return self.excess is not None and self.excess <= EXCESS and (self.local is None or self.local <= EXCESS)
 
 
+def compared_inputs(good: Mapping[str, Optional[bool]], parents: Mapping[str, Sequence[str]]) -> Dict[str, List[str]]:
+    """Of each tensor, the compared ones that it is computed from: those that were not compared are seen through.
+
+    Args:
+        good, parents: see `suspects`; parents come before what is computed from them.
+    """
+    found: Dict[str, List[str]] = {}
+    for name in parents:
+        above = [[one] if good.get(one) is not None else found.get(one, []) for one in parents[name]]
+        found[name] = list(dict.fromkeys(one for group in above for one in group))
+    return found
+
+
 def suspects(good: Mapping[str, Optional[bool]], parents: Mapping[str, Sequence[str]], output: str) -> List[str]:
     """Where the error of the output starts: bad tensors that lead to it and whose known inputs are all good.
 
@@ -70,22 +83,14 @@ def suspects(good: Mapping[str, Optional[bool]], parents: Mapping[str, Sequence[
     Returns:
         in the order of `good`; empty if the output is good, or if it is bad and nothing before it is.
     """
-    memory: Dict[str, List[str]] = {}
-
-    def known_inputs(name: str) -> List[str]:
-        if name not in memory:
-            memory[name] = []
-            for one in parents.get(name, ()):
-                memory[name] += [one] if good.get(one) is not None else known_inputs(one)
-        return memory[name]
-
+    known = compared_inputs(good, parents)
     start, rest, leading = [], [output], set()
     while rest:
         name = rest.pop()
         if name in leading or good.get(name) is True:
             continue
         leading.add(name)
-        inputs = known_inputs(name)
+        inputs = known.get(name, [])
         worse = [one for one in inputs if good[one] is False]
         if good.get(name) is False and not worse:
             start.append(name)

@@ -18,6 +18,8 @@ from clipval.diagnose.taps import relative
 from clipval.diagnose.twin import LARGEST, PRECISIONS, Twin, overflows
 
 SHOWN = 4
+FUSED = 10  # nodes in a row that become one operator: a norm has nine
+NEARER = 0.5  # a tensor is taken instead of a likelier one if its error is that much smaller
 SUMS = 1e-5  # noise of an fp32 OM, which sums in another order: ten times PyTorch's own in float32
 
 
@@ -43,21 +45,37 @@ class Compared:
 def candidates(whole: graph.Graph, one: Operator, output: int, fused: Mapping[str, Sequence[str]]) -> List[str]:
     """ONNX tensors that an output may be, the likeliest first: by the header, the fused list, or the name.
 
-    The header may name the first of the fused nodes, whose tensor this is not, so it is only one of the candidates.
+    The header may name the first of the fused nodes, whose tensor this is not, so it is only one of the candidates;
+    without the fused list what follows it is, too (only fused operators have a name there).
     """
     nodes = {node.name: node for node in whole.nodes}
     plainer = {_sanitised(node.name): node.name for node in whole.nodes}
     told = one.outputs[output]
     named = [told.origin] if told.origin else []
     named += [name for name in reversed(list(fused.get(one.name, ()))) if name not in named]
-    if not named:
-        named = [one.name if one.name in nodes else plainer.get(one.name, "")]
+    own = one.name if one.name in nodes else plainer.get(one.name, "")
+    if own not in named and (not named or told.origin):
+        named.append(own)
     found = []
     for name in named:
         made = nodes[name].outputs if name in nodes else ()
         first = told.origin_output if name == told.origin and told.origin_output is not None else output
         found += [*made[first : first + 1], *(tensor for tensor in made if len(made) == 1)]
+    if told.origin in nodes and not fused.get(one.name):
+        found += following(whole, told.origin)
     return [tensor for tensor in dict.fromkeys(found) if tensor in whole.moving]
+
+
+def following(whole: graph.Graph, node: str) -> List[str]:
+    """Tensors computed from a node's, as far as operators are fused."""
+    start = next(n for n, one in enumerate(whole.nodes) if one.name == node)
+    found, rest, seen = set(), {start}, {start}
+    for _ in range(FUSED):
+        rest = {n for number in rest for name in whole.nodes[number].outputs for n in whole.consumers.get(name, ())}
+        rest -= seen
+        seen |= rest
+        found |= rest
+    return [name for number in sorted(found) for name in whole.nodes[number].outputs]
 
 
 def _sanitised(name: str) -> str:
@@ -129,20 +147,24 @@ def _chosen(
     noise: Mapping[str, float],
     fused: Mapping[str, Sequence[str]],
 ) -> Tuple[Compared, Dict[str, int]]:
-    """One ONNX tensor for each output: the one that agrees; if none does, the likeliest by name."""
+    """One ONNX tensor for each output: the one that agrees; if none does, the likeliest by name.
+
+    A further output of an operator that nodes were fused into is often none of theirs, e.g. a norm's 1 / deviation.
+    """
     found: Dict[str, Tuple[float, int]] = {}
     without = []
     for number, (one, n) in enumerate(places):
         tried = errors.get(number, [])
         good = [(off, name) for off, name in tried if off <= EXCESS * noise[name]]
         rank = {name: k for k, name in enumerate(candidates(whole, one, n, fused))}
-        best = min(good or [(rank[name], name) for _, name in tried], default=None)
+        likely = [(off, name) for off, name in tried if not n or len(whole.node_of(name).outputs) > n]
+        best = min(good or sorted(likely, key=lambda one: rank[one[1]])[:1], default=None)
         if best is None:
             without.append(one.name)
             continue
-        off = next(off for off, name in tried if name == best[1])
-        if best[1] not in found or off < found[best[1]][0]:
-            found[best[1]] = (off, number)
+        off, name = min([one for one in likely if one[0] < NEARER * best[0]], default=best) if not good else best
+        if name not in found or off < found[name][0]:
+            found[name] = (off, number)
     order = [name for name in whole.producer if name in found]
     result = Compared(whole, without=without)
     for name in order:

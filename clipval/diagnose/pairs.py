@@ -42,7 +42,8 @@ def pair(graph: Graph, taps: Sequence[Tap], tensors: Iterable[Tuple[str, np.ndar
 
     Args:
         taps: with the truth for the same inputs as the tensors.
-        tensors: name and values, in order of computation.
+        tensors: name and values, in order of computation. Weights and what is computed from them alone are only
+            candidates of taps that are so, too.
     """
     by_size: Dict[int, List[int]] = {}
     for number, tap in enumerate(taps):
@@ -52,10 +53,12 @@ def pair(graph: Graph, taps: Sequence[Tap], tensors: Iterable[Tuple[str, np.ndar
     for name, values in tensors:
         if values.dtype.kind != "f" and str(values.dtype) != "bfloat16":
             continue
-        wide, module = np.asarray(values, np.float32), graph.node_of(name).module
+        wide, module = np.asarray(values, np.float32), graph.around(name).module
         length = _size(wide)
         for number in by_size.get(values.size, ()):
             tap = taps[number]
+            if name not in graph.moving and not tap.fixed:
+                continue
             related = not graph.named or module in tap.paths
             # in any order of axes, two tensors differ at least as much as their norms
             least = abs(length - sizes[number]) / sizes[number] if sizes[number] else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Dict, List, Sequence
 
 import numpy as np
@@ -34,11 +36,17 @@ class Part:
 
     @classmethod
     def of(cls, ladder: Ladder, first: int) -> Part:
-        """The part that ends at a tap; results without a counterpart in the graph are included."""
-        found, rest = {first}, [first]
+        """The part that ends at a tap; results without a counterpart in the graph are included.
+
+        Results of weights alone are not, since optimisers compute these beforehand, nor is what a good result is
+        computed from.
+        """
+        found, rest, taps = {first}, [first], ladder.recorded.taps
+        right = {one for n, rung in ladder.rungs.items() if rung.good for one in taps[n].parents}
         while rest:
-            for n in ladder.recorded.taps[rest.pop()].parents:
-                if n in ladder.rungs and ladder.rungs[n].error is None and n not in found:
+            for n in taps[rest.pop()].parents:
+                lacks = n in ladder.rungs and ladder.rungs[n].error is None
+                if lacks and n not in found | right and not taps[n].fixed:
                     found.add(n)
                     rest.append(n)
         return cls(ladder, sorted(found))
@@ -50,20 +58,50 @@ class Part:
 
     @property
     def module(self) -> str:
+        if self.blamed.fixed and self.unlike:  # e.g. the query of an attention pool, which its norm takes first
+            return self.unlike[0].rpartition(".")[0]
+        if self.left_out:
+            levels = itertools.takewhile(
+                lambda level: len(set(level)) == 1, zip(*(p.split(".") for p in self.left_out))
+            )
+            return ".".join(level[0] for level in levels)
         return self.blamed.module
+
+    @cached_property
+    def unlike(self) -> List[str]:
+        """Parameters that differ in the graph."""
+        return explain.weights(self.ladder.graph, self.region, self.taps, self.ladder.recorded)[1]
+
+    @cached_property
+    def left_out(self) -> List[str]:
+        """Modules of the part that the graph has neither a result nor a weight of, the outermost ones."""
+        recorded, rungs = self.ladder.recorded, self.ladder.rungs
+        found: List[str] = []
+        for path in dict.fromkeys(tap.module for tap in self.taps):
+            outer = ""
+            while path and not explain.held(self.ladder.graph, recorded.parameters(path)):
+                inside = [n for n in rungs if f"{recorded.taps[n].module}.".startswith(f"{path}.")]
+                if any(rungs[n].good for n in inside) or any(name.startswith(f"{path}.") for name in self.unlike):
+                    break
+                outer, path = path, path.rpartition(".")[0]
+            found += [outer] if outer and outer not in found else []
+        return found if self.blamed.module.startswith(tuple(found)) else []
 
     @property
     def operators(self) -> str:
         """PyTorch's operators from first to last, with their modules if these differ."""
-        words = []
-        for tap in self.taps:
-            words.append(tap.op if tap.module == self.module else f"{tap.op} of {tap.module or 'the tower'}")
-        return ", ".join(dict.fromkeys(words))
+        told = [
+            tap.op if tap.module == self.module else f"{tap.op} of {tap.module or 'the tower'}" for tap in self.taps
+        ]
+        words = list(dict.fromkeys(told))
+        return ", ".join(words) if len(words) <= SHOWN else f"{words[0]} to {words[-1]}, {len(words)} operators"
 
     @property
     def nodes(self) -> str:
         """The ONNX nodes; with adjacent nodes if no module is known."""
         graph = self.ladder.graph
+        if not self.region:
+            return f"weights {self.tensor} of {graph.around(self.tensor).op} {graph.around(self.tensor).name}"
         named = [graph.nodes[n] for n in self.region if graph.nodes[n].op not in ("Constant", "Shape", "Identity")]
         said = [f"{node.op} {node.name}" for node in named]
         text = f"nodes {said[0]} to {said[-1]} ({len(said)} nodes)" if len(said) > SHOWN else f"node {', '.join(said)}"
@@ -79,7 +117,12 @@ class Part:
     def values(self) -> np.ndarray:
         """The bad tensor."""
         rows = self.ladder.recorded.rows
-        return next(found for name, found in evaluate.tensors(self.ladder.graph, rows) if name == self.tensor)
+        held = self.ladder.graph.constant(self.tensor)
+        return (
+            held
+            if held is not None
+            else next(found for name, found in evaluate.tensors(self.ladder.graph, rows) if name == self.tensor)
+        )
 
     @property
     def precision(self) -> str:
@@ -92,9 +135,12 @@ class Part:
     def causes(self) -> List[str]:
         """The differences found, the most certain first."""
         graph, recorded = self.ladder.graph, self.ladder.recorded
+        if self.left_out:
+            return [f"nothing of {' and '.join(self.left_out)} is in the graph"]
         said = explain.constants(graph, self.region, self.taps, recorded)
-        said += explain.weights(graph, self.region, self.taps, recorded)
+        said += explain.weights(graph, self.region, self.taps, recorded)[0]
         said += explain.missing(self.ladder, self.numbers, self.region)
+        said += explain.casts(graph, self.region, {self.ladder.tensors[n]: recorded.taps[n].name for n in self.known})
         known: Dict[int, Tap] = {n: recorded.taps[n] for n in self.known}
         return said + explain.values(np.asarray(self.values(), np.float32), self.ladder, self.numbers[-1], known)
 

@@ -33,6 +33,7 @@ class Tap:
         module: path of the module that ran it, e.g. `visual.transformer.resblocks.3.attn`; empty for the tower itself.
         ends: modules whose output this is, innermost first.
         parents: numbers of the taps that it was computed from.
+        fixed: it is computed from weights alone, e.g. the query of an attention pool.
         noise: relative L2 distance of the float32 model's result from the truth.
         truth: the float64 model's result, stored as float32: [n, ...] in PyTorch's own layout.
     """
@@ -41,6 +42,7 @@ class Tap:
     module: str
     ends: List[str] = field(default_factory=list)
     parents: Tuple[int, ...] = ()
+    fixed: bool = False
     noise: float = 0.0
     truth: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
@@ -158,6 +160,7 @@ def _run(
         if double:
             stack.enter_context(_in_double(encoder))
             fed = fed.double() if fed.is_floating_point() else fed
+        fed._clipval_moving = True  # type: ignore[attr-defined]
         with recorder:
             output = encoder(fed)
     return Recorded(recorder.taps, recorder.number(output), modules, rows)
@@ -186,19 +189,22 @@ def _recorder(torch: Any, seen: Optional[Callable[[int, Tap, np.ndarray], None]]
             op = str(func).split(".")[1] if str(func).startswith("aten.") else str(func)
             tensors = [one for one in _tensors(torch, (args, kwargs)) if hasattr(one, "_clipval_taps")]
             parents = tuple(sorted({number for one in tensors for number in one._clipval_taps}))
+            moving = any(hasattr(one, "_clipval_moving") for one in _tensors(torch, (args, kwargs)))
             parts = list(result) if isinstance(result, (tuple, list)) and op in PARTS else _tensors(torch, result)[:1]
+            for made in _tensors(torch, result) if moving else ():
+                made._clipval_moving = True
             for part in parts:
-                self._note(op, part, parents)
+                self._note(op, part, parents, fixed=not moving)
             return result
 
-        def _note(self, op: str, tensor: Any, parents: Tuple[int, ...]) -> None:
+        def _note(self, op: str, tensor: Any, parents: Tuple[int, ...], fixed: bool) -> None:
             # arithmetic on parameters alone is not a step of the computation
             if op in SAME_VALUES.split() or not tensor.is_floating_point() or tensor.numel() < 2:
                 if parents or op not in SAME_VALUES.split():
                     tensor._clipval_taps = parents
                 return
             values = tensor.detach().to(torch.float32, copy=True).numpy()
-            tap = Tap(op, self.path[-1] if self.path else "", parents=parents)
+            tap = Tap(op, self.path[-1] if self.path else "", parents=parents, fixed=fixed)
             if seen is None:
                 tap.truth = values
             else:

@@ -145,6 +145,9 @@ def test_an_operator_is_found_by_the_header_then_the_fused_list_then_its_name(ma
     assert found("made_up") == found("trans_TransData_3") == []
     assert found("made_up", fused=(f"{norm}Sub", f"{norm}Div")) == [f"{norm}Div_output_0", f"{norm}Sub_output_0"]
     assert found("made_up", f"{norm}Sub", (f"{norm}Sub", f"{norm}Div"))[0] == f"{norm}Sub_output_0"
+    first = found("made_up", f"{norm}Sub")  # of the fused nodes, whose list is not known
+    assert first[0] == f"{norm}Sub_output_0"
+    assert f"{norm}Add_1_output_0" in first
     with pytest.raises(InputError, match="cannot be read"):
         fusions.names(tmp_path / "none.json")
 
