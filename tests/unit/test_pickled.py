@@ -97,7 +97,7 @@ def test_dtypes_views_and_shared_storages(tmp_path):
         {f"a {name}": torch.ones(2).to(getattr(torch, name)) for name in ("bfloat16", "int16", "uint8", "bool")}
     )
     held["parameter"] = torch.nn.Parameter(torch.ones(2))
-    if hasattr(torch, "float8_e4m3fn"):
+    if hasattr(torch, "uint16"):  # torch 2.1 cannot save float8
         held["float8"] = torch.ones(2).to(torch.float8_e4m3fn)
     for modern in (True, False):
         if not modern:
