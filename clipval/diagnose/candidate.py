@@ -18,7 +18,7 @@ from clipval.diagnose.bundle import Material
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
 from clipval.diagnose.locate import EXCESS
 from clipval.diagnose.taps import relative
-from clipval.errors import ClipvalError, UsageError
+from clipval.errors import ClipvalError, UsageError, one_line
 from clipval.export import read_metadata
 from clipval.results import FAIL, Figure, ParityDetail
 from clipval.towers import Tower
@@ -246,7 +246,7 @@ def _with_runtime(finding: Finding, climbed: ladder.Ladder, found: np.ndarray) -
 def annotated(chain: Chain, backend: str, tower: Tower, figures: Sequence[Figure]) -> List[Figure]:
     """The figures of a parity gate; a failed one gets the diagnosis in its message if that was requested.
 
-    A diagnosis that fails states why, and changes no verdict.
+    A diagnosis that fails states why, and changes no verdict: no error of its own may take the gate's place.
     """
     failed = [n for n, figure in enumerate(figures) if figure.verdict == FAIL]
     if not failed or not chain.settings.diagnose:
@@ -258,6 +258,9 @@ def annotated(chain: Chain, backend: str, tower: Tower, figures: Sequence[Figure
         said, detail = "; ".join([found.sentence, *(f"try: {one}" for one in found.advice)]), found.detail()
     except ClipvalError as error:
         said, detail = f"failed: {error}", {}
+    except Exception as error:  # a defect of the diagnosis; `clipval diagnose` shows its traceback
+        said = f"failed with {type(error).__name__}: {one_line(error)}; python -m clipval diagnose shows where"
+        detail = {}
     first = figures[failed[0]]
     told = msgspec.structs.replace(first, message=f"{first.message}\ndiagnosis: {said}", diagnosis=detail)
     return [told if n == failed[0] else figure for n, figure in enumerate(figures)]

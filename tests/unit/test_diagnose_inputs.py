@@ -11,6 +11,8 @@ from clipval import options
 from clipval.chain import Chain
 from clipval.diagnose import candidate, checks
 from clipval.diagnose.finding import INPUT, NONE
+from clipval.errors import InputError
+from clipval.results import FAIL, Figure
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +182,20 @@ def test_an_om_that_is_older_than_its_onnx_file_is_said(chain, tmp_path):
     assert said.startswith("vision_bs8.om is older than vision.onnx next to it")
     os.utime(onnx_file, (1, 1))
     assert candidate._compiled_from(chain, tower, made, made) == []
+
+
+@pytest.mark.parametrize("error", [InputError("text.onnx: no node"), KeyError("Gemm_7"), MemoryError()])
+def test_a_diagnosis_that_fails_leaves_the_gate_red(built, monkeypatch, error):
+    chain = Chain(options.Settings(workdir=built, threads=1, diagnose=True))
+    tower = chain.towers["text"]
+    gate = {"gate": "parity/onnx/text", "unit": "cosine", "verdict": FAIL}
+    red = [Figure(metric=name, message=f"{name} off", **gate) for name in ("minimum cosine", "mean cosine")]
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(candidate, "locate", fails)
+    first, second = candidate.annotated(chain, "onnx", tower, red)
+    assert (first.verdict, second) == (FAIL, red[1])
+    assert first.message.startswith("minimum cosine off\ndiagnosis: failed")
+    assert type(error).__name__ in first.message or str(error) in first.message
