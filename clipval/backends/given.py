@@ -77,12 +77,12 @@ def precision(path: Path) -> str:
     return max(elements, key=lambda name: elements[name])
 
 
-def why_not(path: Path, said: str, version: str) -> str:
+def why_not(path: Path, error: Exception, version: str) -> str:
     """Why onnxruntime does not load a file, and what to do, from the file and from what onnxruntime said."""
     lost = lfs_pointer(path) or _lost_data(path)
     if lost:
         return lost
-    what = "Export it again"
+    said, what = str(error), "Export it again"
     if "NOT_IMPLEMENTED" in said:
         what = f"onnxruntime {version} lacks this operator for its types; use a newer one"
         if "ArgMax" in said:  # the recipe's own export finds the end token this way
@@ -93,7 +93,7 @@ def why_not(path: Path, said: str, version: str) -> str:
     elif "Type Error" in said and "float16" in said and "Cast" in said:
         # known of onnxconverter_common 1.16: its float16 changes what a Cast gives, and not its attribute `to`
         what = "A converter to fp16 left a Cast to another type; convert it again with another tool"
-    return f"onnxruntime cannot load it ({said}). {what}"
+    return f"onnxruntime cannot load it ({one_line(error)}). {what}"
 
 
 def _lost_data(path: Path) -> str:

@@ -132,7 +132,7 @@ class OnnxBackend(Backend):
                     f"onnx backend: {first} with {shown} cannot load {self._file} ({one_line(error, 600)}); correct "
                     "--onnx-provider-options or the provider's installation"
                 ) from error
-            cause = given.why_not(self._file, one_line(error), self._runtime.__version__)
+            cause = given.why_not(self._file, error, self._runtime.__version__)
             raise InputError(f"ONNX {self._file}: {cause}") from error
 
     def _loads_on_cpu(self) -> bool:
