@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Sequence, Set
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from clipval.towers import Tower
 MODEL, DATA, README = "model.onnx", "test_data_set_0", "README.md"
 INPUT, RIGHT, CANDIDATE = "input_0.pb", "output_0.pb", "candidate_output_0.pb"
 PROPERTY = "clipval.part"
+UNUSED = "Rows that this sample does not read are left out of the table of tokens, and its ids are renumbered."
 Run = Callable[[Path, Tower, np.ndarray], np.ndarray]
 
 
@@ -256,13 +257,16 @@ def write(folder: Path, finding: Finding, options: Sequence[str], run: Optional[
         data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"bundle {folder}: cannot be created ({error.strerror})") from error
-    found = smallest(finding.material, run, folder)
+    whole = smallest(finding.material, run, folder)
+    made, start = cut.without_unused_rows(whole.part, whole.start)
+    found = replace(whole, part=made, start=start)
     _describe(found, finding)
     save(found.part.model, folder / MODEL)
     for name, values in ((INPUT, found.start), (RIGHT, found.right), (CANDIDATE, found.candidate)):
         shaped = values if name == INPUT else np.asarray(values, np.float32).reshape(1, -1)
         _write_tensor(data / name, shaped, cut.INPUT if name == INPUT else cut.OUTPUT)
-    (folder / README).write_text(_readme(found, finding, options), encoding="utf-8")
+    left_out = [] if start is whole.start else [UNUSED]
+    (folder / README).write_text(_readme(found, finding, options, left_out), encoding="utf-8")
     return found
 
 
@@ -283,7 +287,7 @@ def _write_tensor(file: Path, values: np.ndarray, name: str) -> None:
     file.write_bytes(numpy_helper.from_array(np.ascontiguousarray(values), name).SerializeToString())
 
 
-def _readme(found: Case, finding: Finding, options: Sequence[str]) -> str:
+def _readme(found: Case, finding: Finding, options: Sequence[str], left_out: List[str]) -> str:
     part, limit = found.part, EXCESS * found.noise
     packages = environment.describe()["packages"]
     right = "the float32 graph of this very input" if finding.material.truth is None else "PyTorch in float64"
@@ -293,6 +297,7 @@ def _readme(found: Case, finding: Finding, options: Sequence[str]) -> str:
         f"{len(part.model.graph.node)} nodes, one sample. `{DATA}/{INPUT}` goes in, `{RIGHT}` is right ({right}),",
         f"`{CANDIDATE}` is what the candidate gave: {found.error:.2e} off (relative), up to {limit:.1e} is what",
         f"{finding.material.precision} costs there, with a factor of {EXCESS:g}. Input and output are one row each.",
+        *left_out,
         "",
         "Run it again, on this or any other backend; exit code 1 if it still shows, 0 if not:",
         "",

@@ -102,6 +102,47 @@ def test_a_pooled_position_is_a_constant_of_the_part(chain, tmp_path):
     assert bundle.Bundle(tmp_path / "sent").start.dtype == np.float32
 
 
+@pytest.fixture
+def wrong_tokens(chain, tmp_path):
+    """The text tower with a table of tokens off by a tenth, and its diagnosis."""
+    tower = chain.towers["text"]
+    changed = onnx.load(str(chain.onnx(tower)))
+    (table,) = [one for one in changed.graph.initializer if one.dims[0] > 10_000]
+    table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table) * np.float32(1.1), table.name))
+    onnx.save(changed, str(tmp_path / "text.onnx"))
+    rows = chain.prepared.rows["text"][np.arange(2)]
+    climbed = ladder.climb(model.encoder(chain.model, tower), graph.load(tmp_path / "text.onnx"), rows)
+    return ladder.judge(climbed, "onnx"), rows
+
+
+def test_rows_of_tokens_that_the_sample_does_not_use_are_not_sent(wrong_tokens, tmp_path):
+    found, rows = wrong_tokens
+    assert "token_embedding" in found.sentence
+    folder = tmp_path / "sent"
+    said = bundle.write(folder, found, [])
+    assert bundle.total(folder) < 1 << 20
+    assert said.start.max() + 1 == len(np.unique(rows[0])) < 77
+    now, right = by_plain_onnxruntime(folder), tensor(folder / "test_data_set_0" / "output_0.pb")
+    assert pairs.distance(now, right) == pytest.approx(0.1, rel=1e-3)
+    assert "its ids are renumbered" in (folder / "README.md").read_text(encoding="utf-8")
+    assert bundle.Bundle(folder).start.tolist() == said.start.tolist()
+
+
+def test_ids_that_are_read_as_numbers_stay(wrong_tokens, tmp_path):
+    found, rows = wrong_tokens
+    whole = found.material.graph
+    values = {one: each for one, each in evaluate.tensors(whole, rows[:1]) if each.dtype.kind != "f"}
+    ids = {whole.inputs[0]: rows[:1]}
+    floats = {name: each for name, each in evaluate.tensors(whole, rows[:1]) if name == found.material.tensor}
+    made = cut.part(whole, whole.inputs[0], found.material.tensor, {**values, **floats, **ids})
+    start = rows[:1].astype(np.int64)[None]
+    lean, fewer = cut.without_unused_rows(made, start)
+    assert fewer.max() < start.max()
+    assert np.array_equal(evaluate.model(lean.model, fewer, cut.OUTPUT), evaluate.model(made.model, start, cut.OUTPUT))
+    made.model.graph.node.append(helper.make_node("Equal", [whole.inputs[0], whole.inputs[0]], ["other"]))
+    assert cut.without_unused_rows(made, start) == (made, start)
+
+
 @pytest.mark.parametrize("at", ["resblocks.0/mlp/c_proj/MatMul", "resblocks.2/attn/Softmax"])
 def test_a_fault_of_the_runtime_is_cut_out_from_both_ends(chain, at, tmp_path):
     tower = chain.towers["vision"]
