@@ -157,7 +157,7 @@ def images_shifted() -> None:
     dataset(lambda data: dataclasses.replace(data, image_paths=(*data.image_paths[1:], data.image_paths[0])))
 
 
-@fault("two captions with one id", "recall/pytorch/image_retrieval_recall@5", "different")
+@fault("two captions with one id", "values/pytorch/text", "different ids")
 def duplicate_ids() -> None:
     def change(data: Any) -> Any:
         object.__setattr__(data, "caption_ids", (data.caption_ids[1], *data.caption_ids[1:]))
