@@ -263,7 +263,7 @@ def caption_of_the_next_image() -> None:
     dataset(change)
 
 
-@fault("a copy of the data that lacks the last image", "prepared/data/vision", "the spec says", "incomplete copy")
+@fault("a copy of the data that lacks the last image", "ERROR: data", "the spec says", "incomplete copy", code=4)
 def incomplete_copy() -> None:
     def change(data: Any) -> Any:
         images = {name: getattr(data, name)[:-1] for name in ("image_ids", "image_paths")}

@@ -16,7 +16,8 @@ class Fault(NamedTuple):
 
     Attributes:
         says: what is wrong, for the documentation.
-        gate: prefix of the gate that is meant for it; words: must stand in the output of the failed run.
+        gate: prefix of the gate that is meant for it, or of the error before the first gate.
+        words: must stand in the output of the failed run.
         plant: replaces what must be replaced; arguments: of the run; code: what it must end with.
         baseline: the run is given one, of the same rows without the fault.
         damaged: kinds of artifacts that the run must make itself.
