@@ -190,13 +190,14 @@ def runtime_exits() -> None:
     OnnxBackend.run = lambda self, rows: sys.exit(0)  # type: ignore[method-assign]
 
 
-@fault("the provider that was asked for is not there", "parity/onnx/text", "has no CUDAExecutionProvider",
+@fault("the provider that was asked for is not there", "artifact/onnx/vision", "has no CUDAExecutionProvider",
        arguments=(*ACCURACY, "--onnx-providers=cuda"))  # fmt: skip
 def provider_missing() -> None:
     return None
 
 
-@fault("the provider that was asked for fell back to another", "parity/onnx/text", "fell back to CPUExecutionProvider",
+@fault("the provider that was asked for fell back to another", "artifact/onnx/vision",
+       "fell back to CPUExecutionProvider",
        arguments=(*ACCURACY, "--onnx-providers=AzureExecutionProvider"))  # fmt: skip
 def provider_fell_back() -> None:
     import onnxruntime
@@ -210,13 +211,13 @@ def provider_fell_back() -> None:
     onnxruntime.InferenceSession = session
 
 
-@fault("a provider that leaves every product to the CPU", "parity/onnx/text", "fell back to CPUExecutionProvider",
+@fault("a provider that leaves every product to the CPU", "artifact/onnx/vision", "fell back to CPUExecutionProvider",
        arguments=(*ACCURACY, "--onnx-providers=AzureExecutionProvider"))  # fmt: skip
 def provider_computes_nothing() -> None:
     return None
 
 
-@fault("onnxruntime is not installed", "parity/onnx/text", "onnxruntime does not import")
+@fault("onnxruntime is not installed", "artifact/onnx/vision", "onnxruntime does not import")
 def no_onnxruntime() -> None:
     sys.modules["onnxruntime"] = None  # type: ignore[assignment]
 
