@@ -178,4 +178,7 @@ def test_gates_of_the_model_alone_do_not_prepare_the_data(own_data):
 
 def test_a_defect_of_the_code_is_left_to_the_gate_that_meets_it(own_data, monkeypatch):
     monkeypatch.setattr("clipval.preprocess.prepare", lambda *_: 1 / 0)
-    promise.check_inputs(Chain(own_data), ["values/onnx/vision"], True)
+    chain = Chain(own_data)
+    promise.check_inputs(chain, ["values/onnx/vision"], True)
+    with pytest.raises(ZeroDivisionError):
+        chain.prepared  # noqa: B018  as the gate does
