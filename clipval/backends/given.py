@@ -88,7 +88,7 @@ def why_not(path: Path, error: Exception, version: str) -> str:
         if "ArgMax" in said:  # the recipe's own export finds the end token this way
             what = (
                 f"onnxruntime {version} has no ArgMax on int64, 1.20 and newer do; or export it with clipval export, "
-                f"which pools int32 tokens"
+                "which pools int32 tokens"
             )
     elif "Type Error" in said and "float16" in said and "Cast" in said:
         # known of onnxconverter_common 1.16: its float16 changes what a Cast gives, and not its attribute `to`

@@ -18,15 +18,8 @@ from clipval.errors import InputError, lfs_pointer, one_line
 
 Parsed = TypeVar("Parsed")
 ENDINGS = (".txt", ".csv", ".tsv", ".token", ".json")
-OTHERS = (
-    ".jsonl",
-    ".parquet",
-    ".arrow",
-    ".xlsx",
-    ".tar",
-    ".zip",
-    ".gz",
-)  # of other layouts, to be named where nothing is found
+# Of other layouts, to be named where nothing is found.
+OTHERS = (".jsonl", ".parquet", ".arrow", ".xlsx", ".tar", ".zip", ".gz")
 COCOS = "annotations"  # sub-folder of COCO's own archive
 ARCHIVES = ((b"PK\x03\x04", "a zip archive"), (b"\x1f\x8b", "a gzip file"), (b"7z\xbc\xaf", "a 7z archive"))
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
