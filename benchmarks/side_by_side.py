@@ -5,6 +5,8 @@ import statistics
 import time
 from typing import Any, Callable, Dict
 
+SETTLE = 0.1  # seconds; the threads of BLAS and OpenMP spin for some milliseconds after their work
+
 
 def measure(
     ways: Dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
@@ -18,6 +20,7 @@ def measure(
     busy: Dict[str, Any] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
+            time.sleep(SETTLE)
             started, worked = clock(), _worked()
             way()
             if turn or rounds == 1:  # the first one warms up

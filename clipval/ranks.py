@@ -4,7 +4,8 @@ A float32 dot product of width n, summed in any order, fused or not, is off by a
 gamma(n) = n * u / (1 - n * u) and u = 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition,
 section 3.1). Rounding both unit rows to float32 adds two u; `rounding` takes gamma(n + 8), which also covers the
 thresholds' own rounding and underflow. So a float32 score is decisive unless it is within that bound of what it is
-compared with; only those few pairs are computed in float64, where ties are detected.
+compared with; only those few pairs are computed in float64, where ties are detected. Of the wrong candidates that a
+margin needs only the fifth best is: the four before it are so by their float32 scores unless they are as near to it.
 
 Both directions share the product: a caption's wrong images are the rest of its row, an image's wrong captions the rest
 of its column. Memory besides the embeddings: their float32 copies, and a few MiB per core.
@@ -28,11 +29,11 @@ from clipval.errors import BackendUnavailable
 TIE = 1e-12  # float64 products of equal vectors differ by less than this between kernels of one GEMM
 RIVAL = 5  # margins are measured to this wrong candidate
 IMAGES = 2032  # columns of a tile: a multiple of 8, of which a byte can count every eighth
-CAPTIONS = 496  # rows of a product
-STRIP = 248  # rows counted at once: a byte holds a column's count
+CAPTIONS = 248  # rows of a tile: a byte holds a column's count
 PAIRS = 256  # pairs computed at once in float64: they stay in the cache
 GROUP = 8
 CROWDED = 32  # a float64 product costs as much as this share of its pairs one by one
+DECIDED = -1  # stands for a candidate whose score is a float64 one
 NEVER = -2.0  # below every cosine, and above the -inf that stands for a positive
 
 
@@ -108,61 +109,103 @@ def rank(vision: Unit, text: Unit, owner: np.ndarray) -> Tuple[Ranks, Ranks]:
         return _Scores(vision, text, owner).rank()
 
 
+class _Pairs(NamedTuple):
+    """Some pairs of a tile, in one direction, [pairs] each: the query within it, the candidate, the float32 score."""
+
+    query: np.ndarray
+    candidate: np.ndarray
+    score: np.ndarray
+
+
+Exact = Callable[[np.ndarray, np.ndarray], np.ndarray]  # float64 cosines of queries and candidates
+
+
 class _Queries:
     """One direction while scores stream by; all arrays are per query, images padded to a multiple of 8."""
 
-    def __init__(self, positive: np.ndarray, size: int, error: float, lock: ContextManager[object]) -> None:
+    def __init__(
+        self, positive: np.ndarray, size: int, error: float, exact: Exact, lock: ContextManager[object]
+    ) -> None:
         pad = (0, size - len(positive))
         self.count = len(positive)
         self.positive = np.pad(positive, pad, constant_values=np.inf)
         self.low = (self.positive - error - TIE).astype(np.float32)
         self.high = (self.positive + error).astype(np.float32)
         self.above = np.zeros(size, np.int64)
-        self.best = np.full((size, RIVAL), -np.inf)  # float64 scores of the best wrong candidates
+        self.best = np.full((size, RIVAL), -np.inf)  # scores of the best wrong candidates
         self.best[self.count :] = np.inf
+        self.pending = np.full((size, RIVAL), DECIDED)  # whose scores these are, while they are float32 ones
         self.error = error
+        self.exact = exact
         self.lock = lock
 
-    def threshold(self, queries: slice, strip: np.ndarray) -> np.ndarray:
-        """Float32 scores below these are not among a query's five best wrong candidates; `strip` [queries, candidates].
+    def threshold(self, queries: slice, scores: np.ndarray) -> np.ndarray:
+        """Float32 `scores` [queries, candidates] below these are not among a query's five best wrong candidates.
 
         At least five scores are no lower than the fifth best maximum over groups of candidates.
         """
-        known = self.best[queries].min(axis=1) - self.error
+        known = self.best[queries].min(axis=1)
         if np.isneginf(known).any():
-            grouped = strip[:, : strip.shape[1] // GROUP * GROUP].reshape(len(strip), GROUP, -1).max(axis=1)
+            grouped = scores[:, : scores.shape[1] // GROUP * GROUP].reshape(len(scores), GROUP, -1).max(axis=1)
             if grouped.shape[1] >= RIVAL:
-                known = np.maximum(known, np.partition(grouped, -RIVAL, axis=1)[:, -RIVAL] - 2 * self.error)
-        floor: np.ndarray = np.maximum(known, NEVER).astype(np.float32)
+                known = np.maximum(known, np.partition(grouped, -RIVAL, axis=1)[:, -RIVAL])
+        floor: np.ndarray = np.maximum(known - 2 * self.error, NEVER).astype(np.float32)
         return floor
 
-    def add(self, queries: slice, sure: np.ndarray, near: np.ndarray, exact: np.ndarray, decided: np.ndarray) -> None:
-        """Add the candidates of one strip.
+    def add(self, queries: slice, sure: np.ndarray, pairs: _Pairs, floor: np.ndarray) -> None:
+        """Add the candidates of one tile.
 
         Args:
             sure: int [queries], how many certainly score above the positive.
-            near, exact, decided: for each pair computed in float64 the query within `queries`, its score, and whether
-                it is counted in `sure`.
+            pairs: those that float32 leaves open, and those that may be among the five best wrong ones.
+            floor: of `threshold`.
         """
-        start = queries.start
-        ahead = ~decided & (exact >= self.positive[queries][near] - TIE)
-        counts = sure + np.bincount(near[ahead], minlength=len(sure))
-        order = np.argsort(near, kind="stable")
-        near, exact = near[order], exact[order]
-        place = np.arange(len(near)) - np.searchsorted(near, near)
+        at = queries.start + pairs.query
+        close = (pairs.score >= self.low[at]) & (pairs.score <= self.high[at])
+        ahead = self.exact(at[close], pairs.candidate[close]) >= self.positive[at[close]] - TIE
+        counts = sure + np.bincount(pairs.query[close][ahead], minlength=len(sure))
+        rivals = _Pairs(*(one[pairs.score >= floor[pairs.query]] for one in pairs))
         with self.lock:
             self.above[queries] += counts
-            if len(near):
-                touched, row = np.unique(near, return_inverse=True)
-                rivals = np.full((len(touched), RIVAL + 1 + place.max()), -np.inf)
-                rivals[:, :RIVAL] = self.best[start + touched]
-                rivals[row, RIVAL + place] = exact
-                self.best[start + touched] = np.partition(rivals, -RIVAL, axis=1)[:, -RIVAL:]
+            if len(rivals.query):
+                self.keep(queries.start, rivals)
+
+    def keep(self, start: int, pairs: _Pairs) -> None:
+        """Keep the five best wrong candidates of each query; float64 decides where float32 scores are too near."""
+        order = np.argsort(pairs.query, kind="stable")
+        near = pairs.query[order]
+        touched, row = np.unique(near, return_inverse=True)
+        place = RIVAL + np.arange(len(near)) - np.searchsorted(near, near)
+        shape = (len(touched), 1 + place.max())
+        rivals, pending = np.full(shape, -np.inf), np.full(shape, DECIDED)
+        rivals[:, :RIVAL], pending[:, :RIVAL] = self.best[start + touched], self.pending[start + touched]
+        rivals[row, place], pending[row, place] = pairs.score[order], pairs.candidate[order]
+        fifth = np.partition(rivals, -RIVAL, axis=1)[:, -RIVAL]
+        crowded = ((rivals >= (fifth - 2 * self.error)[:, None]).sum(axis=1) > RIVAL) & np.isfinite(fifth)
+        self.settle(start + touched, rivals, pending, np.where(crowded, fifth, np.nan))
+        best = np.argpartition(rivals, -RIVAL, axis=1)[:, -RIVAL:]
+        self.best[start + touched] = np.take_along_axis(rivals, best, axis=1)
+        self.pending[start + touched] = np.take_along_axis(pending, best, axis=1)
+
+    def settle(self, queries: np.ndarray, rivals: np.ndarray, pending: np.ndarray, fifth: np.ndarray) -> None:
+        """Compute the scores that may be the fifth best in float64; none where `fifth` is NaN."""
+        near = (np.abs(rivals - fifth[:, None]) <= 2 * self.error) & (pending != DECIDED)
+        row, place = np.nonzero(near)
+        rivals[row, place] = self.exact(queries[row], pending[row, place])
+        pending[row, place] = DECIDED
 
     def result(self) -> Ranks:
-        fifth = self.best[: self.count].min(axis=1)
-        positive = self.positive[: self.count]
-        margins = np.where(np.isfinite(fifth), positive - fifth, np.nan)
+        margins = np.empty(self.count)
+
+        def margin(start: int) -> None:
+            queries = np.arange(start, min(start + PAIRS, self.count))
+            best = self.best[queries]
+            fifth = best.min(axis=1)
+            fifth[np.isneginf(fifth)] = np.nan
+            self.settle(queries, best, self.pending[queries], fifth)
+            margins[queries] = np.where(np.isnan(fifth), fifth, self.positive[queries] - best.min(axis=1))
+
+        _in_threads(margin, range(0, self.count, PAIRS))
         return Ranks(1 + self.above[: self.count], margins)
 
 
@@ -172,7 +215,6 @@ class _Scores:
     def __init__(self, vision: Unit, text: Unit, owner: np.ndarray) -> None:
         self.vision, self.text, self.owner = vision, text, owner
         self.error = rounding(vision.unit.shape[1])
-        self.buffers = threading.local()
         positive = np.empty(len(owner))
 
         def score(start: int) -> None:
@@ -182,8 +224,10 @@ class _Scores:
         _in_threads(score, range(0, len(owner), PAIRS))
         best = np.full(len(vision.norm), -np.inf)
         np.maximum.at(best, owner, positive)
-        self.captions = _Queries(positive, len(positive), self.error, nullcontext())
-        self.images = _Queries(best, len(vision.unit), self.error, threading.Lock())
+        self.captions = _Queries(positive, len(positive), self.error, self.exact, nullcontext())
+        self.images = _Queries(
+            best, len(vision.unit), self.error, lambda rows, columns: self.exact(columns, rows), threading.Lock()
+        )
 
     def rank(self) -> Tuple[Ranks, Ranks]:
         count = len(self.owner)
@@ -202,9 +246,7 @@ class _Scores:
             scores = buffer[:, : columns.stop - start]
             np.matmul(self.text.unit[rows], self.vision.unit[columns].T, out=scores)
             self.hide(scores, rows, columns)
-            for top in range(0, height, STRIP):
-                part = slice(rows.start + top, min(rows.start + top + STRIP, rows.stop))
-                self.strip(scores[top : top + STRIP], part, columns)
+            self.count(scores, rows, columns)
 
     def hide(self, scores: np.ndarray, rows: slice, columns: slice) -> None:
         """Exclude the positives and the padding from a tile; both directions have the same positives."""
@@ -220,49 +262,43 @@ class _Scores:
         scores[place] = -np.inf
         scores[:, len(self.vision.norm) - columns.start :] = -np.inf
 
-    def strip(self, scores: np.ndarray, rows: slice, columns: slice) -> None:
-        """Count in both directions what ranks above the positives; `scores` [at most STRIP, at most IMAGES]."""
+    def count(self, scores: np.ndarray, rows: slice, columns: slice) -> None:
+        """Count in both directions what ranks above the positives; `scores` [at most CAPTIONS, at most IMAGES]."""
         captions, images = self.captions, self.images
-        floor = captions.threshold(rows, scores)[:, None]
-        sure, row, column = _split(scores, captions.low[rows, None], captions.high[rows, None], floor)
+        floor = captions.threshold(rows, scores)
+        sure, row, column = _split(scores, captions.low[rows, None], captions.high[rows, None], floor[:, None])
         counts = np.ascontiguousarray(sure.view(np.uint64).sum(axis=1, dtype=np.uint64)).view(np.uint8)
-        exact = self.decide(rows, columns, row, column)
-        captions.add(rows, counts.reshape(-1, GROUP).sum(axis=1, dtype=np.int64), row, exact, sure[row, column])
+        pairs = _Pairs(row, column + columns.start, scores[row, column])
+        captions.add(rows, counts.reshape(-1, GROUP).sum(axis=1, dtype=np.int64), pairs, floor)
 
         floor = images.threshold(columns, scores.T)
         sure, row, column = _split(scores, images.low[columns], images.high[columns], floor)
-        exact = self.decide(rows, columns, row, column)
-        images.add(columns, sure.view(np.uint8).sum(axis=0, dtype=np.uint8), column, exact, sure[row, column])
+        pairs = _Pairs(column, row + rows.start, scores[row, column])
+        images.add(columns, sure.view(np.uint8).sum(axis=0, dtype=np.uint8), pairs, floor)
 
     def exact(self, captions: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Float64 cosines of pairs, given by their indices."""
-        found = np.empty(len(captions))
-        for start in range(0, len(captions), PAIRS):
-            part = slice(start, start + PAIRS)
-            one = self.text.given.take(captions[part], axis=0).astype(np.float64)
-            other = self.vision.given.take(images[part], axis=0).astype(np.float64)
-            found[part] = (one[:, None, :] @ other[:, :, None])[:, 0, 0]
+        """Float64 cosines of pairs, given by their indices; if they are many (near copies), by one product."""
+        if len(captions) and len(captions) * CROWDED > np.ptp(captions) * np.ptp(images):
+            first, other = captions.min(), images.min()
+            one = self.text.given[first : captions.max() + 1].astype(np.float64)
+            product = one @ self.vision.given[other : images.max() + 1].astype(np.float64).T
+            found: np.ndarray = product[captions - first, images - other]
+        else:
+            found = np.empty(len(captions))
+            for start in range(0, len(captions), PAIRS):
+                part = slice(start, start + PAIRS)
+                one = self.text.given.take(captions[part], axis=0).astype(np.float64)
+                other = self.vision.given.take(images[part], axis=0).astype(np.float64)
+                found[part] = (one[:, None, :] @ other[:, :, None])[:, 0, 0]
         found /= self.text.norm[captions]
         found /= self.vision.norm[images]
         return found
-
-    def decide(self, rows: slice, columns: slice, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-        """Float64 cosines of pairs within a strip; if they are many (near copies), by one product."""
-        row, column = row + rows.start, column + columns.start
-        if len(row) * CROWDED <= (rows.stop - rows.start) * (columns.stop - columns.start):
-            return self.exact(row, column)
-        images = slice(columns.start, min(columns.stop, len(self.vision.norm)))
-        found = self.text.given[rows].astype(np.float64) @ self.vision.given[images].astype(np.float64).T
-        found /= self.text.norm[rows, None]
-        found /= self.vision.norm[images]
-        picked: np.ndarray = found[row - rows.start, column - columns.start]
-        return picked
 
 
 def _split(
     scores: np.ndarray, low: np.ndarray, high: np.ndarray, floor: np.ndarray
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which scores are certainly above (bool like `scores`); rows and columns of those that float64 must decide."""
+    """Which scores are certainly above (bool like `scores`); rows and columns of those that must be looked at."""
     sure = scores > high
     open_ = scores >= low
     open_ ^= sure
