@@ -23,7 +23,9 @@ from clipval.store import Store, code_hash, once
 MODULES: Dict[str, str] = {
     "karpathy": "clipval.datasets.karpathy",
     "karpathy_json": "clipval.datasets.karpathy_json",
+    "karpathy_csv": "clipval.datasets.karpathy_csv",
     "coco": "clipval.datasets.coco",
+    "blip": "clipval.datasets.blip",
     "kaggle": "clipval.datasets.kaggle",
     "shapes": "clipval.datasets.shapes",
 }

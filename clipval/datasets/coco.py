@@ -13,8 +13,8 @@ from typing import Dict, Iterator, List
 import msgspec
 
 from clipval.datasets import Kind, RetrievalDataset, karpathy_json
-from clipval.datasets.folder import Row, gather, one_of, parsed_json, recognised
-from clipval.errors import InputError, UsageError
+from clipval.datasets.folder import Row, for_the_recipes_file, gather, one_of, parsed_json, recognised
+from clipval.errors import InputError
 
 HOLDS = "COCO's captions as JSON: images with id and file_name, annotations with image_id and caption"
 
@@ -54,8 +54,7 @@ def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
         UsageError: a captions_format for the recipe's file.
         InputError: something is missing or wrong, with file and place.
     """
-    if captions_format != "csv":
-        raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
+    for_the_recipes_file(folder, captions_format)
     file = one_of(folder, _files(folder), HOLDS)
     root = parsed_json(file, _Root)
     splits = karpathy_json.find(folder)

@@ -14,15 +14,25 @@ import msgspec
 import numpy as np
 
 from clipval.datasets import RetrievalDataset
-from clipval.errors import InputError, lfs_pointer, one_line
+from clipval.errors import InputError, UsageError, lfs_pointer, one_line
 
 Parsed = TypeVar("Parsed")
 ENDINGS = (".txt", ".csv", ".tsv", ".token", ".json")
-# Of other layouts, to be named where nothing is found.
-OTHERS = (".jsonl", ".parquet", ".arrow", ".xlsx", ".tar", ".zip", ".gz")
+CSV = "write one CSV with the columns image,caption"
+# Of other layouts, with what to do about them, to be named where nothing is found.
+OTHERS = {
+    ".tar": f"a shard of webdataset, as of img2dataset: unpack all shards, and {CSV}",
+    ".parquet": f"a table of Parquet, as of Hugging Face's datasets: write its images to files, and {CSV}",
+    ".arrow": f"a table of Arrow, as of Hugging Face's datasets: write its images to files, and {CSV}",
+    ".jsonl": f"JSON lines: {CSV}",
+    ".xlsx": "a spreadsheet: save it as CSV with the columns image,caption",
+    ".zip": "a zip archive: unpack it",
+    ".gz": "a gzip file: unpack it",
+}
 COCOS = "annotations"  # sub-folder of COCO's own archive
 ARCHIVES = ((b"PK\x03\x04", "a zip archive"), (b"\x1f\x8b", "a gzip file"), (b"7z\xbc\xaf", "a 7z archive"))
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+SHOWN = 3  # names in a message
 ENOUGH = 1 << 16  # bytes of either end of a file that identify its kind
 
 
@@ -88,6 +98,16 @@ def recognised(folder: Path, recognises: Callable[[str], bool]) -> List[Path]:
     return [path for path in annotation_files(folder) if recognises(_ends(path))]
 
 
+def for_the_recipes_file(folder: Path, captions_format: str) -> None:
+    """Refuse a reading of the recipe's file for another kind of file.
+
+    Raises:
+        UsageError: it is not `csv`, the default.
+    """
+    if captions_format != "csv":
+        raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
+
+
 def one_of(folder: Path, files: List[Path], holds: str) -> Path:
     """The only file, or the only one with the recipe's name.
 
@@ -99,11 +119,30 @@ def one_of(folder: Path, files: List[Path], holds: str) -> Path:
         if len(found) == 1:
             return found[0]
         if found:
-            names = ", ".join(path.name for path in found)
-            raise InputError(f"data {folder}: several annotation files ({names}); keep one")
-    others = [path.name for path in annotation_files(folder, ENDINGS + OTHERS)]
-    unknown = f"; {', '.join(others[:3])} {'is' if len(others) == 1 else 'are'} of no known layout" if others else ""
-    raise InputError(f"data {folder}: no annotation file; expected images and {holds}{unknown}")
+            raise InputError(f"data {folder}: several annotation files ({_few(found)}); {_which(folder, found)}")
+    raise InputError(f"data {folder}: no annotation file; expected images and {holds}{_unknown(folder)}")
+
+
+def _few(files: List[Path]) -> str:
+    names = ", ".join(path.name for path in files[:SHOWN])
+    return f"{names} and {len(files) - SHOWN} more" if len(files) > SHOWN else names
+
+
+def _which(folder: Path, files: List[Path]) -> str:
+    pictures = {path.stem for path in _walk(folder) if not path.name.lower().endswith((*ENDINGS, *OTHERS))}
+    if all(path.stem in pictures for path in files):
+        return "each is of one image, as of img2dataset; gather them in one CSV with the columns image,caption"
+    return "keep one"
+
+
+def _unknown(folder: Path) -> str:
+    """What else the folder or one below it holds that may be annotations, for a message."""
+    other = next((path for path in _walk(folder) if path.name.lower().endswith(tuple(OTHERS))), None)
+    if other is not None:
+        what = OTHERS[other.suffix.lower()]
+        return f"; {os.path.relpath(str(other), str(folder))} is {what}"
+    texts = annotation_files(folder)
+    return f"; {_few(texts)} {'is' if len(texts) == 1 else 'are'} of no known layout" if texts else ""
 
 
 def _ends(path: Path) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
 from clipval.datasets import Kind, RetrievalDataset
-from clipval.datasets.folder import Row, gather, one_of, recognised, text_of
-from clipval.errors import InputError, UsageError
+from clipval.datasets.folder import Row, for_the_recipes_file, gather, one_of, recognised, text_of
+from clipval.errors import InputError
 
 HOLDS = "Kaggle's results.csv or captions.txt, or a .token file: image, number of the caption, caption"
 HEADER = re.compile(r"\s*(image|image_name|filename)\s*[|,;]\s*(comment_number|caption_number|number)\s*[|,;]", re.I)
@@ -41,8 +41,7 @@ def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
         UsageError: a captions_format for the recipe's file.
         InputError: something is missing or wrong, with file and line.
     """
-    if captions_format != "csv":
-        raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
+    for_the_recipes_file(folder, captions_format)
     file = one_of(folder, find(folder), HOLDS)
     text = text_of(file)
     first = text.lstrip().split("\n", 1)[0]

@@ -15,6 +15,7 @@ from typing import Iterator, List, Optional
 
 from clipval.datasets import Kind, RetrievalDataset
 from clipval.datasets.folder import Row, annotation_files, gather, one_of, recognised, text_of
+from clipval.datasets.karpathy_csv import HEADER as LISTS
 from clipval.errors import InputError, UsageError
 
 HOLDS = "one *_karpathy.txt: CSV with the columns image,caption"
@@ -31,7 +32,7 @@ def find(folder: Path) -> List[Path]:
 
 def _recognises(ends: str) -> bool:
     first = FIRST.match(ends)
-    return first is not None and not NUMBERED.match(first.group(2))
+    return first is not None and not NUMBERED.match(first.group(2)) and not LISTS.match(ends)
 
 
 def read(folder: Path, captions_format: str = "csv", annotations: Optional[Path] = None) -> RetrievalDataset:

@@ -13,21 +13,21 @@ from typing import Iterator, List
 import msgspec
 
 from clipval.datasets import Kind, RetrievalDataset
-from clipval.datasets.folder import Row, gather, one_of, parsed_json, recognised
-from clipval.errors import InputError, UsageError
+from clipval.datasets.folder import Row, for_the_recipes_file, gather, one_of, parsed_json, recognised
+from clipval.errors import InputError
 
 HOLDS = "Karpathy's dataset_flickr30k.json: images, each with filename, split and sentences"
 SPLIT = "test"
 
 
-class _Sentence(msgspec.Struct):
+class Sentence(msgspec.Struct):
     raw: str
 
 
 class Image(msgspec.Struct):
     filename: str
     split: str
-    sentences: List[_Sentence]
+    sentences: List[Sentence]
 
 
 class _Root(msgspec.Struct):
@@ -46,10 +46,9 @@ def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
         UsageError: a captions_format for the recipe's file.
         InputError: something is missing or wrong, with file and place.
     """
-    if captions_format != "csv":
-        raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
+    for_the_recipes_file(folder, captions_format)
     file = one_of(folder, find(folder), HOLDS)
-    return gather(folder, file, _rows(file, split(file)))
+    return gather(folder, file, rows(file, split(file)))
 
 
 def split(file: Path) -> List[Image]:
@@ -58,7 +57,15 @@ def split(file: Path) -> List[Image]:
     Raises:
         InputError: the file cannot be read, or has no such image.
     """
-    images = parsed_json(file, _Root).images
+    return test_split(file, parsed_json(file, _Root).images)
+
+
+def test_split(file: Path, images: List[Image]) -> List[Image]:
+    """Those of the test split.
+
+    Raises:
+        InputError: there are none.
+    """
     found = [image for image in images if image.split == SPLIT]
     if not found:
         others = ", ".join(sorted({image.split for image in images})) or "no images"
@@ -68,7 +75,12 @@ def split(file: Path) -> List[Image]:
     return found
 
 
-def _rows(file: Path, images: List[Image]) -> Iterator[Row]:
+def rows(file: Path, images: List[Image]) -> Iterator[Row]:
+    """Each caption with its image, as written but for space at its ends.
+
+    Raises:
+        InputError: a caption is empty.
+    """
     for image in images:
         where = f"image {image.filename}"
         for sentence in image.sentences:

@@ -84,6 +84,33 @@ def coco_as_unpacked(folder):
     (folder / "annotations" / "instances_val2014.json").write_text(json.dumps(boxes), encoding="utf-8")
 
 
+def karpathy_csv(folder, columns=("raw", "sentids", "split", "filename", "img_id"), others=True):
+    """As pandas writes it: lists as JSON in a cell."""
+    given = [("9.jpg", ["of another split"], "train")] * others + [
+        (name, some, "test") for name, some in CAPTIONS.items()
+    ]
+    cells = [
+        {"raw": json.dumps(some), "sentids": "[1, 2]", "split": split, "filename": name, "img_id": n}
+        for n, (name, some, split) in enumerate(given)
+    ]
+    with open(folder / "flickr_annotations_30k.csv", "w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(cells)
+
+
+def karpathy_csv_of_the_test_split(folder):
+    karpathy_csv(folder, columns=("filename", "raw"), others=False)
+
+
+def blip(folder):
+    """Next to the file for training, and with a folder of images that is not there."""
+    entries = [{"image": f"flickr30k-images/{name}", "caption": captions} for name, captions in CAPTIONS.items()]
+    (folder / "flickr30k_test.json").write_text(json.dumps(entries), encoding="utf-8")
+    training = [{"image": "flickr30k-images/9.jpg", "caption": "of another split", "image_id": "9"}]
+    (folder / "flickr30k_train.json").write_text(json.dumps(training), encoding="utf-8")
+
+
 FORMS = {
     "csv": ("karpathy", rows("image caption", ",")),
     "csv, no header": ("karpathy", rows("", ",")),
@@ -95,6 +122,9 @@ FORMS = {
     "results.csv": ("kaggle", lines("results.csv", "{}| {}| {} ", "image_name| comment_number| comment\n")),
     "token": ("kaggle", lines("results_20130124.token", "{}#{}\t{}")),
     "karpathy json": ("karpathy_json", karpathy_json),
+    "karpathy csv": ("karpathy_csv", karpathy_csv),
+    "karpathy csv, test split": ("karpathy_csv", karpathy_csv_of_the_test_split),
+    "blip": ("blip", blip),
     "coco": ("coco", coco),
     "coco, as unpacked": ("coco", coco_as_unpacked),
     "coco and karpathy": ("coco", coco_with_split),
@@ -136,10 +166,33 @@ def test_columns_in_the_other_order(folder, recipe):
     assert datasets.read(folder).fingerprint() == recipe.fingerprint()
 
 
-@pytest.mark.parametrize("name", ["metadata.jsonl", "test.parquet", "captions.json"])
-def test_a_layout_that_is_not_known_is_named(folder, name):
-    (folder / name).write_text('[{"image": "1.jpg", "caption": "a"}]', encoding="utf-8")
-    with pytest.raises(InputError, match=f"no annotation file; expected images and .*; {name} is of no known layout"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("captions.json", "captions.json is of no known layout"),
+        ("metadata.jsonl", "metadata.jsonl is JSON lines: write one CSV"),
+        (
+            "data/test-00000-of-00009.parquet",
+            "data/test-00000-of-00009.parquet is a table of Parquet, as of Hugging Face",
+        ),
+        (
+            "test/data-00000-of-00001.arrow",
+            "is a table of Arrow, as of Hugging Face's datasets: write its images to files",
+        ),
+        ("00000.tar", "00000.tar is a shard of webdataset, as of img2dataset: unpack all shards"),
+    ],
+)
+def test_a_layout_that_is_not_known_is_named(folder, name, words):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text('[{"url": "1.jpg", "text": "a"}]', encoding="utf-8")
+    with pytest.raises(InputError, match=f"no annotation file; expected images and .*; .*{words}"):
+        datasets.read(folder)
+
+
+def test_one_text_file_for_each_image_is_told(folder):
+    for name in CAPTIONS:
+        (folder / name).with_suffix(".txt").write_text("a caption", encoding="utf-8")
+    with pytest.raises(InputError, match=r"\(1.txt, 20.txt, 3.txt\); each is of one image, as of img2dataset; gather"):
         datasets.read(folder)
 
 
@@ -203,6 +256,17 @@ def test_several_kinds_are_named(folder):
         ),
         ("karpathy_json", "a.json", '{"images": [{"sentences"', "a.json: not the expected JSON"),
         ("karpathy_json", "a.txt", "1.jpg,a", "no annotation file; expected images and Karpathy's"),
+        ("karpathy_csv", "a.csv", "filename,raw\n1.jpg,[a\n", "line 2: raw is not a JSON list of captions"),
+        ("karpathy_csv", "a.csv", 'filename,raw\n1.jpg,"[""a"", "" ""]"\n', "image 1.jpg: the caption is empty"),
+        (
+            "karpathy_csv",
+            "a.csv",
+            'filename,raw,split\n1.jpg,"[""a""]",val\n',
+            r"no image of the split 'test' \(it has val",
+        ),
+        ("blip", "a.json", '[{"image": "7.jpg", "caption": ["a"]}]', "a.json, entry 1: image '7.jpg' is not in"),
+        ("blip", "a.json", '[{"image": "1.jpg", "caption": [1]}]', "a.json: not the expected JSON"),
+        ("blip", "a.json", '[{"image": "1.jpg", "caption": "  "}]', "a.json, entry 1: the caption is empty"),
         (
             "coco",
             "a.json",
