@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, bas
 from clipval.backends.pool import ColdStart, Pool
 from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings, Golden, Made, align, embed, read_golden
+from clipval.errors import BackendUnavailable
 from clipval.options import Settings
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.shards import files
@@ -89,6 +91,17 @@ class Chain:
             self.dataset  # noqa: B018  reads the annotations and finds every image
         self.weights  # noqa: B018  resolves the tag or file
         models.tokenizer(library.architecture(self.spec.model.name))(["a"])  # may need a download
+
+    def open_given(self, name: str) -> None:
+        """Open the ONNX files that the user gave a backend, if any.
+
+        Raises:
+            InputError: one is not an ONNX file of its tower.
+        """
+        if backends.kind(name).takes_onnx and self.settings.onnx_prefix is not None:
+            with suppress(BackendUnavailable):  # raised again at the first gate of the backend
+                for tower in self.towers.values():
+                    self.backend(name, tower, self.accuracy_batch)
 
     @cached_property
     def dataset(self) -> RetrievalDataset:

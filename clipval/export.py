@@ -14,7 +14,8 @@ from typing import Any, Dict, Iterator, List
 import numpy as np
 
 from clipval import environment
-from clipval.errors import InputError, UsageError, lfs_pointer, one_line
+from clipval.backends import given
+from clipval.errors import InputError, UsageError
 from clipval.model import Model, encoder
 from clipval.towers import TEXT, VISION, Tower
 
@@ -165,10 +166,10 @@ def _gather(tensors: List[Any], folder: Path, data: Path) -> None:
 
 
 def data_files(file: Path) -> List[Path]:
-    """Files with the external data of an ONNX file, in order; they must be next to it.
+    """Files with the external data of an ONNX file, in order.
 
     Raises:
-        InputError: the file cannot be read, or one of them is missing or elsewhere.
+        InputError: the file cannot be read, or one of them is missing or cut off.
     """
     import onnx
 
@@ -176,18 +177,10 @@ def data_files(file: Path) -> List[Path]:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:
         raise _unreadable(file, error) from error
-    names = {
-        entry.value
-        for tensor in model.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for name in sorted(names):
-        if Path(name).name != name:
-            raise InputError(f"ONNX {file}: its weights are in {name!r}, expected a file in the same folder")
-        if not (file.parent / name).is_file():
-            raise InputError(f"ONNX {file}: its weights are in {name}, which is missing; copy it there too")
+    names = given.outside(model.graph)
+    lost = given.lost_data(file, names)
+    if lost:
+        raise InputError(f"ONNX {file}: {lost}")
     return [file.parent / name for name in sorted(names)]
 
 
@@ -271,8 +264,7 @@ def _unreadable(file: Path, error: Exception) -> InputError:
     if not file.is_file():
         what = "it is a folder; give the file" if file.is_dir() else "no such file"
         return InputError(f"ONNX {file}: {what}")
-    cause = lfs_pointer(file) or f"not a valid model ({one_line(error)}). Export it again"
-    return InputError(f"ONNX {file}: {cause}")
+    return InputError(f"ONNX {file}: {given.unreadable(file, error)}")
 
 
 def read_metadata(file: Path) -> Dict[str, str]:

@@ -85,7 +85,7 @@ def chosen_of(wanted: Sequence[str], promised: Sequence[str]) -> List[str]:
 
 
 def check_inputs(chain: Chain, expected: Sequence[str], alone: bool) -> None:
-    """Find what is wrong with data and weights before the first gate, so that it is one error and not one per gate.
+    """Find what is wrong with data, weights and ready ONNX files before the first gate: one error, not one per gate.
 
     Args:
         expected: ids of the gates to evaluate; the data set is prepared if one of them needs it.
@@ -94,11 +94,22 @@ def check_inputs(chain: Chain, expected: Sequence[str], alone: bool) -> None:
     Raises:
         ClipvalError: something is missing, or cannot be read or used.
     """
-    found = gates.promised(plan(chain))
     used = chain if alone else Chain(chain.settings, chain.store.rebuild_before)
+    try:
+        _check_inputs(used, expected)
+    finally:
+        if not alone:
+            used.close()
+
+
+def _check_inputs(used: Chain, expected: Sequence[str]) -> None:
+    found = gates.promised(plan(used))
     used.check_inputs()
     for tower in used.towers.values() if used.spec.golden is not None else ():
         used.golden(tower)
+    for backend in used.settings.validated:
+        if any(f"/{backend}/" in name for name in expected):
+            used.open_given(backend)
     try:
         used.model  # noqa: B018  reads the weights into the architecture
         if any(name not in found or found[name].data for name in expected):

@@ -33,7 +33,6 @@ from clipval.towers import Tower
 
 PRODUCTS_IN_A_ROW = 16
 KEPT_ROWS = 8  # of the accuracy path
-FLOATS = ("tensor(float)", "tensor(float16)")
 IR_VERSION = 8  # of a model of opset 14, which every onnxruntime from 1.11 on reads
 
 
@@ -207,7 +206,7 @@ class OnnxBackend(Backend):
         wanted_in = [(self.tower.input_name, kind, list(self.tower.row_shape))]
         wanted_out = (self.tower.output_name, "tensor(float)", [self.tower.width])
         # torch 1.11 gives an output symbolic axes instead of a width
-        named = [one[:2] == wanted_out[:2] and _fits(one[2], wanted_out[2]) for one in outputs]
+        named = [one[:2] == wanted_out[:2] and given.sized(one[2], wanted_out[2]) for one in outputs]
         if inputs != wanted_in or sum(named) != 1:
             raise InputError(
                 f"ONNX {self._file}: has inputs {inputs} and outputs {outputs}, the {self.tower.name} tower needs "
@@ -218,24 +217,14 @@ class OnnxBackend(Backend):
 
     def _adapt(self) -> None:
         """Accept other names and dtypes of input and output if they can only be this tower's."""
-        tower, inputs, outputs = self.tower, self._session.get_inputs(), self._session.get_outputs()
-        kinds = {"float32": ("float", "float16"), "int64": ("int64", "int32")}[tower.dtype]
-        types = {f"tensor({kind})": np.dtype("float32" if kind == "float" else kind) for kind in kinds}
-        fits = [one for one in inputs if one.type in types and _fits(one.shape[1:], tower.row_shape)]
-        floats = [one for one in outputs if one.type in FLOATS and len(one.shape) == 2]
-        wide = [one for one in floats if _fits(one.shape[1:], [tower.width])]
-        named = [one for one in wide if one.name == tower.output_name] or wide
-        if len(inputs) != 1 or not fits or len(named) != 1:
-            found = [[(one.name, one.type, list(one.shape)) for one in side] for side in (inputs, outputs)]
-            raise InputError(
-                f"ONNX {self._file}: has inputs {found[0]} and outputs {found[1]}; the {tower.name} tower takes one "
-                f"input of {' or '.join(kinds)} {list(tower.row_shape)} a sample, and gives one embedding "
-                f"{tower.width} wide"
-            )
-        self._input, self._output = (fits[0].name, types[fits[0].type]), named[0].name
-        self.batch_size = fits[0].shape[0] if isinstance(fits[0].shape[0], int) else None
-        if len(outputs) > 1:
-            self.notes = (EXTRA.format("ONNX"),)
+        found = given.ports(self._file, self.tower, self._session.get_inputs(), self._session.get_outputs())
+        self._input, self.batch_size, self._output = (found.name, found.dtype), found.batch, found.outputs[0]
+        if len(found.outputs) > 1:
+            fed = np.zeros(self.tower.shape(found.batch or 1), found.dtype)
+            made = self._session.run(list(found.outputs), {found.name: fed})
+            self._output = given.embedding_of(self._file, self.tower, dict(zip(found.outputs, made)))
+        if found.more:
+            self.notes = (f"ready ONNX files give more than the embedding; taken is {self._output}",)
 
     def run(self, rows: np.ndarray) -> np.ndarray:
         name, dtype = self._input
@@ -292,10 +281,6 @@ def _import_runtime(names: Sequence[str]) -> Any:
     return onnxruntime
 
 
-def _fits(found: Sequence[object], wanted: Sequence[int]) -> bool:
-    return len(found) == len(wanted) and all(one == size for one, size in zip(found, wanted) if isinstance(one, int))
-
-
 def _artifact(made: Materials, tower: Tower, batch_size: int) -> Path:
     prefix = made.settings.onnx_prefix
     return made.onnx(tower) if prefix is None else given.file(prefix, tower)
@@ -342,7 +327,7 @@ def _cann_cache(made: Materials, asked: Opening, options: providers.Options) -> 
     return made.store.folder(
         "cann",
         {
-            "onnx": store.sha256(asked.file),
+            "onnx": [store.sha256(file) for file in given.files(asked.file)],
             "options": [pair for pair in options if pair[0] != "device_id"],
             "precision": providers.precision(CANN, dict(options)),
             "cann": cann.version(),
@@ -360,7 +345,8 @@ def _origin(asked: BackendSettings) -> str:
     options = ",".join(f"{name}={value}" for name, value in asked.onnx_provider_options)
     if asked.onnx_prefix is None:
         return options
-    files = sorted(asked.onnx_prefix.parent.glob(f"{asked.onnx_prefix.name}_*.onnx"))
+    found = sorted(asked.onnx_prefix.parent.glob(f"{asked.onnx_prefix.name}_*.onnx"))
+    files = [file for one in found for file in given.files(one)]
     return " ".join(["ready", *(f"{file.name} {store.once(file)}" for file in files), options])
 
 

@@ -37,6 +37,7 @@ PROBE = Gate(
 )
 INVARIANCE_SAMPLES = 32
 SAME = 1e-7  # cosine distance below which two fp32 embeddings are equal; one more word in a caption changes it by 1e-4
+RAW = 0.1  # a length further off in every sample is no rounding: no bound is wider (`clipval.spec.MOST`)
 SPREAD = 1e-3  # of the embeddings of a trained tower, at least; of untrained ones see `distinct`
 ROUNDING = 1e-12  # cosine distance below which one input in two batches may lie in fp32 (measured: 2e-13)
 BLOCK = 1024  # rows of a block of distances: 8 MiB in float64
@@ -53,6 +54,7 @@ def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBound
     judged = partial(judge, gate, where=where, count=len(wide))
     worst = int(np.argmax(norm))
     first = f"first bad sample {found.ids[int(np.argmax(bad))]}" if bad.any() else ""
+    raw = norm.min() > RAW
     return [
         judged("wrong ids, count and width", float(not shape_ok), "<=", 0, unit="embeddings"),
         judged("NaN, Inf or +-65504", float(bad.sum()), "<=", 0, unit="samples", worst=first),
@@ -63,7 +65,7 @@ def values(found: Embeddings, where: Identity, tower: Tower, bounds: ParityBound
             bounds.norm,
             unit="absolute",
             worst=f"sample {found.ids[worst]}",
-            because=bounds.because,
+            because="no embedding is of unit length: the file ends before the normalisation" if raw else bounds.because,
         ),
     ]
 

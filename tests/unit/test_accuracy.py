@@ -43,7 +43,8 @@ def test_good_values_pass(rows):
     [
         (lambda x: np.where(np.arange(64)[:, None] == 5, np.nan, x), "first bad sample 5_0"),
         (lambda x: np.where(np.arange(64)[:, None] == 5, 65504.0, x), "first bad sample 5_0"),
-        (lambda x: x * 2, "|L2 norm - 1|"),
+        (lambda x: x * 2, "|L2 norm - 1| is 1 over 64, expected <= "),
+        (lambda x: x * 2, "no embedding is of unit length: the file ends before the normalisation"),
         (lambda x: np.where(np.arange(64)[:, None] == 7, x * 1.001, x), "sample 7_0"),
         (lambda x: x[:, :511], "ids, count and width"),
     ],

@@ -1,12 +1,16 @@
 """Ready ONNX files of anybody: quantised, fp16, int32 tokens, other names, one batch size."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from clipval import export
+from clipval import export, promise
 from clipval.backends import given
 from clipval.backends.onnx import OnnxBackend
+from clipval.chain import Chain
 from clipval.errors import InputError
+from clipval.options import Settings
 from clipval.towers import TEXT, VISION
 
 
@@ -107,10 +111,145 @@ def test_an_fp16_file_is_known_by_its_weights(exported, tmp_path):
 @pytest.mark.parametrize("tower", [VISION, TEXT], ids=lambda tower: tower.name)
 def test_the_other_towers_file_is_refused(exported, tower):
     other = {VISION: TEXT, TEXT: VISION}[tower]
-    with pytest.raises(InputError, match=f"the {tower.name} tower takes one input"):
+    with pytest.raises(InputError, match=f"the two files may be swapped. The {tower.name} tower takes "):
         OnnxBackend(tower, given.file(exported, other), ready=True)
 
 
 def test_a_missing_file_is_named(exported):
     with pytest.raises(InputError, match=r"no file .*none_text\.onnx; expected PREFIX_vision\.onnx and PREFIX_text"):
         given.file(exported.with_name("none"), TEXT)
+
+
+def node(name, kind, *shape):
+    return SimpleNamespace(name=name, type=f"tensor({kind})", shape=list(shape))
+
+
+PIXELS, IDS = node("pixel_values", "float", "b", 3, 224, 224), node("input_ids", "int64", "b", 77)
+MASK, EMBEDDING = node("attention_mask", "int64", "b", 77), node("y", "float", "b", 512)
+
+
+@pytest.mark.parametrize(
+    ("tower", "inputs", "outputs", "words"),
+    [
+        (
+            VISION,
+            [PIXELS, IDS],
+            [node("logits", "float", "i", "t")],
+            "it holds both towers; export each to a file of its own",
+        ),
+        (TEXT, [PIXELS, IDS], [EMBEDDING], "it holds both towers"),
+        (TEXT, [IDS, MASK], [EMBEDDING], "export it without attention_mask"),
+        (VISION, [PIXELS, node("scale", "float")], [EMBEDDING], "one input alone, the others as constants"),
+        (VISION, [IDS], [EMBEDDING], "the two files may be swapped"),
+        (VISION, [node("x", "uint8", 1, 224, 224, 3)], [EMBEDDING], "its preprocessing is inside it"),
+        (VISION, [node("x", "bfloat16", "b", 3, 224, 224)], [EMBEDDING], "numpy has no bfloat16"),
+        (TEXT, [IDS], [node("hidden", "float", "b", 77, 512)], "export it with its pooling and projection"),
+        (
+            VISION,
+            [node("x", "float", "b", 3, 336, 336)],
+            [EMBEDDING],
+            "of another model or size. The vision tower takes",
+        ),
+        (TEXT, [IDS], [node("y", "float", "b", 768)], r"gives y float \[b, 768\]; it is of another model or size"),
+    ],
+)
+def test_what_else_a_file_may_be_is_said(tower, inputs, outputs, words, tmp_path):
+    with pytest.raises(InputError, match=words) as caught:
+        given.ports(tmp_path / "their.onnx", tower, inputs, outputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_outputs_of_one_width_are_told_apart(tmp_path):
+    found = given.ports(
+        tmp_path, TEXT, [IDS], [node("pooler_output", "float", "b", 512), node("text_embeds", "float", "b", 512)]
+    )
+    assert found.outputs == ("text_embeds",)
+    assert found.more
+    raw = np.random.default_rng(0).normal(size=(1, 512)).astype(np.float32)
+    unit = raw / np.linalg.norm(raw)
+    assert given.embedding_of(tmp_path, TEXT, {"features": raw, "normalised": unit}) == "normalised"
+    with pytest.raises(InputError, match="the outputs a, b are each 512 wide and differ.*name it text_embed"):
+        given.embedding_of(tmp_path, TEXT, {"a": raw, "b": raw[:, ::-1]})
+
+
+def with_two_outputs(graph):
+    """The features before their normalisation too, under names that say nothing."""
+    import onnx
+
+    (made,) = graph.graph.output
+    thrice = onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, ["batch", 512])
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(3, np.float32), "three"))
+    graph.graph.node.append(onnx.helper.make_node("Mul", [made.name, "three"], ["a"]))
+    graph.graph.node.append(onnx.helper.make_node("Identity", [made.name], ["b"]))
+    named = onnx.helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, ["batch", 512])
+    graph.graph.ClearField("output")
+    graph.graph.output.extend([thrice, named])
+
+
+def test_the_output_of_unit_length_is_taken(exported, tmp_path):
+    backend = OnnxBackend(TEXT, changed(exported, tmp_path, with_two_outputs), ready=True)
+    assert np.abs(np.linalg.norm(backend.run(rows(TEXT, 3)), axis=1) - 1).max() < 1e-5
+    assert backend.notes == ("ready ONNX files give more than the embedding; taken is b",)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it has no operators, so it is empty or cut off"),
+        (b"<!DOCTYPE html>", "a page of HTML or XML, probably of a failed download"),
+        (b"PK\x03\x04abc", "a checkpoint of PyTorch or a zip archive. Export it"),
+        (b"not a model", r"not an ONNX model, damaged or cut off \(.*\). Copy or export it again"),
+    ],
+)
+def test_what_is_no_model_is_named(tmp_path, content, words):
+    (tmp_path / "their_text.onnx").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        given.sizes(tmp_path / "their", [TEXT])
+
+
+def test_weights_outside_the_file_are_found_wherever_they_belong(exported, tmp_path):
+    import onnx
+    from onnx.external_data_helper import convert_model_to_external_data
+
+    graph = onnx.load(str(given.file(exported, TEXT)))
+    weight = next(one for one in graph.graph.initializer if len(one.dims) == 2)
+    graph.graph.initializer.remove(weight)
+    constant = onnx.helper.make_node("Constant", [], [weight.name], value=weight)
+    graph.graph.node.insert(0, constant)
+    convert_model_to_external_data(graph, location="their.data", size_threshold=1024, convert_attribute=True)
+    file, data = tmp_path / "their_text.onnx", tmp_path / "their.data"
+    onnx.save(graph, str(file))
+    assert given.files(file) == [file, data]
+    assert OnnxBackend(TEXT, file, ready=True).run(rows(TEXT, 1)).shape == (1, 512)
+    size = data.stat().st_size
+    data.write_bytes(data.read_bytes()[: size // 2])
+    with pytest.raises(InputError, match=rf"its weights are in their.data, which is cut off, {size // 2} of \d+ bytes"):
+        OnnxBackend(TEXT, file, ready=True)
+    data.unlink()
+    with pytest.raises(InputError, match="their.data, which is missing"):
+        OnnxBackend(TEXT, file, ready=True)
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("UINT8", "w8a8"), ("UINT16", "w8a16")])
+def test_the_bits_of_activations_are_read(tmp_path, kind, precision):
+    import onnx
+
+    point = onnx.helper.make_tensor("point", getattr(onnx.TensorProto, kind), [], [0])
+    scale = onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT, [], [1.0])
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "point"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "point"], ["y"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 4]) for name in "xy"]
+    graph = onnx.helper.make_graph(nodes, "quantised", ends[:1], ends[1:], [scale, point])
+    onnx.save(onnx.helper.make_model(graph), str(tmp_path / f"{kind}.onnx"))
+    assert given.precision(tmp_path / f"{kind}.onnx") == precision
+
+
+def test_a_wrong_file_is_one_error_before_the_first_gate(exported, tmp_path):
+    for tower, other in ((VISION, TEXT), (TEXT, VISION)):
+        (tmp_path / f"swapped_{tower.name}.onnx").symlink_to(given.file(exported, other))
+    chain = Chain(Settings(workdir=tmp_path / "work", onnx_prefix=tmp_path / "swapped"))
+    with pytest.raises(InputError, match="the two files may be swapped"):
+        promise.check_inputs(chain, ["parity/onnx/text"], alone=False)
+    promise.check_inputs(chain, [], alone=False)
