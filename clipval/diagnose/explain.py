@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Container, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -21,9 +21,13 @@ SAME = 1e-6  # relative distance of two copies of the same float32 weights
 
 
 def weights(
-    graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded
+    graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded, folded: Container[str] = ()
 ) -> Tuple[List[str], List[str]]:
-    """Weights of the region that differ from PyTorch's, and PyTorch's that are missing in it; names of the former."""
+    """Weights of the region that differ from PyTorch's, and PyTorch's that are missing in it; names of the former.
+
+    Args:
+        folded: constants that are not looked at; see `clipval.diagnose.folded`.
+    """
     modules = list(dict.fromkeys(path for tap in taps for path in tap.paths))
     wanted = {name: value for path in modules for name, value in recorded.parameters(path).items() if path}
     outer = {".".join(path.split(".")[:n]) for path in modules for n in range(path.count(".") + 1)} | {""}
@@ -35,7 +39,7 @@ def weights(
     for number in region:
         node = graph.nodes[number]
         for name in node.inputs:
-            held = None if name in graph.moving else graph.constant(name)
+            held = None if name in graph.moving or name in folded else graph.constant(name)
             if held is None or held.size < 2 or held.dtype.kind not in "fiu":
                 continue
             if held.ndim == 1 and any(np.array_equal(held, one) for one in others):
@@ -44,15 +48,23 @@ def weights(
             seen += found[0]
             said += found[1]
             unlike += found[0] if found[1] else []
-    return said + _lacking(seen, taps, recorded, said), unlike
+    normed = any(graph.nodes[number].op == "BatchNormalization" for number in region)
+    adding = [tap for tap in taps if normed or "batch_norm" not in tap.op]  # else it is folded into a layer
+    return said + _lacking(seen, adding, recorded, said), unlike
 
 
-def held(graph: Graph, parameters: Mapping[str, np.ndarray]) -> bool:
+def held(graph: Graph, parameters: Mapping[str, np.ndarray], region: Sequence[int]) -> bool:
     """Whether any of a module's parameters, nearly or in another order, is a weight of the graph; or it has none.
+
+    A matrix of the region that is as large as one of them is taken for it, whatever its values.
 
     One whose elements are all equal, as before training, says nothing.
     """
     sizes = {value.size for value in parameters.values()}
+    large = {value.size for value in parameters.values() if value.ndim > 1}
+    used = {name for number in region for name in graph.nodes[number].inputs if name in graph.weights}
+    if any(int(np.prod(graph.weights[name].dims)) in large for name in used):
+        return True
     by_size: Dict[int, List[np.ndarray]] = {}
     for name, one in graph.weights.items():
         size = int(np.prod(one.dims))
@@ -137,12 +149,15 @@ def _how(values: np.ndarray, truth: np.ndarray) -> str:
 
 
 def _lacking(seen: Iterable[str], taps: Sequence[Tap], recorded: Recorded, said: Sequence[str]) -> List[str]:
-    """Biases of the modules whose result is among the taps, of which no constant in the region is a copy."""
-    lacking = []
-    for path in dict.fromkeys(tap.module for tap in taps if tap.module in tap.ends):
+    """Biases of which no constant in the region is a copy: of modules whose result is among the taps, and of layers
+    whose weights are in the region."""
+    lacking, held = [], set(seen)
+    ended = [tap.module for tap in taps if tap.module in tap.ends]
+    for path in dict.fromkeys([*ended, *(tap.module for tap in taps)]):
         for name, value in recorded.parameters(path).items():
-            own = name[len(path) + 1 :]
-            if own in ("bias", "out_proj.bias") and name not in set(seen) and value.any():
+            own = path in ended and name[len(path) + 1 :] in ("bias", "out_proj.bias")
+            layer = name.endswith(".bias") and f"{name[:-4]}weight" in held and "norm" not in name
+            if (own or layer) and name not in held and value.any():
                 lacking.append(f"{name} is missing" if not said else f"{name} is missing too")
     return lacking
 

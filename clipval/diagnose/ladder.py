@@ -8,10 +8,10 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
-from clipval.diagnose import evaluate, graph, pairs, taps
+from clipval.diagnose import evaluate, folded, graph, pairs, taps
 from clipval.diagnose.bundle import Material
 from clipval.diagnose.finding import DIVERGENCE, NONE, Finding
-from clipval.diagnose.locate import EXCESS, FLOOR, Rung, compared_inputs, suspects
+from clipval.diagnose.locate import EXCESS, FLOOR, Rung, compared_inputs, numbered, suspects
 from clipval.diagnose.part import Part
 from clipval.diagnose.twin import Twin, overflows
 
@@ -25,7 +25,7 @@ CLOSE = 0.3  # a tensor that feeds good ones belongs to this tap only if it is t
 KINDS = {
     "softmax": ("Softmax",),
     "layer_norm": ("LayerNormalization", "Add"),
-    "batch_norm": ("BatchNormalization",),
+    "batch_norm": ("BatchNormalization", "Conv", "FusedConv"),
     "gelu": ("Gelu", "Mul"),
     "convolution": ("Conv",),
     "embedding": ("Gather",),
@@ -90,7 +90,7 @@ def seen(rungs: Dict[int, Rung], recorded: taps.Recorded, number: int) -> bool:
             if shares and error is None:  # not compared: what is computed from it counts
                 after[n] = max(shares)
             elif shares and error is not None:
-                known.append(error > max(shares))
+                known.append(error > max(shares) or not np.isfinite(error))
         near = after
     return not known or any(known)
 
@@ -195,7 +195,9 @@ def choose(
         alike = [name for _, name in rest if candidate.around(candidate.root(name)).op in kinds and candidate.named]
         close = [name for error, name in rest if error < UNRELATED and (error < CLOSE or name not in feeding)]
         if exits or alike or close:
-            chosen[n] = [*exits, *alike, *close][0]
+            name = [*exits, *alike, *close][0]
+            if not folded.hidden(candidate, name, n, recorded):
+                chosen[n] = name
     return chosen
 
 
@@ -213,15 +215,16 @@ def _ancestors(candidate: graph.Graph, tensors: Set[str]) -> Set[str]:
 def measure(recorded: taps.Recorded, candidate: graph.Graph, chosen: Dict[int, str], noise: Sequence[float]) -> Ladder:
     """The rungs of all taps that lead to the embedding, over all samples."""
     errors = errors_of(candidate, recorded, chosen)
+    names = numbered([tap.name for tap in recorded.taps])
     rungs = {}
     for n in recorded.leading():
         tap, name = recorded.taps[n], chosen.get(n, "")
         node = candidate.around(name) if name else None
         rungs[n] = Rung(
-            name=tap.name,
+            name=names[n],
             error=errors.get(n),
             noise=noise[n],
-            parents=tuple(recorded.taps[one].name for one in tap.parents),
+            parents=tuple(names[one] for one in tap.parents),
             pytorch=tap.noise,
             tensor=name,
             node=node.name if node else "",

@@ -20,7 +20,7 @@ class Rung:
     """One tap of the ladder, compared.
 
     Attributes:
-        name: for display.
+        name: for display, of this rung alone.
         error: relative L2 distance of the candidate's tensor from the truth; None if it has no such tensor.
         noise: error expected from the precision: the distance of the twin, or of the float32 model.
         error_in: the largest error of the taps that it is computed from; None for none.
@@ -58,6 +58,16 @@ class Rung:
     def good(self) -> bool:
         """Whether it is within the noise, as a whole and alone."""
         return self.excess is not None and self.excess <= EXCESS and (self.local is None or self.local <= EXCESS)
+
+
+def numbered(names: Sequence[str]) -> List[str]:
+    """Names of which none occurs twice: the second `attn (bmm)` becomes `attn (bmm) #2`."""
+    seen: Dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
+    return found
 
 
 def compared_inputs(good: Mapping[str, Optional[bool]], parents: Mapping[str, Sequence[str]]) -> Dict[str, List[str]]:

@@ -13,7 +13,7 @@ from clipval.diagnose.bundle import Material
 from clipval.diagnose.dump import Dump, Operator, Statistic
 from clipval.diagnose.finding import DIVERGENCE, INPUT, NONE, Finding
 from clipval.diagnose.graph import SAME_VALUES
-from clipval.diagnose.locate import EXCESS, FLOOR, Rung, suspects
+from clipval.diagnose.locate import EXCESS, FLOOR, Rung, numbered, suspects
 from clipval.diagnose.taps import relative
 from clipval.diagnose.twin import LARGEST, PRECISIONS, Twin, overflows
 
@@ -171,6 +171,8 @@ def _chosen(
         off, number = found[name]
         result.operators[name] = places[number][0]
         result.rungs[name] = _rung(whole, name, off, noise[name], {key: value[0] for key, value in found.items()})
+    for name, shown in zip(order, numbered([result.rungs[name].name for name in order])):
+        result.rungs[name] = replace(result.rungs[name], name=shown)
     return result, {name: number for name, (_, number) in found.items()}
 
 

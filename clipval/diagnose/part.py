@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Dict, List, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
-from clipval.diagnose import evaluate, explain
+from clipval.diagnose import evaluate, explain, folded
 from clipval.diagnose.taps import Tap
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class Part:
 
     @property
     def module(self) -> str:
+        if self.folded.module:
+            return self.folded.module
+        if self.blamed.fixed and not self.region:  # computed before, from its own weights and its parent's
+            return self.blamed.module.rpartition(".")[0]
         if self.blamed.fixed and self.unlike:  # e.g. the query of an attention pool, which its norm takes first
             return self.unlike[0].rpartition(".")[0]
         if self.left_out:
@@ -68,9 +72,19 @@ class Part:
         return self.blamed.module
 
     @cached_property
+    def folded(self) -> folded.Folded:
+        """See `clipval.diagnose.folded.differing`."""
+        return folded.differing(self.ladder.graph, self.region, self.numbers, self.ladder.recorded)
+
+    @cached_property
     def unlike(self) -> List[str]:
         """Parameters that differ in the graph."""
-        return explain.weights(self.ladder.graph, self.region, self.taps, self.ladder.recorded)[1]
+        return self._weights[1]
+
+    @cached_property
+    def _weights(self) -> Tuple[List[str], List[str]]:
+        ladder = self.ladder
+        return explain.weights(ladder.graph, self.region, self.taps, ladder.recorded, self.folded.names)
 
     @cached_property
     def left_out(self) -> List[str]:
@@ -79,7 +93,7 @@ class Part:
         found: List[str] = []
         for path in dict.fromkeys(tap.module for tap in self.taps):
             outer = ""
-            while path and not explain.held(self.ladder.graph, recorded.parameters(path)):
+            while path and not explain.held(self.ladder.graph, recorded.parameters(path), self.region):
                 inside = [n for n in rungs if f"{recorded.taps[n].module}.".startswith(f"{path}.")]
                 if any(rungs[n].good for n in inside) or any(name.startswith(f"{path}.") for name in self.unlike):
                     break
@@ -137,8 +151,14 @@ class Part:
         graph, recorded = self.ladder.graph, self.ladder.recorded
         if self.left_out:
             return [f"nothing of {' and '.join(self.left_out)} is in the graph"]
+        if self.folded.causes:
+            return self.folded.causes
+        if not self.region:
+            return [
+                f"{self.tensor} was computed beforehand from weights of {self.module}, one of which is not PyTorch's"
+            ]
         said = explain.constants(graph, self.region, self.taps, recorded)
-        said += explain.weights(graph, self.region, self.taps, recorded)[0]
+        said += self._weights[0]
         said += explain.missing(self.ladder, self.numbers, self.region)
         said += explain.casts(graph, self.region, {self.ladder.tensors[n]: recorded.taps[n].name for n in self.known})
         known: Dict[int, Tap] = {n: recorded.taps[n] for n in self.known}
@@ -151,6 +171,6 @@ class Part:
             return [f"keep these operators in fp32 (--keep-dtype with {self.ladder.rungs[self.numbers[-1]].node})"]
         if "fp16" in self.precision or "bf16" in self.precision:
             return ["export or convert this operator in fp32", "another --precision-mode"]
-        if "differs from" in text or "is nowhere" in text or "transposed" in text:
+        if "differs from" in text or "folded into" in text or "is nowhere" in text or "transposed" in text:
             return ["export again from the weights under test; nothing may edit the graph's weights afterwards"]
         return ["export again with clipval export, without an optimiser in between, and diagnose that file"]

@@ -253,18 +253,30 @@ def ladder(taps: Sequence[Tap], limit: float, twin: str, series: int, label: str
             own = [tap.pytorch or math.nan for tap in taps]
             axes.plot(depth, own, color=MUTED, linestyle=(0, (1, 1.5)), linewidth=1.3, label="PyTorch, fp32")
         colour = SERIES[series % len(SERIES)]
-        errors = [high if tap.broken else tap.error or math.nan for tap in taps]
-        axes.plot(depth, errors, ".-", color=colour, linewidth=1.2, markersize=5, label="candidate")
+        # a log scale has no zero, and nothing that is not finite: these are on the lower and the upper edge
+        errors = [high if tap.broken else math.nan if tap.error is None else max(tap.error, low) for tap in taps]
+        axes.plot(depth, errors, ".-", color=colour, linewidth=1.2, markersize=5, label="candidate", clip_on=False)
+        _not_finite(axes, [n for n, tap in enumerate(taps) if tap.broken], len(taps), high, colour)
         for at, tap in enumerate(taps):
             if tap.first:
                 axes.axvline(at, color=BAD, linewidth=1.3, dashes=(4, 2))
-                axes.plot(at, errors[at], "D", color=BAD, markersize=7, zorder=5, label="starts here")
+                axes.plot(at, errors[at], "D", color=BAD, markersize=7, zorder=5, label="starts here", clip_on=False)
         _blocks(axes, taps)
         axes.set(ylim=(low, high), xlabel="block", ylabel="relative error")
         _powers(axes, low, high)
         axes.grid(axis="y")
         figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=11.5, handlelength=2, columnspacing=1)
         return _svg(figure, label)
+
+
+def _not_finite(axes: Any, places: Sequence[int], count: int, top: float, colour: str) -> None:
+    """Words at the upper edge where errors are not finite, on the side with more room."""
+    if places:
+        side = "right" if 2 * places[0] > count else "left"
+        shift = -9 if side == "right" else 9
+        axes.annotate(
+            "NaN or Inf", (places[0], top), (shift, -6), textcoords="offset points", ha=side, va="top", color=colour
+        )
 
 
 def _powers(axes: Any, low: float, high: float) -> None:

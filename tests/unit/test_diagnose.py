@@ -256,6 +256,25 @@ def test_the_command_says_where_and_ends_with_one(chain, files, tmp_path, capsys
     assert cli.main([*common, "--model", str(tmp_path / "none.onnx")]) == 2
 
 
+def test_an_overflow_is_at_its_node_and_what_follows_is_on_the_ladder(chain, files, tmp_path):
+    """Everything after it is NaN: each of these tensors still has its place."""
+    changed, name = onnx.load(str(files["vision"])), in_blocks.at(f"{in_blocks.VISION}.mlp.c_fc", "MatMul")
+    faulty = in_blocks.Graph(changed)
+    faulty.set_weight(name, 1, faulty.weight(name, 1) * in_blocks.LARGE)
+    faulty.cast(name, TensorProto.FLOAT16)
+    onnx.save(changed, str(tmp_path / "large.onnx"))
+    found = ladder.judge(climbed(chain, "vision", graph.load(tmp_path / "large.onnx"), 1), "onnx")
+    assert found.module == f"{in_blocks.VISION}.mlp.c_fc"
+    assert found.node == in_blocks.at(found.module, "Add")
+    assert "values are NaN or Inf" in found.sentence
+    broken = [rung.name for rung in found.ladder if rung.error == float("inf")]
+    assert broken[0] == found.first
+    assert "visual.transformer.resblocks.2.ln_1" in broken
+    names = [rung.name for rung in found.ladder]  # each is of one rung
+    assert len(set(names)) == len(names)
+    assert {f"{in_blocks.VISION}.attn (bmm)", f"{in_blocks.VISION}.attn (bmm) #2"} <= set(names)
+
+
 def test_the_table_marks_the_first_excess(chain, files):
     found = climbed(chain, "text", graph.load(files["text"]))
     lines = table(ladder.judge(found, "onnx"))

@@ -180,6 +180,25 @@ def test_a_graph_after_an_optimiser(name, request, tmp_path):
         assert not fault or (found.module == norm and "its epsilon is" in found.sentence), found.sentence
 
 
+def test_a_factor_that_an_optimiser_folded_into_a_layer_is_told_from_its_weights(convnext, tmp_path):
+    import onnxruntime
+
+    layer = f"{STAGE}.mlp.fc2"
+    for name, module, words in (
+        (f"{STAGE}.gamma", STAGE, f"the factor of {STAGE}, folded into"),
+        (f"{layer}.weight", layer, f"is {layer}.weight with the factor of {STAGE} folded in, and differs"),
+    ):
+        changed, file = onnx.load(str(convnext.file)), tmp_path / f"{len(name)}.onnx"
+        edited(name, noisy)(changed, convnext.parameters)
+        wanted = onnxruntime.SessionOptions()
+        wanted.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        wanted.optimized_model_filepath, wanted.log_severity_level = str(file), 4
+        onnxruntime.InferenceSession(changed.SerializeToString(), wanted, providers=["CPUExecutionProvider"])
+        found = convnext.judged(file)
+        assert found.module == module, found.sentence
+        assert found.causes[0].find(words) >= 0, found.causes
+
+
 def coarser(whole, norm):
     """A norm with 300 times its epsilon."""
     nodes = [node for node in whole.graph.node if graph.module_path(node) == norm and node.op_type == "Add"]
