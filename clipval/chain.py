@@ -227,6 +227,11 @@ class Chain:
         """Which of the spec's bounds apply to an identity; see `clipval.backends.Kind.precision`."""
         return backends.kind(where.name).precision(where)
 
+    def least_precise(self, name: str) -> Identity:
+        """A backend's identity in the tower whose bounds are the widest: of a quantised one next to one that is not."""
+        found = [self.embeddings(name, tower).identity for tower in self.towers.values()]
+        return max(found, key=lambda where: specs.PRECISIONS.index(self.precision(where)))
+
     @cached_property
     def probe_seed(self) -> int:
         """The seed of this run's probe inputs: `--probe-seed`, else a new one."""

@@ -36,6 +36,7 @@ Metric = Annotated[str, msgspec.Meta(pattern="^(image|text)_retrieval_recall@[1-
 
 
 Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8"]
+PRECISIONS = ("fp32", "fp16", "bf16", "w8a16", "w8a8")  # from the tightest bounds to the widest
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -225,6 +226,12 @@ class Spec(_Table, frozen=True):
         """Bounds of a paired metric for a precision: its own, else those for any precision."""
         found: Dict[str, PairedBounds] = {one.precision: one for one in self.paired if one.metric == metric}
         return found.get(precision) or found[""]
+
+    def quantisation_loss(self, metric: str, precision: str) -> float:
+        """Share of recall that a precision may lose to PyTorch by bounds of its own, at any k; 0 if it has none."""
+        direction = metric.partition("@")[0]
+        own = [one for one in self.paired if one.precision == precision and one.metric.partition("@")[0] == direction]
+        return max((one.within for one in own), default=0.0)
 
     def reference(self, metric: str, backend: str) -> Optional[Reference]:
         """The figure of a metric for a backend: its own, else PyTorch's, else None."""

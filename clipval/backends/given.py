@@ -209,7 +209,9 @@ def why_not(path: Path, error: Exception, version: str) -> str:
                 f"onnxruntime {version} has no ArgMax on int64, 1.20 and newer do; or export it with clipval export, "
                 "which pools int32 tokens"
             )
-    elif "Type Error" in said and "float16" in said and "Cast" in said:
+    elif "tensor(bfloat16)" in said:
+        what = f"onnxruntime {version} lacks this operator in bfloat16 on this provider; export it in fp16 or fp32"
+    elif "Type Error" in said and "tensor(float16)" in said and "Cast" in said:
         # known of onnxconverter_common 1.16: its float16 changes what a Cast gives, and not its attribute `to`
         what = "A converter to fp16 left a Cast to another type; convert it again with another tool"
     return f"onnxruntime cannot load it ({one_line(error)}). {what}"

@@ -11,6 +11,7 @@ from clipval.backends import Identity
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, say_notes
 from clipval.errors import InputError, UsageError
 from clipval.options import add_options, at_least, expanded, to_path
+from clipval.spec import PRECISIONS
 from clipval.towers import TOWER_NAMES, Tower
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from clipval.chain import Chain
     from clipval.embeddings import Embeddings
 
-CLASSES = ("fp32", "fp16", "bf16", "w8a16", "w8a8")  # from the tightest bounds to the widest
 BATCH = 8
 
 
@@ -32,7 +32,7 @@ def _declare(parser: Parser) -> None:
         )
     parser.add_argument("--tower", choices=TOWER_NAMES, help="default: by the files' names")
     parser.add_argument("--input", type=to_path, metavar="DIR", help="prepared arrays; default: drawn inputs")
-    parser.add_argument("--precision", choices=CLASSES, help="bounds to apply; default: of the less precise one")
+    parser.add_argument("--precision", choices=PRECISIONS, help="bounds to apply; default: of the less precise one")
     parser.add_argument("--batch-size", type=at_least(int, 1), metavar="N", help="default: the OM file's, else 8")
 
 
@@ -58,7 +58,7 @@ def _compare(args: argparse.Namespace) -> int:
         chain.close()
     other = embeddings.align(other, one.ids)
     known = [_precision(chain, where) for where in (first, second)]
-    precision = args.precision or max(filter(None, known), key=CLASSES.index, default="")
+    precision = args.precision or max(filter(None, known), key=PRECISIONS.index, default="")
     if not precision:
         raise UsageError("compare: the precision of two folders is unknown; give --precision")
     bounds = chain.spec.bounds("onnx", precision, tower.name)

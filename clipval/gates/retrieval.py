@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from clipval import retrieval
-from clipval.backends import REFERENCE, Identity
+from clipval.backends import REFERENCE, Identity, base_name
 from clipval.gates.gate import ACCURACY, Gate, judge
 from clipval.results import FAIL, INFO, Figure, Flip, PairedDetail, Published, RecallDetail
 from clipval.spec import PairedBounds, Reference, Spec, published
@@ -40,8 +40,15 @@ PAIRED = Gate(
 )
 
 
-def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str) -> List[Figure]:
-    """A recall figure against its published or pinned one; too high is as suspicious as too low."""
+def recall(
+    found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str, precision: str = "fp32"
+) -> List[Figure]:
+    """A recall figure against its published or pinned one; too high is as suspicious as too low.
+
+    Args:
+        precision: of the backend. If the figure is of another backend, what the precision may lose to PyTorch is added
+            to what is allowed.
+    """
     direction, k = _direction(found, metric)
     measured = direction.recall(k)
     reference = spec.reference(metric, where.name)
@@ -51,19 +58,21 @@ def recall(found: retrieval.Retrieval, where: Identity, spec: Spec, metric: str)
         figure = _shown(gate, metric, measured, direction, reference, where, spec)
     else:
         off = round((measured - reference.value) * len(direction.ranks))
+        lost = 0.0 if base_name(where.name) == reference.backend else spec.quantisation_loss(metric, precision)
+        more = f"; {precision} may lose {lost:g} to {REFERENCE}" if lost else ""
         figure = judge(
             gate,
             metric,
             measured,
             "within",
-            reference.within,
+            reference.within + lost,
             unit="share",
             count=len(direction.ranks),
             where=where,
             reference=reference.value,
             source=reference.source,
             worst=f"{off:+d} of {len(direction.ranks)} queries",
-            because=reference.because,
+            because=f"{reference.because}{more}",
             detail=_published(spec, metric),
         )
     return [_of_its_size(figure, direction, spec.size(reference), where)]

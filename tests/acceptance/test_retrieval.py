@@ -8,13 +8,13 @@ from clipval.gates import retrieval
 
 @pytest.mark.gate(retrieval.RECALL)
 def test_recall(chain, record, backend_name, metric):
-    where = chain.embeddings(backend_name, chain.towers["text"]).identity
-    record(retrieval.recall(chain.retrieval(backend_name), where, chain.spec, metric))
+    where = chain.least_precise(backend_name)
+    record(retrieval.recall(chain.retrieval(backend_name), where, chain.spec, metric, chain.precision(where)))
 
 
 @pytest.mark.gate(retrieval.PAIRED)
 def test_recall_beside_pytorch(chain, record, backend_name, metric):
-    where = chain.embeddings(backend_name, chain.towers["text"]).identity
+    where = chain.least_precise(backend_name)
     bounds = chain.spec.paired_bounds(metric, chain.precision(where))
 
     def retrieved(direction, query_id):

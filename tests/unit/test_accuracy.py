@@ -165,6 +165,17 @@ def test_om_is_held_to_its_own_column():
     assert found.reference == 0.8841
 
 
+@pytest.mark.parametrize(
+    ("precision", "hits", "verdict"),
+    [("fp32", 4330, "fail"), ("w8a8", 4330, "pass"), ("w8a8", 4270, "fail"), ("w8a16", 4330, "fail")],
+)
+def test_a_quantised_backend_may_lose_what_its_precision_may_lose(precision, hits, verdict):
+    where = WHERE._replace(name="onnx", precision=precision)
+    (found,) = recalled.recall(ranked(hits, 962), where, SPEC, "image_retrieval_recall@5", precision)
+    assert found.verdict == verdict
+    assert (f"{precision} may lose" in found.message) == (precision != "fp32" and verdict == "fail")
+
+
 def test_a_figure_without_tolerance_is_shown():
     reference = spec.Reference(metric="text_retrieval_recall@5", backend="pytorch", value=0.9, count=1000, source="x")
     loose = spec.Spec(name="s", title="s", model=SPEC.model, data=SPEC.data, references=[reference])
