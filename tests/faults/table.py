@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 ACCURACY = ("-m", "accuracy")
@@ -9,6 +10,7 @@ REBUILD = (*ACCURACY, "--rebuild")  # the reference too, which is kept between r
 SEEDED = (*ACCURACY, "--pretrained=random")
 # Artifacts that faults of a module damage while they are made; others take those of the clean run.
 DAMAGED = {"tests.faults.in_data": ("prepared", "onnx"), "tests.faults.in_exports": ("onnx",)}
+OF_RUNS = "tests.faults.in_suite"  # faults of which gates a run collects and of how it ends
 
 
 class Fault(NamedTuple):
@@ -21,6 +23,7 @@ class Fault(NamedTuple):
         plant: replaces what must be replaced; arguments: of the run; code: what it must end with.
         baseline: the run is given one, of the same rows without the fault.
         damaged: kinds of artifacts that the run must make itself.
+        alone: more arguments, with which the run judges the gates that it names and no others.
     """
 
     says: str
@@ -31,6 +34,7 @@ class Fault(NamedTuple):
     code: int = 1
     baseline: bool = False
     damaged: Tuple[str, ...] = ()
+    alone: Tuple[str, ...] = ()
 
 
 FAULTS: Dict[str, Fault] = {}
@@ -48,7 +52,9 @@ def fault(
 
     def add(plant: Callable[[], None]) -> Callable[[], None]:
         damaged = DAMAGED.get(plant.__module__, ())
-        FAULTS[plant.__name__] = Fault(says, gate, words, plant, arguments, code, baseline, damaged)
+        named = [one for one in (gate, *words) if re.fullmatch(r"\w+/\S+", one)]
+        alone = (f"--gate={','.join(named)}",) if named and plant.__module__ != OF_RUNS else ()
+        FAULTS[plant.__name__] = Fault(says, gate, words, plant, arguments, code, baseline, damaged, alone)
         return plant
 
     return add

@@ -50,14 +50,14 @@ def test_killed_at_random_moments(small_spec, tmp_path):
 
 @pytest.mark.parametrize("narrowed", [[], ["tests/acceptance/test_throughput.py"]], ids=["all", "narrowed"])
 def test_ctrl_c_while_throughput_is_measured(narrowed, small_spec, workdir):
-    perf = ["--threads=1", "-m", "perf", "--perf-min-time=6", "--perf-max-time=6", *narrowed]
+    perf = ["--threads=1", "-m", "perf", "--perf-min-time=3", "--perf-max-time=3", *narrowed]
     command = small.command(small_spec, workdir, *perf)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(
         command, cwd=small.ROOT, env=small.environment(), preexec_fn=small.hear_interrupts, **pipes
     )
     wait_for_a_row(workdir)  # so that all libraries are loaded: some lose an interrupt while they are imported
-    time.sleep(2)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output[-3000:]

@@ -18,9 +18,9 @@ SAMPLED = [name for name in NAMES if not FAULTS[name].baseline]  # two runs, on 
 SAMPLE = 2
 
 
-def check(name, small_spec, copied):
+def check(name, small_spec, copied, *more):
     fault = FAULTS[name]
-    arguments, workdir = list(fault.arguments), copied(*fault.damaged)
+    arguments, workdir = [*fault.arguments, *more], copied(*fault.damaged)
     if fault.baseline:
         file, clean = workdir.parent / "baseline.json", small.run(small_spec, workdir, *arguments)
         baseline.save(small.baseline_of(clean, small_spec, workdir), file)
@@ -38,12 +38,12 @@ def check(name, small_spec, copied):
 @pytest.mark.proof
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.idle] * FAULTS[one].baseline) for one in NAMES])
 def test_fault(name, small_spec, copied):
-    check(name, small_spec, copied)
+    check(name, small_spec, copied, *FAULTS[name].alone)
 
 
 @pytest.mark.parametrize("turn", range(SAMPLE))
 def test_a_random_fault(turn, small_spec, copied):
-    """A sample for every plain run of the tests; its name stands in the failure, so that it can be repeated."""
+    """A sample for every plain run of the tests, in runs of all gates; the failure says its name."""
     check(random.Random(SEED).sample(SAMPLED, SAMPLE)[turn], small_spec, copied)
 
 
