@@ -147,18 +147,17 @@ def read(file: Path) -> Any:
 
     Damaged files raise exceptions of any class.
     """
-    with zipfile.ZipFile(file) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        folder = name[: -len("data.pkl")]
-        order = f"{folder}byteorder"
-        if order in archive.namelist() and _record(archive, order) == b"big":
-            raise pickle.UnpicklingError("written by a big-endian machine")
-        head = io.BytesIO(_record(archive, name))
+    archive = zipfile.ZipFile(file)  # closed with the last tensor that may be read from it
+    name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+    folder = name[: -len("data.pkl")]
+    order = f"{folder}byteorder"
+    if order in archive.namelist() and _record(archive, order) == b"big":
+        raise pickle.UnpicklingError("written by a big-endian machine")
+    head = io.BytesIO(_record(archive, name))
 
     @lru_cache(maxsize=1)  # neighbouring tensors may share a storage
     def content(key: str) -> bytearray:
-        with zipfile.ZipFile(file) as archive:
-            return _record(archive, f"{folder}data/{key}")
+        return _record(archive, f"{folder}data/{key}")
 
     def stored(pid: Any) -> _Storage:
         _, kind, key, *_ = pid

@@ -87,6 +87,8 @@ def _imports(name: str, source: bytes) -> Tuple[str, ...]:
 def _imported(tree: ast.AST, package: str) -> Iterator[str]:
     """Modules of the package that are imported anywhere under a node."""
     for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.expr):  # most nodes, and no import is in one
+            continue
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.Import):
