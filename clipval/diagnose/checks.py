@@ -14,6 +14,7 @@ from clipval.diagnose.pairs import distance
 from clipval.results import number
 
 ALIKE = 0.98  # cosine above which two embeddings count as the same sample's
+NEARER = 0.1  # a moved sample is nearer to its true place than that share of its distance from its own
 ALIKE_VALUES = 0.05  # relative distance up to which an output is the embedding, with the noise of any precision
 SAME_WEIGHTS = 2e-2  # relative distance up to which weights count as the same, rounded or edited
 
@@ -90,7 +91,9 @@ def embeddings(ids: Sequence[str], reference: np.ndarray, candidate: np.ndarray)
 def _order(ids: Sequence[str], near: np.ndarray) -> List[str]:
     """Samples that have another sample's embedding."""
     own, best = np.diag(near), near.argmax(axis=1)
-    moved = [n for n in range(len(ids)) if best[n] != n and near[n, best[n]] > max(ALIKE, own[n] + 1e-3)]
+    # captions of one image are so alike that an error may bring one nearer to another
+    far, least = 1 - own, 1 - near.max(axis=1)
+    moved = [n for n in range(len(ids)) if least[n] < min(1 - ALIKE, far[n] - 1e-3, NEARER * far[n])]
     if not moved:
         return []
     n = moved[0]

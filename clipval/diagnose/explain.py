@@ -50,7 +50,7 @@ def weights(
             unlike += found[0] if found[1] else []
     normed = any(graph.nodes[number].op == "BatchNormalization" for number in region)
     adding = [tap for tap in taps if normed or "batch_norm" not in tap.op]  # else it is folded into a layer
-    return said + _lacking(seen, adding, recorded, said), unlike
+    return said + _lacking(graph, seen, adding, recorded, said), unlike
 
 
 def held(graph: Graph, parameters: Mapping[str, np.ndarray], region: Sequence[int]) -> bool:
@@ -148,42 +148,48 @@ def _how(values: np.ndarray, truth: np.ndarray) -> str:
     return f": its length is {ratio:.3g} of PyTorch's" if abs(ratio - 1) > 0.02 else ""
 
 
-def _lacking(seen: Iterable[str], taps: Sequence[Tap], recorded: Recorded, said: Sequence[str]) -> List[str]:
-    """Biases of which no constant in the region is a copy: of modules whose result is among the taps, and of layers
-    whose weights are in the region."""
+def _lacking(
+    graph: Graph, seen: Iterable[str], taps: Sequence[Tap], recorded: Recorded, said: Sequence[str]
+) -> List[str]:
+    """Biases that the graph lacks: of modules whose result is among the taps, and of layers whose weights are in the
+    region. One that a node after the region adds is not missing."""
     lacking, held = [], set(seen)
     ended = [tap.module for tap in taps if tap.module in tap.ends]
     for path in dict.fromkeys([*ended, *(tap.module for tap in taps)]):
         for name, value in recorded.parameters(path).items():
             own = path in ended and name[len(path) + 1 :] in ("bias", "out_proj.bias")
             layer = name.endswith(".bias") and f"{name[:-4]}weight" in held and "norm" not in name
-            if (own or layer) and name not in held and value.any():
+            if (own or layer) and name not in held and value.any() and not _is_used(graph, value):
                 lacking.append(f"{name} is missing" if not said else f"{name} is missing too")
-    return lacking
+    return list(dict.fromkeys(lacking))
 
 
-def constants(graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded) -> List[str]:
-    """Check epsilon, the variant of GELU, the softmax's axis."""
+def _is_used(graph: Graph, value: np.ndarray) -> bool:
+    used = [name for name, one in graph.weights.items() if name in graph.consumers and np.prod(one.dims) == value.size]
+    held = [one for one in map(graph.constant, used) if one is not None]
+    return any(np.array_equal(one.ravel(), value.ravel()) for one in held)
+
+
+def constants(graph: Graph, region: Sequence[int], taps: Sequence[Tap], recorded: Recorded) -> List[Tuple[str, str]]:
+    """Check epsilon, the variant of GELU, the softmax's axis: what differs, with its module."""
     nodes = [graph.nodes[number] for number in region]
     ops = {node.op for node in nodes}
-    said = []
+    said: List[Tuple[str, str]] = []
     for tap in taps:
+        found: List[str] = []
         if "layer_norm" in tap.op or "batch_norm" in tap.op:
-            said += _epsilon(graph, nodes, recorded.setting(tap.module, "eps"))
+            found += _epsilon(graph, nodes, recorded.setting(tap.module, "eps"))
         if tap.op == "gelu":
             exact = recorded.setting(tap.module, "approximate") in (None, "none")
             form = "x sigmoid(1.702 x)" if "Sigmoid" in ops else "tanh" if "Tanh" in ops else "erf"
             form = {"tanh": "tanh"}.get(_gelu(nodes), form)
             if (form == "erf") != exact:
-                said.append(f"the graph has the {form} form of GELU, PyTorch the {'erf' if exact else 'tanh'} form")
+                found.append(f"the graph has the {form} form of GELU, PyTorch the {'erf' if exact else 'tanh'} form")
         if "softmax" in tap.op:
             axes = [node.attributes.get("axis", -1) for node in nodes if node.op == "Softmax"]
-            rank = tap.truth.ndim
-            said += [
-                f"its softmax is over axis {axis}, PyTorch's over the last"
-                for axis in axes
-                if axis not in (-1, rank - 1)
-            ]
+            wrong = [axis for axis in axes if axis not in (-1, tap.truth.ndim - 1)]
+            found += [f"its softmax is over axis {axis}, PyTorch's over the last" for axis in wrong]
+        said += [(tap.module, one) for one in found]
     return said
 
 

@@ -79,7 +79,8 @@ class Ladder:
 
 def seen(rungs: Dict[int, Rung], recorded: taps.Recorded, number: int) -> bool:
     """Whether later taps show part of its error; else the graph lacks it, and the wrong tensor was chosen."""
-    own = rungs[number].error or 0.0
+    own, fixed = rungs[number].error or 0.0, recorded.taps[number].fixed
+    overflowed = not np.isfinite(own)  # where all is NaN, nothing confirms a weight that is only off
     near: Dict[int, float] = {number: PASSED_ON * own}
     known: List[bool] = []
     while near and not known:
@@ -90,7 +91,7 @@ def seen(rungs: Dict[int, Rung], recorded: taps.Recorded, number: int) -> bool:
             if shares and error is None:  # not compared: what is computed from it counts
                 after[n] = max(shares)
             elif shares and error is not None:
-                known.append(error > max(shares) or not np.isfinite(error))
+                known.append(error > max(shares) if np.isfinite(error) else overflowed or not fixed)
         near = after
     return not known or any(known)
 
@@ -119,6 +120,9 @@ def climb(encoder: Any, candidate: graph.Graph, rows: np.ndarray, reference: Opt
     found = pairs.pair(candidate, one.taps, tensors)
     noise = noise_of(one, twin, candidate.precision)
     chosen = choose(candidate, found, [EXCESS * one for one in noise], one)
+    end = candidate.outputs[0]
+    if len(candidate.outputs) == 1 and end in candidate.producer:
+        chosen.setdefault(one.output, end)  # whatever its values: of NaN no value is close
     if len(rows) > PAIRED and not candidate.batch:
         more = taps.record(encoder, rows)
         if [tap.op for tap in more.taps] == [tap.op for tap in one.taps]:
@@ -288,7 +292,7 @@ def judge(ladder: Ladder, candidate: str) -> Finding:
         candidate=candidate,
         sentence=sentence,
         module=part.module,
-        node=rung.node,
+        node=part.graph_node,
         causes=causes,
         advice=tuple(part.advice(causes)),
         ladder=rungs,

@@ -33,6 +33,17 @@ class Part:
         self.tensor = ladder.rungs[self.numbers[-1]].tensor
         self.known = [n for n in ladder.rungs if ladder.rungs[n].good]
         self.region = ladder.graph.between(self.tensor, good)
+        if ladder.rungs[self.numbers[-1]].error == float("inf"):
+            self.tensor, self.taps = self._first_broken(), self.taps[:1]
+            self.region = ladder.graph.between(self.tensor, good)
+
+    def _first_broken(self) -> str:
+        """The first tensor of the region with NaN or Inf; -Inf, as in masks, does not count."""
+        graph, made = self.ladder.graph, {name for n in self.region for name in self.ladder.graph.nodes[n].outputs}
+        for name, values in evaluate.tensors(graph, self.ladder.recorded.rows):
+            if name in made and values.dtype.kind == "f" and (np.isnan(values) | np.isposinf(values)).any():
+                return name
+        return self.tensor
 
     @classmethod
     def of(cls, ladder: Ladder, first: int) -> Part:
@@ -52,6 +63,11 @@ class Part:
         return cls(ladder, sorted(found))
 
     @property
+    def graph_node(self) -> str:
+        """Name of the node that computes the bad tensor; of a weight the first that takes it."""
+        return self.ladder.graph.around(self.tensor).name
+
+    @property
     def blamed(self) -> Tap:
         """The first result without a counterpart, else the bad one."""
         return self.taps[0]
@@ -69,7 +85,13 @@ class Part:
                 lambda level: len(set(level)) == 1, zip(*(p.split(".") for p in self.left_out))
             )
             return ".".join(level[0] for level in levels)
+        if self._constants:
+            return self._constants[0][0]
         return self.blamed.module
+
+    @cached_property
+    def _constants(self) -> List[Tuple[str, str]]:
+        return explain.constants(self.ladder.graph, self.region, self.taps, self.ladder.recorded)
 
     @cached_property
     def folded(self) -> folded.Folded:
@@ -157,9 +179,9 @@ class Part:
             return [
                 f"{self.tensor} was computed beforehand from weights of {self.module}, one of which is not PyTorch's"
             ]
-        said = explain.constants(graph, self.region, self.taps, recorded)
+        said = [one for _, one in self._constants]
         said += self._weights[0]
-        said += explain.missing(self.ladder, self.numbers, self.region)
+        said += explain.missing(self.ladder, self.numbers[: len(self.taps)], self.region)
         said += explain.casts(graph, self.region, {self.ladder.tensors[n]: recorded.taps[n].name for n in self.known})
         known: Dict[int, Tap] = {n: recorded.taps[n] for n in self.known}
         return said + explain.values(np.asarray(self.values(), np.float32), self.ladder, self.numbers[-1], known)
@@ -168,7 +190,7 @@ class Part:
         """What to do about it."""
         text = " ".join(causes)
         if "65504" in text or "NaN" in text:
-            return [f"keep these operators in fp32 (--keep-dtype with {self.ladder.rungs[self.numbers[-1]].node})"]
+            return [f"keep these operators in fp32 (--keep-dtype with {self.graph_node})"]
         if "fp16" in self.precision or "bf16" in self.precision:
             return ["export or convert this operator in fp32", "another --precision-mode"]
         if "differs from" in text or "folded into" in text or "is nowhere" in text or "transposed" in text:
