@@ -100,7 +100,7 @@ def ports(path: Path, tower: Tower, inputs: Sequence[Any], outputs: Sequence[Any
             f"ONNX {path}: takes {_listed(inputs)} and gives {_listed(outputs)}; {_instead(tower, inputs, outputs)}. "
             f"The {tower.name} tower {wanted} and gives float [batch, {tower.width}]"
         )
-    known = (tower.output_name, *EMBEDDINGS[tower.name])
+    known = (tower.output_name, *EMBEDDINGS.get(tower.name, ()))
     named = sorted((one.name for one in wide if one.name in known), key=known.index)
     first = fits[0].shape[0]
     batch = first if isinstance(first, int) else None
