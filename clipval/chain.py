@@ -20,7 +20,7 @@ from clipval.backends import REFERENCE, Backend, Encoder, Identity, Opening, bas
 from clipval.backends.pool import ColdStart, Pool
 from clipval.datasets import RetrievalDataset
 from clipval.embeddings import Embeddings, Golden, Made, align, embed, read_golden
-from clipval.errors import BackendUnavailable
+from clipval.errors import BackendUnavailable, UsageError
 from clipval.options import Settings
 from clipval.retrieval import IMAGE, Retrieval, evaluate, retrieved
 from clipval.shards import files
@@ -97,8 +97,16 @@ class Chain:
 
         Raises:
             InputError: one is not an ONNX file of its tower.
+            UsageError: it takes batches of one size, and another one was asked for.
         """
         if backends.kind(name).takes_onnx and self.settings.onnx_prefix is not None:
+            taken = self.pool.sizes(name)
+            other = sorted(set(self.batch_sizes) - set(taken)) if taken else []
+            if other:
+                raise UsageError(
+                    f"--batch-sizes: {self.settings.onnx_prefix} was exported for batches of {taken[0]}, not of "
+                    f"{', '.join(map(str, other))}; leave the option out"
+                )
             with suppress(BackendUnavailable):  # raised again at the first gate of the backend
                 for tower in self.towers.values():
                     self.backend(name, tower, self.accuracy_batch)

@@ -220,11 +220,12 @@ def refuse_values(file: Path, state: Dict[str, Any], wanted: Dict[str, Any]) -> 
 
 def _refuse_other_libraries(file: Path, state: Dict[str, Any]) -> None:
     if any(name.startswith(("text_model.encoder.", "vision_model.encoder.")) for name in state):
+        kind = "SiglipModel" if "logit_bias" in state else "CLIPModel"
+        convert = ", or convert it as docs/weights.md shows" if kind == "CLIPModel" else ""
         raise _refused(
             file,
-            "a checkpoint of transformers' CLIPModel, whose names and layout are not open_clip's",
-            "Take open_clip_model.safetensors or open_clip_pytorch_model.bin of the same repository, or convert it as "
-            "docs/weights.md shows",
+            f"a checkpoint of transformers' {kind}, whose names and layout are not open_clip's",
+            f"Take open_clip_model.safetensors or open_clip_pytorch_model.bin of the same model{convert}",
         )
     if "patch_embed.proj.weight" in state and not any(name.startswith(("visual.", "text")) for name in state):
         raise _refused(file, "timm's vision tower alone, without a text tower", "Give the weights of both towers")

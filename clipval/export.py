@@ -297,7 +297,10 @@ def tower_of(file: Path) -> Tower:
     name, _, shape = _describe(model.graph.input[0])
     tower = next((tower for tower in (VISION, TEXT) if tower.input_name == name), None)
     if tower is None:
-        raise InputError(f"ONNX {file}: input is {name!r}, expected {VISION.input_name!r} or {TEXT.input_name!r}")
+        raise InputError(
+            f"ONNX {file}: input is {name!r}, expected {VISION.input_name!r} or {TEXT.input_name!r}; "
+            "validate files of other exporters with --onnx-prefix or compare"
+        )
     # torch's normalize expands by a shape of its own, whose values must be followed; newer onnx does so unasked
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     widths = [_width(found.graph, tower) for found in (model, inferred)]

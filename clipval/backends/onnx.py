@@ -210,7 +210,8 @@ class OnnxBackend(Backend):
         if inputs != wanted_in or sum(named) != 1:
             raise InputError(
                 f"ONNX {self._file}: has inputs {inputs} and outputs {outputs}, the {self.tower.name} tower needs "
-                f"{wanted_in} and {[wanted_out]}. Export it again with clipval export"
+                f"{wanted_in} and {[wanted_out]}. Export it again with clipval export; files of other exporters are "
+                "validated with --onnx-prefix or compare"
             )
         if len(outputs) > 1:
             self.notes = (EXTRA.format("ONNX"),)

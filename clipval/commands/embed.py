@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Union
 
-import numpy as np
-
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, given_data, say_notes, tower_of_onnx
 from clipval.errors import InputError, UsageError
@@ -129,7 +127,8 @@ def _tower_of_input(folder: Path) -> str:
     first = next(iter(sorted(folder.glob("*.npy"))), None)
     if first is None:
         raise InputError(f"--input {folder}: no .npy files; give the images or texts folder written by preprocess")
-    return "text" if arrays.load(first).dtype == np.int64 else "vision"
+    one = arrays.load(first)
+    return "text" if one.dtype.kind in "iu" and one.ndim <= 2 else "vision"
 
 
 def _tower_of_model(file: Optional[Path]) -> str:

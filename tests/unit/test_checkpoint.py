@@ -285,6 +285,8 @@ def test_transformers_weights_are_named_and_convert_as_documented(state, tmp_pat
     made = transformers_state(state)
     with pytest.raises(InputError, match="of transformers' CLIPModel.*open_clip_model.safetensors.*docs/weights.md"):
         checkpoint.read(save(tmp_path / "pytorch_model.bin", made))
+    with pytest.raises(InputError, match="of transformers' SiglipModel.*of the same model$"):
+        checkpoint.read(save(tmp_path / "siglip.bin", {**made, "logit_bias": state["logit_scale"]}))
     names = {}
     exec(documented("def convert"), names)
     same(names["convert"](made), state)

@@ -9,7 +9,7 @@ from clipval import export, promise
 from clipval.backends import given
 from clipval.backends.onnx import OnnxBackend
 from clipval.chain import Chain
-from clipval.errors import InputError
+from clipval.errors import InputError, UsageError
 from clipval.options import Settings
 from clipval.towers import TEXT, VISION
 
@@ -253,3 +253,11 @@ def test_a_wrong_file_is_one_error_before_the_first_gate(exported, tmp_path):
     with pytest.raises(InputError, match="the two files may be swapped"):
         promise.check_inputs(chain, ["parity/onnx/text"], alone=False)
     promise.check_inputs(chain, [], alone=False)
+
+
+def test_another_batch_size_than_the_files_is_refused(exported, tmp_path):
+    for tower in (VISION, TEXT):
+        changed(exported, tmp_path, one_batch, tower)
+    chain = Chain(Settings(workdir=tmp_path / "work", onnx_prefix=tmp_path / "their", batch_sizes=(4, 8)))
+    with pytest.raises(UsageError, match=r"their was exported for batches of 4, not of 8; leave the option out"):
+        chain.open_given("onnx")
