@@ -20,8 +20,8 @@ pytestmark = pytest.mark.proof
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    return Chain(options.Settings(workdir=tmp_path_factory.mktemp("work")))
+def chain(small_spec, clean):
+    return Chain(options.Settings(spec=str(small_spec), workdir=clean))
 
 
 @pytest.mark.parametrize("name", in_blocks.names())

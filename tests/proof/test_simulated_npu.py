@@ -15,14 +15,15 @@ pytestmark = pytest.mark.proof
 
 
 @pytest.fixture
-def run(small_spec, tmp_path):
+def run(small_spec, copied):
     """Run the suite on the simulated host; its exit code and output.
 
-    Simulated faults sit in the OM files, which their keys know nothing of, so each run has its own work directory.
+    Simulated faults sit in the OM files, which their keys know nothing of, so each test compiles its own.
     """
+    workdir = copied()
 
     def run(*arguments, **switches):
-        ended = small.run(small_spec, tmp_path / "work", *arguments, **simulated(**switches))
+        ended = small.run(small_spec, workdir, *arguments, **simulated(**switches))
         return ended.code, ended.output
 
     return run
@@ -90,10 +91,10 @@ def test_faults_are_red_and_named(run, fault, words):
     assert words in output
 
 
-def test_both_runtimes_give_the_same_figures(small_spec, tmp_path):
-    found = {}
+def test_both_runtimes_give_the_same_figures(small_spec, copied):
+    found, workdir = {}, copied()
     for runtime in ("aclruntime", "pyacl"):
-        ended = small.run(small_spec, tmp_path / "work", *NPU, "--om-runtime", runtime, **simulated())
+        ended = small.run(small_spec, workdir, *NPU, "--om-runtime", runtime, **simulated())
         assert ended.code == 0, ended.output[-3000:]
         assert all(runtime in one.made_by.version.lower() for one in ended.figures if one.gate.startswith("parity/om"))
         found[runtime] = {(one.gate, one.metric): one.measured for one in ended.figures}
@@ -113,10 +114,10 @@ def test_the_recipes_own_om_files_are_taken_as_they_are(tmp_path, run):
     assert code == 0, output[-3000:]
 
 
-def test_a_device_that_does_not_come_back_ends_the_run(small_spec, tmp_path):
+def test_a_device_that_does_not_come_back_ends_the_run(small_spec, copied, tmp_path):
     faults, junit = simulated(fault="device_hangs"), tmp_path / "out" / "junit.xml"
     files = ["--report", str(junit.parent), "--junitxml", str(junit)]
-    ended = small.run(small_spec, tmp_path / "work", *NPU, "--device-timeout", "2", *files, **faults)
+    ended = small.run(small_spec, copied(), *NPU, "--device-timeout", "2", *files, **faults)
     assert ended.code == 1, ended.output[-3000:]
     found = report.load(junit.parent / "report.json")
     assert [len(found.figures), found.verdict] == [len(ended.figures), "fail"]

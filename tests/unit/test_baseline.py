@@ -56,11 +56,13 @@ def test_equal_sessions_raise_no_alarm_in_20_tries():
         assert "regressed" not in statuses(made(rng), session(rng)).values()
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("noise", [0.01, 0.015, 0.03])
 def test_false_alarms_are_as_rare_as_said(noise):
     assert rate(np.random.default_rng(1), 40, noise=noise) <= 3 / 960  # at most 0.3 are expected
 
 
+@pytest.mark.proof
 def test_rows_that_scatter_differently_do_not_share_one_noise():
     """Every sixth row is four times as noisy as the others; one noise for all gives 0.03 false alarms in those."""
     noise = np.where(np.arange(len(NAMES)) % 6 == 0, 0.03, 0.008)
@@ -87,6 +89,7 @@ def test_a_slowdown_of_ten_percent_is_caught_in_20_of_20(noise, sessions):
         assert statuses(made(rng, sessions, noise), session(rng, noise, [slow]))[slow] == "regressed"
 
 
+@pytest.mark.proof
 def test_how_often_a_slowdown_is_caught():
     rng = np.random.default_rng(5)
     assert rate(rng, 30, noise=0.015, sessions=5, slow=NAMES) >= 0.985

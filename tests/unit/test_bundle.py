@@ -49,7 +49,14 @@ def by_plain_onnxruntime(folder):
     return session.run(None, given)[0]
 
 
-@pytest.mark.parametrize("fault", ["weights_of_one_block", "residual_left_out", "position_embedding_shifted"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "weights_of_one_block",
+        pytest.param("residual_left_out", marks=pytest.mark.proof),
+        pytest.param("position_embedding_shifted", marks=pytest.mark.proof),
+    ],
+)
 def test_a_bundle_is_small_and_shows_the_fault_again(chain, fault, tmp_path, capsys):
     file, found = planted(chain, fault, tmp_path)
     folder = tmp_path / "sent"
@@ -84,6 +91,7 @@ def repair(chain, found, file, fault):
     onnx.save(held, str(file))
 
 
+@pytest.mark.proof
 def test_a_pooled_position_is_a_constant_of_the_part(chain, tmp_path):
     """Behind the pooling of the text tower tokens and activations meet; the table of tokens need not be sent."""
     tower = chain.towers["text"]
@@ -128,6 +136,7 @@ def test_rows_of_tokens_that_the_sample_does_not_use_are_not_sent(wrong_tokens, 
     assert bundle.Bundle(folder).start.tolist() == said.start.tolist()
 
 
+@pytest.mark.proof
 def test_ids_that_are_read_as_numbers_stay(wrong_tokens, tmp_path):
     found, rows = wrong_tokens
     whole = found.material.graph
@@ -143,7 +152,9 @@ def test_ids_that_are_read_as_numbers_stay(wrong_tokens, tmp_path):
     assert cut.without_unused_rows(made, start) == (made, start)
 
 
-@pytest.mark.parametrize("at", ["resblocks.0/mlp/c_proj/MatMul", "resblocks.2/attn/Softmax"])
+@pytest.mark.parametrize(
+    "at", ["resblocks.0/mlp/c_proj/MatMul", pytest.param("resblocks.2/attn/Softmax", marks=pytest.mark.proof)]
+)
 def test_a_fault_of_the_runtime_is_cut_out_from_both_ends(chain, at, tmp_path):
     tower = chain.towers["vision"]
     whole = graph.load(chain.onnx(tower))

@@ -76,7 +76,7 @@ def test_an_error_that_does_not_reach_the_embedding_is_found(chain, tmp_path):
     assert "it does not reach the embedding (" in found.sentence
 
 
-@pytest.mark.parametrize("fault", ["mask_missing", "residual_left_out"])
+@pytest.mark.parametrize("fault", ["mask_missing", pytest.param("residual_left_out", marks=pytest.mark.proof)])
 def test_a_graph_without_names_says_the_node_and_its_neighbours(chain, files, fault, tmp_path):
     planted = in_blocks.PLANTED[fault]
     changed = onnx.load(str(files[planted.tower]))
@@ -92,6 +92,7 @@ def test_a_graph_without_names_says_the_node_and_its_neighbours(chain, files, fa
     assert "before " in said.sentence
 
 
+@pytest.mark.proof
 def test_the_half_precision_file_of_somebody_else_has_no_excess(chain, files, tmp_path):
     file = tmp_path / "half.onnx"
     onnx.save(halved(onnx.load(str(files["text"]))), str(file))

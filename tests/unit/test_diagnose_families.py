@@ -119,14 +119,23 @@ def noisy(values):
     ("change", "module", "words"),
     [
         (edited(f"{POOL}.query", noisy), POOL, "differs from visual.attn_pool.query by"),
-        (
-            edited(f"{POOL}.attn.k_proj_weight", noisy),
-            f"{POOL}.attn",
-            "differs from visual.attn_pool.attn.k_proj_weight",
+        *(
+            pytest.param(*more, marks=pytest.mark.proof)
+            for more in [
+                (
+                    edited(f"{POOL}.attn.k_proj_weight", noisy),
+                    f"{POOL}.attn",
+                    "differs from visual.attn_pool.attn.k_proj_weight",
+                ),
+                (sharper, f"{POOL}.attn", "its argument is PyTorch's times 1.2"),
+                (
+                    without(f"{POOL}.attn.out_proj.bias"),
+                    f"{POOL}.attn",
+                    "visual.attn_pool.attn.out_proj.bias is missing",
+                ),
+                (without_branch, "visual.transformer.resblocks.0", "resblocks.0.mlp is in the graph"),
+            ]
         ),
-        (sharper, f"{POOL}.attn", "its argument is PyTorch's times 1.2"),
-        (without(f"{POOL}.attn.out_proj.bias"), f"{POOL}.attn", "visual.attn_pool.attn.out_proj.bias is missing"),
-        (without_branch, "visual.transformer.resblocks.0", "resblocks.0.mlp is in the graph"),
     ],
 )
 def test_a_fault_in_a_tower_with_an_attention_pool_is_located(coca, change, module, words, tmp_path):
@@ -140,12 +149,18 @@ def test_a_fault_in_a_tower_with_an_attention_pool_is_located(coca, change, modu
     ("change", "module", "words"),
     [
         (edited(f"{STAGE}.gamma", lambda values: 1.3 * values), STAGE, "its length is 1.3 of PyTorch's"),
-        (
+        pytest.param(
             edited(f"{STAGE}.conv_dw.weight", lambda values: values[..., ::-1, ::-1]),
             f"{STAGE}.conv_dw",
             "the same values in another order",
+            marks=pytest.mark.proof,
         ),
-        (without(f"{STAGE}.mlp.fc2.bias"), f"{STAGE}.mlp.fc2", "mlp.fc2.bias is missing"),
+        pytest.param(
+            without(f"{STAGE}.mlp.fc2.bias"),
+            f"{STAGE}.mlp.fc2",
+            "mlp.fc2.bias is missing",
+            marks=pytest.mark.proof,
+        ),
     ],
 )
 def test_a_fault_in_a_convolutional_tower_is_located(convnext, change, module, words, tmp_path):
@@ -159,6 +174,7 @@ def test_names_in_a_sequential_are_the_modules(convnext):
     assert {f"{STAGE}.mlp.fc1", f"{STAGE}.conv_dw", "visual.trunk.stages.1.downsample.1"} <= modules
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", ["coca", "convnext"])
 def test_a_graph_after_an_optimiser(name, request, tmp_path):
     """A clean one has no excess; a norm's epsilon is found where sums are fused and the error does not arrive."""
@@ -180,6 +196,7 @@ def test_a_graph_after_an_optimiser(name, request, tmp_path):
         assert not fault or (found.module == norm and "its epsilon is" in found.sentence), found.sentence
 
 
+@pytest.mark.proof
 def test_a_factor_that_an_optimiser_folded_into_a_layer_is_told_from_its_weights(convnext, tmp_path):
     import onnxruntime
 

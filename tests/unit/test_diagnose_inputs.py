@@ -94,10 +94,14 @@ def stale(model):
     ("change", "words"),
     [
         (not_normalised, "the embeddings are not normalised"),
-        (in_another_order, "samples are in another order"),
-        (mixed_with_its_batch, "depends on its batch: at another place"),
-        (outputs_swapped, "outputs are swapped: inner is PyTorch's embedding, but image_embed is taken"),
-        (of_another_checkpoint, "the file holds other weights"),
+        pytest.param(in_another_order, "samples are in another order", marks=pytest.mark.proof),
+        pytest.param(mixed_with_its_batch, "depends on its batch: at another place", marks=pytest.mark.proof),
+        pytest.param(
+            outputs_swapped,
+            "outputs are swapped: inner is PyTorch's embedding, but image_embed is taken",
+            marks=pytest.mark.proof,
+        ),
+        pytest.param(of_another_checkpoint, "the file holds other weights", marks=pytest.mark.proof),
         (stale, "a stale or different file"),
     ],
 )
@@ -135,7 +139,11 @@ def narrow_tokens(model):
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("vision", second_output), ("vision", fixed_batch_and_other_names), ("text", narrow_tokens)],
+    [
+        ("vision", second_output),
+        pytest.param("vision", fixed_batch_and_other_names, marks=pytest.mark.proof),
+        pytest.param("text", narrow_tokens, marks=pytest.mark.proof),
+    ],
 )
 def test_a_good_file_of_somebody_else_has_no_excess(chain, name, change, tmp_path):
     file = changed(chain, name, change, tmp_path)

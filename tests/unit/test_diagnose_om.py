@@ -41,7 +41,7 @@ def faulty(chain, fault, folder):
     return made, tower, drawn.rows(tower, 2)
 
 
-@pytest.mark.parametrize("fault", ["mask_missing", "one_layer_quantised"])
+@pytest.mark.parametrize("fault", ["mask_missing", pytest.param("one_layer_quantised", marks=pytest.mark.proof)])
 def test_three_dumps_narrow_a_fault_down_to_its_operator(made, fault, tmp_path):
     file, tower, rows = faulty(made, fault, tmp_path)
     whole = graph.load(made.onnx(tower))
@@ -58,6 +58,7 @@ def test_three_dumps_narrow_a_fault_down_to_its_operator(made, fault, tmp_path):
     assert (len(last.operators) > 60) == drowned
 
 
+@pytest.mark.proof
 def test_a_dump_is_analysed_without_cann(made, tmp_path, capsys, monkeypatch):
     file, tower, rows = faulty(made, "bias_dropped", tmp_path)
     dumping.dump(file, rows, 0, tmp_path / "dump")
@@ -80,6 +81,7 @@ def test_a_dump_is_analysed_without_cann(made, tmp_path, capsys, monkeypatch):
     assert "give --onnx FILE" in capsys.readouterr().err
 
 
+@pytest.mark.proof
 def test_pyacl_dumps_what_aclruntime_dumps(made, tmp_path):
     file, tower, rows = faulty(made, "mask_missing", tmp_path)
     found = {}
