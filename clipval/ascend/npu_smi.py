@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple
 
 from clipval.ascend.npu_tables import (
@@ -149,7 +150,7 @@ def _logic_ids(chips: List[Chip]) -> List[int]:
     950 has neither column; cards are in the order of their ids, which is ACL's order according to the driver's source.
     """
     try:
-        mapping = parse_mapping(_run("info", "-m"))
+        mapping = _mapping(str(shutil.which("npu-smi")), tuple((chip.npu_id, chip.chip_id) for chip in chips))
     except ToolFailed:
         mapping = {}
     if mapping:
@@ -161,6 +162,16 @@ def _logic_ids(chips: List[Chip]) -> List[int]:
             )
         return [mapping[chip.npu_id, chip.chip_id] for chip in chips]
     return [order if chip.device is None else chip.device for order, chip in enumerate(chips)]
+
+
+@lru_cache(maxsize=None)
+def _mapping(program: str, chips: Tuple[Tuple[int, int], ...]) -> Dict[Tuple[int, int], int]:
+    """Logic ids by NPU id and chip id. They stay while the driver is loaded, and a run looks at its NPU 40 times.
+
+    Args:
+        program: path of npu-smi; chips: the ids that `npu-smi info` lists.
+    """
+    return parse_mapping(_run("info", "-m"))
 
 
 def npu(device_id: int) -> Npu:

@@ -36,6 +36,7 @@ def simulated(**switches):
 
 BOTH = ("-m", "accuracy or perf", "--backends", "pytorch,onnx,om")
 NPU = ("-m", "accuracy", "--backends", "om", "--allow-simulated")
+SOME = (*NPU, "--gate=values,distinct,parity")  # what a host's fault keeps from any gate, or spoils in one of these
 
 
 @pytest.mark.idle
@@ -86,7 +87,7 @@ def test_other_chips_and_generations_are_green(run, chip, generation):
     ],
 )
 def test_faults_are_red_and_named(run, fault, words):
-    code, output = run(*NPU, fault=fault)
+    code, output = run(*SOME, fault=fault)
     assert code == 1, output[-3000:]
     assert words in output
 
