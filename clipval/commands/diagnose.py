@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +82,7 @@ def _diagnose(args: argparse.Namespace) -> int:
     """
     from clipval.diagnose import finding, parts
 
+    _check_outputs(args)
     if args.replay:
         return _replay(args)
     if args.precision_modes:
@@ -96,6 +98,21 @@ def _diagnose(args: argparse.Namespace) -> int:
     if args.try_keep_dtype and found.found:
         print(_try_keep(args, found))
     return int(found.found)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """What cannot be written is said before minutes of work.
+
+    Raises:
+        UsageError: see there.
+    """
+    for name, file in (("--json", args.json), ("--try-keep-dtype", args.try_keep_dtype)):
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise UsageError(f"diagnose {name} {file}: cannot be written; give a file in a folder that exists")
+    if args.try_keep_dtype is not None and not backends.kind(_backend(args)).dumped:
+        raise UsageError("diagnose --try-keep-dtype: only an OM is compiled by atc; give --backend om")
+    if args.bundle is not None and args.bundle.exists() and (args.bundle.is_file() or any(args.bundle.iterdir())):
+        raise UsageError(f"diagnose --bundle {args.bundle}: not empty; give a new folder")
 
 
 def _modes(args: argparse.Namespace) -> int:

@@ -28,9 +28,16 @@ WORKED = 1e-4  # largest difference between a runtime's embedding and the node-b
 
 
 def samples(chain: Chain, tower: Tower, named: Sequence[str] = (), count: int = SAMPLES) -> np.ndarray:
-    """Indices of the samples to use: the named ones first, then others spread over the data set."""
+    """Indices of the samples to use: the named ones first, then others spread over the data set.
+
+    Raises:
+        UsageError: a named one is not in it.
+    """
     ids = chain.prepared.rows[tower.name].ids
-    chosen = [*(ids.index(name) for name in named if name in ids), *spread(len(ids), count).tolist()]
+    unknown = sorted(set(named) - set(ids))
+    if unknown:
+        raise UsageError(f"diagnose --sample {unknown[0]}: the {tower.name} data has no such id; its first is {ids[0]}")
+    chosen = [*(ids.index(name) for name in named), *spread(len(ids), count).tolist()]
     return np.array(list(dict.fromkeys(chosen))[: max(count, 1)])
 
 
@@ -82,18 +89,18 @@ def onnx(
         ids, fed = [rows.ids[n] for n in picked], np.ascontiguousarray(rows[picked])
     name = f"{backend} {tower.name} ({candidate.file.name}, {candidate.precision})"
     encoder = chain.encoder(tower).module
+    found, bound = _run(chain, backend, tower, candidate.file, fed)  # first: it says if this is no file of the tower
     said = inputs_differ(chain, tower, picked, fed)
     climbed = ladder.climb(encoder, candidate, fed, graph.load(own) if candidate.precision != "fp32" else None)
     said += checks.file(
         candidate, read_metadata(candidate.file), _wanted(chain, tower, file), climbed.recorded.parameters("")
     )
     reference = climbed.recorded.taps[climbed.recorded.output].truth
-    ids, fed = ids[: len(reference)], fed[: len(reference)]
+    ids, fed, found = ids[: len(reference)], fed[: len(reference)], found[: len(reference)]
     taken = tower.output_name if tower.output_name in candidate.outputs else candidate.outputs[0]
     if len(candidate.outputs) > 1:
         made = {name: one for name, one in evaluate.tensors(candidate, fed) if name in candidate.outputs}
         said += checks.swapped(made, taken, reference)
-    found, bound = _run(chain, backend, tower, candidate.file, fed)
     said += checks.embeddings(ids, reference, found)
     said += _in_other_places(chain, backend, tower, candidate.file, ids, fed, found, bound)
     finding = ladder.judge(climbed, name)

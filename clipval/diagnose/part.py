@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
 import numpy as np
 
 from clipval.diagnose import evaluate, explain, folded
+from clipval.diagnose.graph import NARROW
 from clipval.diagnose.taps import Tap
 
 if TYPE_CHECKING:
@@ -87,11 +88,27 @@ class Part:
             return ".".join(level[0] for level in levels)
         if self._constants:
             return self._constants[0][0]
+        if self._rounded:
+            return self._rounded[0]
         return self.blamed.module
 
     @cached_property
     def _constants(self) -> List[Tuple[str, str]]:
         return explain.constants(self.ladder.graph, self.region, self.taps, self.ladder.recorded)
+
+    @cached_property
+    def _rounded(self) -> List[str]:
+        """Modules whose good result the region only rounds: it is cast to 16 bits and back at once."""
+        graph, ladder = self.ladder.graph, self.ladder
+        modules = {ladder.tensors[n]: ladder.recorded.taps[n].module for n in self.known}
+        casts = [graph.nodes[n] for n in self.region if graph.nodes[n].attributes.get("to") in NARROW]
+        return [
+            modules[node.inputs[0]]
+            for node in casts
+            if graph.precision == "fp32"
+            and node.inputs[0] in modules
+            and all(graph.nodes[n].op == "Cast" for n in graph.consumers.get(node.outputs[0], ()))
+        ]
 
     @cached_property
     def folded(self) -> folded.Folded:

@@ -16,6 +16,7 @@ from clipval.chain import Chain
 from clipval.diagnose.bundle import Bundle, total, write
 from clipval.diagnose.candidate import precision_of
 from clipval.diagnose.finding import Finding
+from clipval.diagnose.twin import PRECISIONS
 from clipval.errors import UsageError
 from clipval.towers import Tower
 
@@ -74,7 +75,8 @@ def replay(chain: Chain, backend: str, folder: Path) -> Tuple[bool, str]:
     still = not error <= limit
     word = "still shows" if still else "no longer shows"
     said = f"bundle {folder}: {word} on {run.identity}: output {error:.2e} off"
-    return still, f"{said}, up to {limit:.1e} is what {run.precision} costs. It was sent for: {read.sentence}"
+    costs = run.precision if run.precision in PRECISIONS else read.precision  # see `Bundle.limit`
+    return still, f"{said}, up to {limit:.1e} is what {costs} costs. It was sent for: {read.sentence}"
 
 
 def _options(chain: Chain) -> List[str]:

@@ -220,6 +220,11 @@ def test_what_is_not_numerics_is_said(chain):
     unit = np.linalg.qr(np.random.default_rng(3).normal(size=(8, 8)))[0][:4]
     assert checks.embeddings(ids, unit, unit) == []
     assert "another order: a has the embedding of b" in checks.embeddings(ids, unit, unit[[1, 0, 2, 3]])[0]
+    near = np.tile(unit[:1], (4, 1)) + 0.05 * unit  # captions of one image, and one of them badly off
+    near /= np.linalg.norm(near, axis=1, keepdims=True)
+    off = near.copy()
+    off[3] = near[0] + 0.09 * np.eye(8)[7]
+    assert checks.embeddings(ids, near, off / np.linalg.norm(off, axis=1, keepdims=True)) == []
     assert "not normalised: their lengths are 3 to 3" in checks.embeddings(ids, unit, 3 * unit)[0]
     assert "have the same embedding" in " ".join(checks.embeddings(ids, unit, unit[[0, 1, 2, 2]]))
     assert "another output?" in checks.embeddings(ids, unit, unit[:, :4])[0]
@@ -254,7 +259,15 @@ def test_the_command_says_where_and_ends_with_one(chain, files, tmp_path, capsys
     assert [rung["name"] for rung in found["ladder"] if rung["name"] == found["first"]]
     assert cli.main(common) == 0
     assert "no excess" in capsys.readouterr().out
-    assert cli.main([*common, "--model", str(tmp_path / "none.onnx")]) == 2
+    for wrong, words in (
+        (["--model", str(tmp_path / "none.onnx")], "no such file"),
+        (["--model", str(files["vision"])], "the two files may be swapped"),
+        (["--sample", "nobody"], "the text data has no such id"),
+        (["--json", str(tmp_path / "none" / "x.json")], "cannot be written"),
+        (["--bundle", str(tmp_path)], "not empty"),
+    ):
+        assert cli.main([*common, *wrong]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_an_overflow_is_at_its_node_and_what_follows_is_on_the_ladder(chain, files, tmp_path):

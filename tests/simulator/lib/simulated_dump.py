@@ -20,7 +20,7 @@ PASSES = {"LayerNormV4": "LayerNormONNXFusionPass", "Gelu": "GeluONNXFusionPass"
 HELPERS = ("_exact", "_clamped", "_half")  # results that the simulation's own rounding has added
 KINDS = {"MatMul": "BatchMatMulV2", "Gemm": "MatMulV2", "Conv": "Conv2D", "Softmax": "SoftmaxV2", "Concat": "ConcatD"}
 ND, NZ = 2, 29
-FLOAT, HALF = 1, 2
+FLOAT, HALF, BFLOAT = 1, 2, 27
 PROTO = {  # message -> field -> (number, type, repeated); hicann runtime, dfx/adump/proto/dump_task.proto
     "Shape": {"dim": (1, "uint64", True)},
     "OriginalOp": {
@@ -154,6 +154,8 @@ class Dumper:
         self.stem = stem
         self.model = model
         self.runs = 0
+        kinds = {one.i for node in model.graph.node if node.op_type == "Cast" for one in node.attribute}
+        self.narrow = BFLOAT if 16 in kinds else HALF  # 16: onnx's BFLOAT16, which the OM rounds to
         self.switched = next(
             (one for one in self.config.get("dump_list", []) if one.get("model_name", stem) == stem), None
         )
@@ -170,6 +172,9 @@ class Dumper:
             if one.output in values:
                 self._write(root, number, one, values[one.output])
         self.runs += 1
+
+    def _type(self, one: Operator) -> int:
+        return FLOAT if wide(one) else self.narrow
 
     def _listed(self, one: Operator) -> bool:
         """`layer` takes the operator's name or an ONNX node's."""
@@ -202,9 +207,9 @@ class Dumper:
         plain = re.sub(r"[ ./\\]", "_", one.name)
         file = f"{one.kind}.{plain}.{number}.3.{stamp}"
         if self.config.get("dump_data") == "stats":
-            (root / f"{file}.csv").write_text(statistics(values, wide(one)), encoding="utf-8")
+            (root / f"{file}.csv").write_text(statistics(values, self._type(one)), encoding="utf-8")
             return
-        header, raw = tensor(one, values)
+        header, raw = tensor(one, values, self._type(one))
         whole = len(header).to_bytes(8, "little") + header + raw
         (root / file).write_bytes(whole)
         os.chmod(root / file, 0o600)
@@ -233,15 +238,13 @@ def wide(one: Operator) -> bool:
     return one.nodes[-1].op_type in simulated_rounding.ROUNDED and not one.output.endswith("_exact")
 
 
-def tensor(one: Operator, values: np.ndarray) -> Tuple[bytes, bytes]:
-    """Header and bytes of an operator's file: fp16, in FRACTAL_NZ where the matrix unit makes it."""
+def tensor(one: Operator, values: np.ndarray, kind: int) -> Tuple[bytes, bytes]:
+    """Header and bytes of an operator's file: in FRACTAL_NZ where the matrix unit makes it."""
     made = messages()
-    half = values if wide(one) else np.clip(values, -65504, 65504).astype(np.float16)
+    half = {FLOAT: np.asarray, HALF: _as_half, BFLOAT: _as_bfloat}[kind](values)
     cube = one.nodes[0].op_type in ("MatMul", "Gemm") and values.ndim >= 2
     stored = fractal(half) if cube else half
-    output = made["OpOutput"](
-        data_type=FLOAT if wide(one) else HALF, format=NZ if cube else ND, size=stored.nbytes, address=0x12C0_0000_0000
-    )
+    output = made["OpOutput"](data_type=kind, format=NZ if cube else ND, size=stored.nbytes, address=0x12C0_0000_0000)
     output.shape.dim.extend(stored.shape)
     output.original_shape.dim.extend(values.shape)
     if len(one.nodes) > 1 and one.kind == "LayerNormV4":  # passes set it; here to the first node, as some do
@@ -250,6 +253,16 @@ def tensor(one: Operator, values: np.ndarray) -> Tuple[bytes, bytes]:
     header = made["DumpData"](version="2.0", dump_time=int(time.time() * 1e6), op_name=one.name)
     header.output.append(output)
     return header.SerializeToString(), stored.tobytes()
+
+
+def _as_half(values: np.ndarray) -> np.ndarray:
+    return np.clip(values, -65504, 65504).astype(np.float16)
+
+
+def _as_bfloat(values: np.ndarray) -> np.ndarray:
+    """The upper halves of float32, rounded; numpy has no bfloat16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def fractal(values: np.ndarray) -> np.ndarray:
@@ -262,19 +275,14 @@ def fractal(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(blocks).reshape(*lead, c1, m1, 16, 16)
 
 
-def statistics(values: np.ndarray, wide: bool) -> str:
-    """The statistics file of one output, over the stored values."""
+def statistics(values: np.ndarray, kind: int) -> str:
+    """The statistics file of one output, over the stored values; a bf16 tensor's figures are empty cells."""
     finite = values[np.isfinite(values)]
-    figures = [finite.max(), finite.min(), finite.mean()] if finite.size else ["nan"] * 3
+    found = [finite.max(), finite.min(), finite.mean()] if finite.size else ["nan"] * 3
     counts = [int(np.isnan(values).sum()), int(np.isneginf(values).sum()), int(np.isposinf(values).sum())]
+    figures = [*(f"{float(one):.6g}" for one in found), values.size, *counts]
     shape = "x".join(map(str, values.shape)) or "-"
-    cells = [
-        "Output",
-        0,
-        values.size * (4 if wide else 2),
-        f"DT_FLOAT{'' if wide else 16}",
-        "ND",
-        shape,
-        *(f"{float(one):.6g}" for one in figures),
-    ]
-    return f"{TITLES}\n{','.join(map(str, [*cells, values.size, *counts]))}\n"
+    name, size = {FLOAT: ("DT_FLOAT", 4), HALF: ("DT_FLOAT16", 2), BFLOAT: ("DT_BF16", 2)}[kind]
+    if kind == BFLOAT:
+        figures = [""] * len(figures)
+    return f"{TITLES}\n{','.join(map(str, ['Output', 0, values.size * size, name, 'ND', shape, *figures]))}\n"
