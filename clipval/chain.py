@@ -96,7 +96,7 @@ class Chain:
         """Open the ONNX files that the user gave a backend, if any.
 
         Raises:
-            InputError: one is not an ONNX file of its tower.
+            InputError: one is not an ONNX file of its tower, or the spec has no bounds for its precision.
             UsageError: it takes batches of one size, and another one was asked for.
         """
         if backends.kind(name).takes_onnx and self.settings.onnx_prefix is not None:
@@ -109,7 +109,7 @@ class Chain:
                 )
             with suppress(BackendUnavailable):  # raised again at the first gate of the backend
                 for tower in self.towers.values():
-                    self.backend(name, tower, self.accuracy_batch)
+                    self.bounds(self.backend(name, tower, self.accuracy_batch).identity, tower)
 
     @cached_property
     def dataset(self) -> RetrievalDataset:

@@ -287,6 +287,9 @@ def _check(spec: Spec) -> None:
         if not spec.size(reference)[1]:
             kind = "images" if reference.metric.startswith("image_") else "captions"
             problems.append(f"reference {reference.metric}: give the number of its candidates, or data.{kind}")
+    for metric in dict.fromkeys(one.metric for one in spec.paired):
+        if not any(one.metric == metric and not one.precision for one in spec.paired):
+            problems.append(f"paired {metric}: each has a precision; add one without, for any other precision")
     means = [one for one in spec.parity if one.cosine_mean < one.cosine_min]
     problems += [f"parity {one.backend}: cosine_mean {one.cosine_mean} is below cosine_min" for one in means]
     problems += [*_duplicates(spec), *_cannot_fail(spec)]

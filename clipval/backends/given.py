@@ -41,7 +41,11 @@ def file(prefix: Path, tower: Tower) -> Path:
     """
     found = prefix.with_name(f"{prefix.name}_{tower.name}.onnx")
     if not found.is_file():
-        raise InputError(f"--onnx-prefix {prefix}: no file {found}; expected PREFIX_vision.onnx and PREFIX_text.onnx")
+        what = "it is a folder" if prefix.is_dir() else "it is a file" if prefix.is_file() else f"no file {found}"
+        folder = prefix if prefix.is_dir() else prefix.parent
+        there = sorted(path.name for path in folder.glob("*.onnx"))
+        listed = f"; {folder} has {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}" if there else ""
+        raise InputError(f"--onnx-prefix {prefix}: {what}; expected PREFIX_vision.onnx and PREFIX_text.onnx{listed}")
     return found
 
 

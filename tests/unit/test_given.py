@@ -115,9 +115,32 @@ def test_the_other_towers_file_is_refused(exported, tower):
         OnnxBackend(tower, given.file(exported, other), ready=True)
 
 
-def test_a_missing_file_is_named(exported):
-    with pytest.raises(InputError, match=r"no file .*none_text\.onnx; expected PREFIX_vision\.onnx and PREFIX_text"):
-        given.file(exported.with_name("none"), TEXT)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "none",
+            r"no file .*none_text\.onnx; expected PREFIX_vision\.onnx and PREFIX_text.*; .* has own_text.onnx, own_vis",
+        ),
+        ("own_text.onnx", "it is a file; expected PREFIX_vision.onnx"),
+        (".", "it is a folder; expected PREFIX_vision.onnx.* has own_text.onnx"),
+    ],
+)
+def test_a_prefix_without_files_is_named(exported, name, words):
+    with pytest.raises(InputError, match=words):
+        given.file(exported.parent / name, TEXT)
+
+
+def test_a_spec_without_bounds_for_the_precision_is_one_error(exported, tmp_path):
+    import msgspec
+
+    for tower in (VISION, TEXT):
+        quantised(exported, tmp_path, tower)
+    chain = Chain(Settings(workdir=tmp_path / "work", onnx_prefix=tmp_path / "int8"))
+    bounds = [one for one in chain.spec.parity if one.precision != "w8a8"]
+    chain.subject = chain.subject._replace(spec=msgspec.structs.replace(chain.spec, parity=bounds))
+    with pytest.raises(InputError, match=r"no \[\[parity\]\] for backend 'onnx', precision 'w8a8'"):
+        chain.open_given("onnx")
 
 
 def node(name, kind, *shape):

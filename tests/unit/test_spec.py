@@ -67,6 +67,14 @@ def test_a_backend_without_figures_takes_pytorchs():
         (('source = "me"', 'source = "me"\ntolerance = 0.1'), "unknown field `tolerance`"),
         (('[data]\nname = "flickr30k"', '[data]\nname = "flickr30k"\nkind = "tar"'), "data.kind is 'tar'"),
         (("title =", "title"), "spec .*mine.toml"),
+        (
+            (
+                'source = "me"',
+                'source = "me"\n[[paired]]\nmetric = "text_retrieval_recall@5"\nprecision = "w8a8"\n'
+                'within = 0.01\nbecause = "int8"',
+            ),
+            "paired text_retrieval_recall@5: each has a precision; add one without",
+        ),
         (('source = "me"', 'source = "me"\n[throughput]\nbatch_sizes = [0]'), "batch_sizes"),
     ],
 )
