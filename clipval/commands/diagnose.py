@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from clipval import backends
 from clipval.commands import Command, Parser, batch_of_name, chain_of, model_options, tower_of_onnx
-from clipval.errors import UsageError
+from clipval.errors import InputError, UsageError
 from clipval.options import add_options, at_least, to_path
 from clipval.towers import TOWER_NAMES
 
@@ -214,7 +214,10 @@ def _of_dump(args: argparse.Namespace) -> Finding:
     precision = candidate.precision_of(args.precision_mode or DEFAULT_MODE)
     compared = om.compare(whole, dumped, rows, precision, fused)
     passes = fusions.passes(args.om_json) if args.om_json else {}
-    return om.judge(compared, dumped, precision, f"dump {args.dump.name} against {args.onnx.name}", passes)
+    found = om.judge(compared, dumped, precision, f"dump {args.dump.name} against {args.onnx.name}", passes)
+    if not compared.rungs:
+        raise InputError(found.sentence)
+    return found
 
 
 def _tower_of(model: Path) -> str:

@@ -326,6 +326,9 @@ class Bundle:
             self.shape, self.sentence = tuple(map(int, about["shape"])), str(about["finding"])
             self.start, self.right = (_tensor(folder / DATA / name) for name in (INPUT, RIGHT))
             self.right = self.right.reshape(self.shape)
+            taken = [one.dim_value for one in model.graph.input[0].type.tensor_type.shape.dim]
+            if 0 not in taken and taken != list(self.start.shape):
+                raise ValueError(f"{MODEL} takes {taken}, {INPUT} is {list(self.start.shape)}")
         except Exception as error:  # protobuf's, onnx's and the file system's own classes
             said = "lacks " + PROPERTY if isinstance(error, KeyError) else one_line(error)
             raise InputError(f"bundle {folder}: cannot be read ({said}); give what diagnose --bundle wrote") from error

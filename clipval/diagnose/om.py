@@ -20,6 +20,9 @@ from clipval.diagnose.twin import LARGEST, PRECISIONS, Twin, overflows
 SHOWN = 4
 FUSED = 10  # nodes in a row that become one operator: a norm has nine
 NEARER = 0.5  # a tensor is taken instead of a likelier one if its error is that much smaller
+UNRELATED = 0.5  # so far off is a tensor of other inputs
+KNOWN = 5  # of so many dumped tensors at least one is named after a node of the right file
+SAME_FILE = "is this the file that it was compiled from? Else give --om-json"
 SUMS = 1e-5  # noise of an fp32 OM, which sums in another order: ten times PyTorch's own in float32
 
 
@@ -32,6 +35,8 @@ class Compared:
         operators: ONNX tensor -> the operator that outputs it.
         without: names of operators in the dump's model whose tensors could not be compared.
         rows: the inputs; own: ONNX tensor -> the device's values, in the graph's order of axes.
+        other_sizes: operator, number of values in the dump and in its ONNX tensor, where these differ.
+        dumped: number of dumped tensors.
     """
 
     graph: graph.Graph
@@ -40,6 +45,8 @@ class Compared:
     without: List[str] = field(default_factory=list)
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     own: Dict[str, np.ndarray] = field(default_factory=dict)
+    other_sizes: List[Tuple[str, int, int]] = field(default_factory=list)
+    dumped: int = 0
 
 
 def candidates(whole: graph.Graph, one: Operator, output: int, fused: Mapping[str, Sequence[str]]) -> List[str]:
@@ -64,6 +71,17 @@ def candidates(whole: graph.Graph, one: Operator, output: int, fused: Mapping[st
     if told.origin in nodes and not fused.get(one.name):
         found += following(whole, told.origin)
     return [tensor for tensor in dict.fromkeys(found) if tensor in whole.moving]
+
+
+def behind(whole: graph.Graph, one: Operator, fused: Mapping[str, Sequence[str]]) -> List[str]:
+    """ONNX tensors after the node that an operator is named after: what was fused into it, where no list says that.
+
+    These count only if the node's own tensor does not agree.
+    """
+    if fused.get(one.name) or any(output.origin for output in one.outputs):
+        return []
+    own = next((node.name for node in whole.nodes if one.name in (node.name, _sanitised(node.name))), None)
+    return following(whole, own) if own is not None else []
 
 
 def following(whole: graph.Graph, node: str) -> List[str]:
@@ -96,11 +114,12 @@ def compare(
     places = [(one, n) for one in dumped.operators.values() for n, held in enumerate(one.outputs) if held.held]
     wanted: Dict[str, List[int]] = {}
     for number, (one, n) in enumerate(places):
-        for name in candidates(whole, one, n, fused):
+        for name in [*candidates(whole, one, n, fused), *([] if n else behind(whole, one, fused))]:
             wanted.setdefault(name, []).append(number)
     floats: Set[str] = {name for name, values in evaluate.tensors(whole, rows) if values.dtype == np.float32}
     errors: Dict[int, List[Tuple[float, str]]] = {}
     held: Dict[Tuple[int, str], np.ndarray] = {}
+    sizes: List[Tuple[str, int, int]] = []
     shapes = {whole.inputs[0]: rows}
     noise: Dict[str, float] = {}
     change = Twin(precision, floats) if precision in PRECISIONS else None
@@ -121,7 +140,10 @@ def compare(
                     values = pairs.aligned(values, truth)
                     held[number, name] = values
                     errors.setdefault(number, []).append((relative(values, truth), name))
+                else:
+                    sizes.append((one.name, values.size, truth.size))
     compared, numbers = _chosen(whole, places, errors, noise, fused)
+    compared.other_sizes, compared.dumped = sizes, len(places)
     compared.rows, compared.own = rows, {name: held[number, name] for name, number in numbers.items()}
     _run_alone(compared, shapes, change)
     return compared
@@ -156,7 +178,9 @@ def _chosen(
     for number, (one, n) in enumerate(places):
         tried = errors.get(number, [])
         good = [(off, name) for off, name in tried if off <= EXCESS * noise[name]]
-        rank = {name: k for k, name in enumerate(candidates(whole, one, n, fused))}
+        named = candidates(whole, one, n, fused)
+        rank = {name: k for k, name in enumerate(dict.fromkeys([*named, *behind(whole, one, fused)]))}
+        good = [(off, name) for off, name in good if name in named] or good
         likely = [(off, name) for off, name in tried if not n or len(whole.node_of(name).outputs) > n]
         best = min(good or sorted(likely, key=lambda one: rank[one[1]])[:1], default=None)
         if best is None:
@@ -237,11 +261,14 @@ def judge(
     rungs = tuple(compared.rungs.values())
     name, notes = first(compared), (*saturation(compared.graph, dumped), *dumped.notes)
     if not rungs:
-        why = notes[0] if notes else "no operator name is in the ONNX file: is this the file it was compiled from?"
+        why = notes[0] if notes else _other_batch(compared) or f"no operator name is in the ONNX file: {SAME_FILE}"
         return Finding(INPUT, candidate, f"{candidate}: nothing could be compared: {why}", causes=notes)
     if name is None:
         sentence = _no_excess(compared, precision, candidate)
         return Finding(NONE, candidate, sentence, causes=notes, ladder=rungs, precision=precision)
+    if KNOWN * len(rungs) < compared.dumped:
+        few = f"only {len(rungs)} of {compared.dumped} dumped tensors are named after a node: {SAME_FILE}"
+        return Finding(INPUT, candidate, f"{candidate}: not numerics: {few}", causes=(few, *notes))
     rung, operator = compared.rungs[name], compared.operators[name]
     good = {one for one, held in compared.rungs.items() if held.good}
     region = [compared.graph.nodes[n] for n in compared.graph.between(name, good)]
@@ -251,6 +278,8 @@ def judge(
     own = [node for node in region if node.op not in SAME_VALUES and node.op != "Constant"] or region
     module = own[0].module
     wide = f" to {rung.module or 'the tower itself'}" if rung.module != module else ""
+    if rung.error_in is None and (rung.error or 0) > UNRELATED:
+        notes = (*notes, "or these are not the inputs of the dumped inference: nothing before it was compared")
     form, keep = operator.outputs[0].form, tuple(_own_excess(compared))
     alone = "" if rung.local is None else f", and {rung.local:.3g} times when run on its own inputs"
     sentence = (
@@ -275,6 +304,16 @@ def judge(
             compared.graph, compared.rows, name, rung.noise, precision, frozenset(good), device=compared.own
         ),
     )
+
+
+def _other_batch(compared: Compared) -> str:
+    """That the dump is of another number of samples than the inputs, if sizes say so."""
+    if not compared.other_sizes:
+        return ""
+    name, found, wanted = compared.other_sizes[0]
+    count, rest = divmod(found * len(compared.rows), wanted)
+    other = f"; the dump has {count} samples: --samples {count}, or --input" if count and not rest else ""
+    return f"{name} has {found} values in the dump, {wanted} of these {len(compared.rows)} inputs{other}"
 
 
 def _own_excess(compared: Compared) -> List[str]:

@@ -134,6 +134,9 @@ def test_rows_of_tokens_that_the_sample_does_not_use_are_not_sent(wrong_tokens, 
     assert pairs.distance(now, right) == pytest.approx(0.1, rel=1e-3)
     assert "its ids are renumbered" in (folder / "README.md").read_text(encoding="utf-8")
     assert bundle.Bundle(folder).start.tolist() == said.start.tolist()
+    (folder / "test_data_set_0" / "input_0.pb").write_bytes((folder / "test_data_set_0" / "output_0.pb").read_bytes())
+    with pytest.raises(InputError, match=r"model.onnx takes \[1, 1, 77\], input_0.pb is"):
+        bundle.Bundle(folder)
 
 
 @pytest.mark.proof

@@ -150,8 +150,20 @@ def test_an_operator_is_found_by_the_header_then_the_fused_list_then_its_name(ma
     first = found("made_up", f"{norm}Sub")  # of the fused nodes, whose list is not known
     assert first[0] == f"{norm}Sub_output_0"
     assert f"{norm}Add_1_output_0" in first
+    product = dump.Operator(tmp_path, "/transformer/resblocks.1/attn/MatMul_1", "X", (), (output,))
+    assert "/transformer/resblocks.1/attn/Add_2_output_0" in om.behind(whole, product, {})  # the mask, fused into it
+    assert om.behind(whole, product, {product.name: [product.name]}) == []
     with pytest.raises(InputError, match="cannot be read"):
         fusions.names(tmp_path / "none.json")
+
+
+def test_a_dump_of_another_batch_is_said(made, tmp_path):
+    whole = graph.load(made.onnx(made.towers["text"]))
+    held = om.Compared(whole, rows=np.zeros((4, 77), np.int64), other_sizes=[("/Cast_1", 80, 40)], dumped=1)
+    said = om.judge(held, dump.Dump(tmp_path), "fp16", "dump")
+    assert (
+        "/Cast_1 has 80 values in the dump, 40 of these 4 inputs; the dump has 8 samples: --samples 8" in said.sentence
+    )
 
 
 def test_saturation_is_said_but_not_that_of_a_mask(made, tmp_path):
