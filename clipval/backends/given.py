@@ -23,6 +23,7 @@ INTEGER = (
 WEIGHTS_ONLY = ("DequantizeLinear", "MatMulNBits")
 FLOATS = ("tensor(float)", "tensor(float16)")
 EMBEDDINGS = {"vision": ("image_embeds",), "text": ("text_embeds",)}  # names of transformers and optimum
+START, END = 50, 200  # characters of onnxruntime's message that are shown
 SAME = 1e-3  # elements of two unit vectors of one embedding, in fp16
 # First bytes of what is given for an ONNX file by mistake, and what to do.
 OTHER_FORMS = (
@@ -205,8 +206,10 @@ def why_not(path: Path, error: Exception, version: str) -> str:
     lost = lfs_pointer(path) or _lost_data(path)
     if lost:
         return lost
-    said, what = str(error), "Export it again"
-    if "NOT_IMPLEMENTED" in said:
+    said, what = " ".join(str(error).split()), f"Export it again, or use another onnxruntime than {version}"
+    if "IR version" in said or "is under development" in said:  # a newer IR or opset than it knows
+        what = f"It is newer than onnxruntime {version}; use a newer one, or export it with a lower opset"
+    elif "NOT_IMPLEMENTED" in said:
         what = f"onnxruntime {version} lacks this operator for its types; use a newer one"
         if "ArgMax" in said:  # the recipe's own export finds the end token this way
             what = (
@@ -218,7 +221,10 @@ def why_not(path: Path, error: Exception, version: str) -> str:
     elif "Type Error" in said and "tensor(float16)" in said and "Cast" in said:
         # known of onnxconverter_common 1.16: its float16 changes what a Cast gives, and not its attribute `to`
         what = "A converter to fp16 left a Cast to another type; convert it again with another tool"
-    return f"onnxruntime cannot load it ({one_line(error)}). {what}"
+    cause = (
+        said if len(said) < 2 * END else f"{said[:START]} ... {said[-END:]}"
+    )  # which it puts last, after its own path
+    return f"onnxruntime cannot load it ({cause}). {what}"
 
 
 def _lost_data(path: Path) -> str:

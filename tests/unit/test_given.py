@@ -1,5 +1,6 @@
 """Ready ONNX files of anybody: quantised, fp16, int32 tokens, other names, one batch size."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -284,3 +285,27 @@ def test_another_batch_size_than_the_files_is_refused(exported, tmp_path):
     chain = Chain(Settings(workdir=tmp_path / "work", onnx_prefix=tmp_path / "their", batch_sizes=(4, 8)))
     with pytest.raises(UsageError, match=r"their was exported for batches of 4, not of 8; leave the option out"):
         chain.open_given("onnx")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from x.onnx failed:/onnxruntime_src/model.cc:179 Model::Model("
+            + "const onnxruntime::PathString&, " * 20
+            + ") Unsupported model IR version: 10, max supported IR version: 9",
+            "max supported IR version: 9.. It is newer than onnxruntime 1.17",
+        ),
+        ("NOT_IMPLEMENTED : Could not find ArgMax(13)", "1.17 has no ArgMax on int64, 1.20 and newer do"),
+        ("Type 'tensor(bfloat16)' of input parameter (/Cast_output_0)", "lacks this operator in bfloat16"),
+        ("Type (tensor(float16)) of output arg (/Cast): Type Error", "A converter to fp16 left a Cast"),
+        (
+            "x" * 1000 + "nbits_ == 4 was false",
+            "nbits_ == 4 was false.. Export it again, or use another onnxruntime than 1.17",
+        ),
+    ],
+)
+def test_the_cause_that_onnxruntime_names_is_shown(tmp_path, said, words):
+    found = given.why_not(tmp_path / "none.onnx", RuntimeError(said), "1.17")
+    assert re.search(words, found)
+    assert len(found) < 500
