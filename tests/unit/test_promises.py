@@ -53,7 +53,7 @@ def test_a_baseline_is_read_before_anything_is_measured(tmp_path):
 
 
 def test_a_selection_that_leaves_the_comparison_out_fails(saved, tmp_path):
-    ended = run(saved, tmp_path, "-k", "nothing_at_all")
+    ended = run(saved, tmp_path, "-m", "accuracy or perf", "-k", "nothing_at_all")
     assert ended.code == 1
     assert "baseline/rows" in ended.output
     assert "FAIL: 0 gates passed, 0 failed, 1 not evaluated" in ended.output
