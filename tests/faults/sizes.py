@@ -33,7 +33,8 @@ from tests.faults.planted import FAULTS
 HEAD = """# Planted faults
 
 Each fault is planted into an artifact, a backend or the data, one at a time, and the real acceptance suite is run on
-it (`pytest -m proof`; two at random in every plain `pytest`). The intended gate must fail and name the place.
+it (`pytest -m proof` by the intended gate alone; every plain `pytest` by all gates, two faults at random). The intended
+gate must fail and name the place.
 The last column is the smallest size of a fault that is caught on {images} scenes; faults without one have no size.
 Made by `python -m tests.faults.sizes`.
 
