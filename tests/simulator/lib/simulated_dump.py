@@ -154,8 +154,9 @@ class Dumper:
         self.stem = stem
         self.model = model
         self.runs = 0
-        kinds = {one.i for node in model.graph.node if node.op_type == "Cast" for one in node.attribute}
-        self.narrow = BFLOAT if 16 in kinds else HALF  # 16: onnx's BFLOAT16, which the OM rounds to
+        kinds = [one.i for node in model.graph.node if node.op_type == "Cast" for one in node.attribute]
+        # onnx's FLOAT16 is 10, its BFLOAT16 16: the OM rounds to one of them after every operator
+        self.narrow = BFLOAT if kinds.count(16) > kinds.count(10) else HALF
         self.switched = next(
             (one for one in self.config.get("dump_list", []) if one.get("model_name", stem) == stem), None
         )
