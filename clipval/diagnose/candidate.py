@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import msgspec
 import numpy as np
@@ -97,10 +97,9 @@ def onnx(
     )
     reference = climbed.recorded.taps[climbed.recorded.output].truth
     ids, fed, found = ids[: len(reference)], fed[: len(reference)], found[: len(reference)]
-    taken = tower.output_name if tower.output_name in candidate.outputs else candidate.outputs[0]
     if len(candidate.outputs) > 1:
         made = {name: one for name, one in evaluate.tensors(candidate, fed) if name in candidate.outputs}
-        said += checks.swapped(made, taken, reference)
+        said += checks.swapped(made, taken(made, found), reference)
     said += checks.embeddings(ids, reference, found)
     said += _in_other_places(chain, backend, tower, candidate.file, ids, fed, found, bound)
     finding = ladder.judge(climbed, name)
@@ -109,6 +108,12 @@ def onnx(
             finding, verdict=INPUT, sentence=f"{name}: not numerics: {said[0]}", causes=(*said, *finding.causes)
         )
     return _with_runtime(finding, climbed, found)
+
+
+def taken(made: Mapping[str, np.ndarray], found: np.ndarray) -> str:
+    """The output that the backend took for the embedding: the one with its values."""
+    same = {name: np.abs(one - found).max() for name, one in made.items() if one.shape == found.shape}
+    return min(same, key=lambda name: float(same[name]), default=next(iter(made)))
 
 
 def om(

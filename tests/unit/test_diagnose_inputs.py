@@ -207,3 +207,9 @@ def test_a_diagnosis_that_fails_leaves_the_gate_red(built, monkeypatch, error):
     assert (first.verdict, second) == (FAIL, red[1])
     assert first.message.startswith("minimum cosine off\ndiagnosis: failed")
     assert type(error).__name__ in first.message or str(error) in first.message
+
+
+def test_the_output_that_was_taken_is_known_by_its_values():
+    features = np.array([[3.0, 4.0]])
+    made = {"features": features, "unit": features / 5, "scale": np.array(100.0)}
+    assert [candidate.taken(made, made[name]) for name in ("features", "unit")] == ["features", "unit"]
