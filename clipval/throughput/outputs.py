@@ -25,6 +25,8 @@ DEVIATIONS = 5.0
 LOOSE = 0.999  # cosine if no bound is known
 CACHED = 1.25  # a fresh batch may take this many times as long as one seen before
 SOMETIMES = 0.25  # share of pairs above it from which more pairs are measured
+# Pairs of which the share counts. Of fewer two are enough: half the results cached are 3 of 15 pairs in 1 of 60 runs.
+ENOUGH = 40
 CHANCE = 1e-6  # probability that so many more pairs are above it than below its inverse by chance
 MOST_PAIRS = 120
 
@@ -147,7 +149,8 @@ def cached_results(calls: Calls, backend: Backend, feed: Feed, clock: Clock) -> 
     while True:
         ratios = pairs[:, 1] / pairs[:, 0]
         slower, faster, count = int((ratios > CACHED).sum()), int((ratios < 1 / CACHED).sum()), len(ratios)
-        if count and slower <= max(SOMETIMES * count, 2 * faster):
+        few = SOMETIMES * count if count >= ENOUGH else min(SOMETIMES * count, 1)
+        if count and slower <= max(few, 2 * faster):
             return ""
         if count and binom.sf(slower - 1, slower + faster, 0.5) < CHANCE:
             return (
