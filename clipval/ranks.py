@@ -278,7 +278,7 @@ class _Scores:
 
     def exact(self, captions: np.ndarray, images: np.ndarray) -> np.ndarray:
         """Float64 cosines of pairs, given by their indices; if they are many (near copies), by one product."""
-        if len(captions) and len(captions) * CROWDED > np.ptp(captions) * np.ptp(images):
+        if len(captions) > PAIRS and len(captions) * CROWDED > (np.ptp(captions) + 1) * (np.ptp(images) + 1):
             first, other = captions.min(), images.min()
             one = self.text.given[first : captions.max() + 1].astype(np.float64)
             product = one @ self.vision.given[other : images.max() + 1].astype(np.float64).T
