@@ -20,7 +20,7 @@ import side_by_side
 from PIL import Image
 
 from clipval import model as models
-from clipval import preprocess
+from clipval import arrays, preprocess
 from clipval.datasets import karpathy
 from clipval.towers import towers
 
@@ -136,7 +136,7 @@ def parts(dataset: Any, model: Any, out: Path) -> Dict[str, List[Callable[[], An
         for step in model.transform.transforms[:-2]:
             image = step(image)
 
-    start, tokens = preprocess._header("float32", row.shape), bytes(128 + 77 * 8)
+    start, tokens = arrays.header("float32", row.shape), bytes(128 + 77 * 8)
     content = start + row.tobytes()
     return {
         "decode": [lambda path=path: open_rgb(path) for path in paths],
