@@ -19,8 +19,8 @@ import numpy as np
 import side_by_side
 from PIL import Image
 
-from clipval import model as models
 from clipval import arrays, preprocess
+from clipval import model as models
 from clipval.datasets import karpathy
 from clipval.towers import towers
 
