@@ -6,7 +6,7 @@ import csv
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Literal, Optional, Tuple, Union
+from typing import Dict, List, Literal, Optional, Tuple, Union, get_args
 
 import msgspec
 
@@ -36,7 +36,7 @@ Metric = Annotated[str, msgspec.Meta(pattern="^(image|text)_retrieval_recall@[1-
 
 
 Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8"]
-PRECISIONS = ("fp32", "fp16", "bf16", "w8a16", "w8a8")  # from the tightest bounds to the widest
+PRECISIONS: Tuple[str, ...] = get_args(Precision)  # from the tightest bounds to the widest
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -221,9 +221,8 @@ def why_not(path: Path, error: Exception, version: str) -> str:
     elif "Type Error" in said and "tensor(float16)" in said and "Cast" in said:
         # known of onnxconverter_common 1.16: its float16 changes what a Cast gives, and not its attribute `to`
         what = "A converter to fp16 left a Cast to another type; convert it again with another tool"
-    cause = (
-        said if len(said) < 2 * END else f"{said[:START]} ... {said[-END:]}"
-    )  # which it puts last, after its own path
+    # it puts the cause last, after its own path
+    cause = said if len(said) < 2 * END else f"{said[:START]} ... {said[-END:]}"
     return f"onnxruntime cannot load it ({cause}). {what}"
 
 

@@ -12,8 +12,8 @@ from typing import Iterator, List, Union
 
 import msgspec
 
-from clipval.datasets import Kind, RetrievalDataset
-from clipval.datasets.folder import Row, for_the_recipes_file, gather, one_of, parsed_json, recognised
+from clipval.datasets import Kind
+from clipval.datasets.folder import Row, parsed_json, reader, recognised
 from clipval.errors import InputError
 
 HOLDS = "BLIP's flickr30k_test.json: a list of entries with image and caption"
@@ -32,18 +32,6 @@ def find(folder: Path) -> List[Path]:
     return [file for file in found if TEST in file.stem.lower()] or found
 
 
-def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
-    """Read every entry of the file.
-
-    Raises:
-        UsageError: a captions_format for the recipe's file.
-        InputError: something is missing or wrong, with file and place.
-    """
-    for_the_recipes_file(folder, captions_format)
-    file = one_of(folder, find(folder), HOLDS)
-    return gather(folder, file, _rows(folder, file))
-
-
 def _rows(folder: Path, file: Path) -> Iterator[Row]:
     for number, entry in enumerate(parsed_json(file, List[_Entry]), 1):
         where = f"entry {number}"
@@ -56,4 +44,4 @@ def _rows(folder: Path, file: Path) -> Iterator[Row]:
             yield Row(where, image, caption.strip())
 
 
-KIND = Kind("blip", HOLDS, find, read)
+KIND = Kind("blip", HOLDS, find, reader(find, HOLDS, _rows))

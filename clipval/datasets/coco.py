@@ -12,8 +12,8 @@ from typing import Dict, Iterator, List
 
 import msgspec
 
-from clipval.datasets import Kind, RetrievalDataset, karpathy_json
-from clipval.datasets.folder import Row, for_the_recipes_file, gather, one_of, parsed_json, recognised
+from clipval.datasets import Kind, karpathy_json
+from clipval.datasets.folder import Row, one_of, parsed_json, reader, recognised
 from clipval.errors import InputError
 
 HOLDS = "COCO's captions as JSON: images with id and file_name, annotations with image_id and caption"
@@ -47,15 +47,8 @@ def _files(folder: Path) -> List[Path]:
     return recognised(folder, recognises)
 
 
-def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
-    """Read the captions; those of one image are ordered by id.
-
-    Raises:
-        UsageError: a captions_format for the recipe's file.
-        InputError: something is missing or wrong, with file and place.
-    """
-    for_the_recipes_file(folder, captions_format)
-    file = one_of(folder, _files(folder), HOLDS)
+def _rows(folder: Path, file: Path) -> Iterator[Row]:
+    """Captions of the images that are meant; those of one image are ordered by id."""
     root = parsed_json(file, _Root)
     splits = karpathy_json.find(folder)
     if splits:
@@ -63,10 +56,6 @@ def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
         names = [image.filename for image in karpathy_json.split(chosen)]
     else:
         names = [image.file_name for image in root.images]
-    return gather(folder, file, _rows(file, root, names))
-
-
-def _rows(file: Path, root: _Root, names: List[str]) -> Iterator[Row]:
     captions: Dict[int, List[_Annotation]] = {}
     for annotation in root.annotations:
         captions.setdefault(annotation.image_id, []).append(annotation)
@@ -83,4 +72,4 @@ def _rows(file: Path, root: _Root, names: List[str]) -> Iterator[Row]:
             yield Row(f"annotation {annotation.id}", name, annotation.caption.strip())
 
 
-KIND = Kind("coco", HOLDS, find, read)
+KIND = Kind("coco", HOLDS, find, reader(_files, HOLDS, _rows))

@@ -98,14 +98,29 @@ def recognised(folder: Path, recognises: Callable[[str], bool]) -> List[Path]:
     return [path for path in annotation_files(folder) if recognises(_ends(path))]
 
 
-def for_the_recipes_file(folder: Path, captions_format: str) -> None:
-    """Refuse a reading of the recipe's file for another kind of file.
+def reader(
+    find: Callable[[Path], List[Path]], holds: str, rows: Callable[[Path, Path], Iterable[Row]]
+) -> Callable[[Path, str], RetrievalDataset]:
+    """How to read a kind other than the recipe's: the `read` of its `clipval.datasets.Kind`.
 
-    Raises:
-        UsageError: it is not `csv`, the default.
+    Args:
+        find: annotation files of the kind in a folder; holds: see `Kind`.
+        rows: the folder and its annotation file -> each caption with its image, in order.
     """
-    if captions_format != "csv":
-        raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
+
+    def read(folder: Path, captions_format: str) -> RetrievalDataset:
+        """Read the folder's annotation file.
+
+        Raises:
+            UsageError: a captions_format for the recipe's file.
+            InputError: something is missing or wrong, with file and place.
+        """
+        if captions_format != "csv":
+            raise UsageError(f"data {folder}: --captions-format {captions_format} is for *_karpathy.txt; leave it out")
+        file = one_of(folder, find(folder), holds)
+        return gather(folder, file, rows(folder, file))
+
+    return read
 
 
 def one_of(folder: Path, files: List[Path], holds: str) -> Path:

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
-from clipval.datasets import Kind, RetrievalDataset
-from clipval.datasets.folder import Row, for_the_recipes_file, gather, one_of, recognised, text_of
+from clipval.datasets import Kind
+from clipval.datasets.folder import Row, reader, recognised, text_of
 from clipval.errors import InputError
 
 HOLDS = "Kaggle's results.csv or captions.txt, or a .token file: image, number of the caption, caption"
@@ -32,24 +32,6 @@ def find(folder: Path) -> List[Path]:
 def _recognises(ends: str) -> bool:
     lines = ends.lstrip().split("\n", 2)
     return bool(HEADER.match(lines[0])) or any(form.match(lines[0].rstrip("\r")) for form in (PIPES, TOKEN, COMMAS))
-
-
-def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
-    """Read a data set; an image's captions are ordered by their numbers.
-
-    Raises:
-        UsageError: a captions_format for the recipe's file.
-        InputError: something is missing or wrong, with file and line.
-    """
-    for_the_recipes_file(folder, captions_format)
-    file = one_of(folder, find(folder), HOLDS)
-    text = text_of(file)
-    first = text.lstrip().split("\n", 1)[0]
-    rows = list(_by_line(file, text) if "|" in first or TOKEN.match(first) else _by_comma(file, text))
-    place: Dict[str, int] = {}
-    for _, row in rows:
-        place.setdefault(row.image, len(place))
-    return gather(folder, file, (row for _, row in sorted(rows, key=lambda one: (place[one[1].image], one[0]))))
 
 
 def _by_line(file: Path, text: str) -> Iterator[Tuple[int, Row]]:
@@ -85,4 +67,15 @@ def _by_comma(file: Path, text: str) -> Iterator[Tuple[int, Row]]:
         raise InputError(f"annotations {file}, line {started + 1}: not CSV ({error})") from error
 
 
-KIND = Kind("kaggle", HOLDS, find, read)
+def _rows(folder: Path, file: Path) -> Iterator[Row]:
+    """An image's captions are ordered by their numbers."""
+    text = text_of(file)
+    first = text.lstrip().split("\n", 1)[0]
+    rows = list(_by_line(file, text) if "|" in first or TOKEN.match(first) else _by_comma(file, text))
+    place: Dict[str, int] = {}
+    for _, row in rows:
+        place.setdefault(row.image, len(place))
+    return (row for _, row in sorted(rows, key=lambda one: (place[one[1].image], one[0])))
+
+
+KIND = Kind("kaggle", HOLDS, find, reader(find, HOLDS, _rows))

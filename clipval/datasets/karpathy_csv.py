@@ -14,8 +14,8 @@ from typing import Iterator, List
 
 import msgspec
 
-from clipval.datasets import Kind, RetrievalDataset
-from clipval.datasets.folder import for_the_recipes_file, gather, one_of, recognised, text_of
+from clipval.datasets import Kind
+from clipval.datasets.folder import Row, reader, recognised, text_of
 from clipval.datasets.karpathy_json import SPLIT, Image, Sentence, rows, test_split
 from clipval.errors import InputError, one_line
 
@@ -26,18 +26,6 @@ HEADER = re.compile(r'\s*(?=[^\n]*\braw\b)(?=[^\n]*\bfilename\b)["\w]*(?:,["\w]*
 def find(folder: Path) -> List[Path]:
     """CSV files whose first row names the columns `raw` and `filename`."""
     return recognised(folder, lambda ends: HEADER.match(ends) is not None)
-
-
-def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
-    """Read the test split.
-
-    Raises:
-        UsageError: a captions_format for the recipe's file.
-        InputError: something is missing or wrong, with file and place.
-    """
-    for_the_recipes_file(folder, captions_format)
-    file = one_of(folder, find(folder), HOLDS)
-    return gather(folder, file, rows(file, test_split(file, list(_images(file)))))
 
 
 def _images(file: Path) -> Iterator[Image]:
@@ -55,4 +43,8 @@ def _images(file: Path) -> Iterator[Image]:
         raise InputError(f"annotations {file}, line {reader.line_num}: not CSV ({error})") from error
 
 
-KIND = Kind("karpathy_csv", HOLDS, find, read)
+def _rows(folder: Path, file: Path) -> Iterator[Row]:
+    return rows(file, test_split(file, list(_images(file))))
+
+
+KIND = Kind("karpathy_csv", HOLDS, find, reader(find, HOLDS, _rows))

@@ -12,8 +12,8 @@ from typing import Iterator, List
 
 import msgspec
 
-from clipval.datasets import Kind, RetrievalDataset
-from clipval.datasets.folder import Row, for_the_recipes_file, gather, one_of, parsed_json, recognised
+from clipval.datasets import Kind
+from clipval.datasets.folder import Row, parsed_json, reader, recognised
 from clipval.errors import InputError
 
 HOLDS = "Karpathy's dataset_flickr30k.json: images, each with filename, split and sentences"
@@ -37,18 +37,6 @@ class _Root(msgspec.Struct):
 def find(folder: Path) -> List[Path]:
     """JSON files whose images have sentences."""
     return recognised(folder, lambda ends: bool(re.match(r"\s*\{", ends)) and '"sentences"' in ends)
-
-
-def read(folder: Path, captions_format: str = "csv") -> RetrievalDataset:
-    """Read the test split.
-
-    Raises:
-        UsageError: a captions_format for the recipe's file.
-        InputError: something is missing or wrong, with file and place.
-    """
-    for_the_recipes_file(folder, captions_format)
-    file = one_of(folder, find(folder), HOLDS)
-    return gather(folder, file, rows(file, split(file)))
 
 
 def split(file: Path) -> List[Image]:
@@ -89,4 +77,8 @@ def rows(file: Path, images: List[Image]) -> Iterator[Row]:
             yield Row(where, image.filename, sentence.raw.strip())
 
 
-KIND = Kind("karpathy_json", HOLDS, find, read)
+def _rows(folder: Path, file: Path) -> Iterator[Row]:
+    return rows(file, split(file))
+
+
+KIND = Kind("karpathy_json", HOLDS, find, reader(find, HOLDS, _rows))

@@ -85,7 +85,7 @@ def test_as_in_float64(images, extra, width, kinds, dtype, scale, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [(700, 1300), (2100, 2105)], ids=str)  # over the borders of strips, blocks and tiles
+@pytest.mark.parametrize("size", [(700, 1300), (2100, 2105)], ids=str)  # over the borders of blocks and tiles
 def test_in_several_tiles(kind, size):
     rng = np.random.default_rng(3)
     images, captions = size
